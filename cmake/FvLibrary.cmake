@@ -1,0 +1,11 @@
+# fv_add_library(fv_x HEADERS a.h SOURCES a.c LIBS fv_y PRIVATE_LIBS m)
+# A static library of one folder. Its headers are a verified header set: each must compile alone.
+function(fv_add_library name)
+    cmake_parse_arguments(L "" "" "HEADERS;SOURCES;LIBS;PRIVATE_LIBS" ${ARGN})
+    add_library(${name} STATIC ${L_SOURCES})
+    target_sources(${name} PUBLIC FILE_SET HEADERS BASE_DIRS ${PROJECT_SOURCE_DIR} FILES ${L_HEADERS})
+    target_include_directories(${name} PUBLIC ${PROJECT_SOURCE_DIR})
+    target_compile_definitions(${name} PUBLIC _DEFAULT_SOURCE _POSIX_C_SOURCE=200809L)
+    target_link_libraries(${name} PUBLIC ${L_LIBS} PRIVATE ${L_PRIVATE_LIBS})
+    fv_target_defaults(${name})
+endfunction()

@@ -1,0 +1,122 @@
+/*
+ * model.c - checks a model's geometry once, so that nothing behind it has to.
+ */
+#include "common/model.h"
+
+#include <math.h>
+#include <string.h>
+
+static fv_status_t check_range(const char *field, int64_t given, int64_t low, int64_t high)
+{
+    if ((given >= low) && (given <= high)) {
+        return FV_OK;
+    }
+    return fv_fail(FV_ERR_INVALID_ARG, "spec.%s: given %lld, expected %lld..%lld", field,
+                   (long long)given, (long long)low, (long long)high);
+}
+
+static fv_status_t check_head_dim(const char *field, int32_t given)
+{
+    if ((given >= FV_HEAD_DIM_MIN) && (given <= FV_HEAD_DIM_MAX) && ((given % 8) == 0)) {
+        return FV_OK;
+    }
+    return fv_fail(FV_ERR_INVALID_ARG, "spec.%s: given %d, expected a multiple of 8 in %d..%d",
+                   field, given, FV_HEAD_DIM_MIN, FV_HEAD_DIM_MAX);
+}
+
+static fv_status_t check_heads(const fv_model_spec_t *spec)
+{
+    FV_RETURN_IF_ERR(check_range("n_q_heads", spec->n_q_heads, 1, FV_HEADS_MAX));
+    FV_RETURN_IF_ERR(check_range("n_kv_heads", spec->n_kv_heads, 1, FV_HEADS_MAX));
+    if ((spec->n_q_heads % spec->n_kv_heads) != 0) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "spec.n_q_heads: given %d, expected a multiple of n_kv_heads (%d)",
+                       spec->n_q_heads, spec->n_kv_heads);
+    }
+    if (fv_model_group(spec) > FV_GROUP_MAX) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "spec.n_q_heads: given %d for %d KV heads, expected at most %d per KV head",
+                       spec->n_q_heads, spec->n_kv_heads, FV_GROUP_MAX);
+    }
+    return FV_OK;
+}
+
+static fv_status_t check_policy(const fv_policy_t *policy)
+{
+    if (policy->kind == FV_POLICY_S2) {
+        return fv_fail(FV_ERR_UNIMPLEMENTED,
+                       "spec.policies: S2 is not served by this version (Dense and Window are)");
+    }
+    if (policy->kind == FV_POLICY_WINDOW) {
+        FV_RETURN_IF_ERR(
+            check_range("policies.window.window_tokens", policy->window_tokens, 1, INT32_MAX));
+        FV_RETURN_IF_ERR(
+            check_range("policies.window.sink_tokens", policy->sink_tokens, 0, INT32_MAX));
+    }
+    return FV_OK;
+}
+
+static fv_status_t check_sharding(const fv_sharding_t *sharding)
+{
+    if (sharding->mode == FV_SHARDING_LATENT) {
+        return fv_fail(FV_ERR_UNIMPLEMENTED,
+                       "spec.sharding.mode: LATENT is not served by this version");
+    }
+    FV_RETURN_IF_ERR(check_range("sharding.mode", sharding->mode, 0, FV_SHARDING_CONTEXT));
+    FV_RETURN_IF_ERR(check_range("sharding.max_ranks", sharding->max_ranks, 0, INT32_MAX));
+    if ((sharding->shard_tokens < 0) || ((sharding->shard_tokens % FV_PAGE_TOKENS) != 0)) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "spec.sharding.shard_tokens: given %d, expected 0 or a multiple of %d",
+                       sharding->shard_tokens, FV_PAGE_TOKENS);
+    }
+    return FV_OK;
+}
+
+fv_status_t fv_model_spec_check(fv_model_spec_t *spec)
+{
+    if (spec->name[0] == '\0') {
+        return fv_fail(FV_ERR_INVALID_ARG, "spec.name: given \"\", expected 1..%d bytes",
+                       FV_MODEL_NAME_BYTES - 1);
+    }
+    if (spec->kind != FV_MODEL_KV) {
+        return fv_fail(FV_ERR_UNIMPLEMENTED, "spec.kind: LATENT is not served by this version");
+    }
+    FV_RETURN_IF_ERR(check_range("n_layers", spec->n_layers, 1, FV_LAYERS_MAX));
+    FV_RETURN_IF_ERR(check_heads(spec));
+    if (spec->head_dim_v == 0) {
+        spec->head_dim_v = spec->head_dim_qk;
+    }
+    FV_RETURN_IF_ERR(check_head_dim("head_dim_qk", spec->head_dim_qk));
+    FV_RETURN_IF_ERR(check_head_dim("head_dim_v", spec->head_dim_v));
+    if (!fv_dtype_is_valid(spec->kv_dtype)) {
+        return fv_fail(FV_ERR_INVALID_ARG, "spec.kv_dtype: given %d, expected F32, F16 or BF16",
+                       spec->kv_dtype);
+    }
+    if (!isfinite(spec->softmax_scale) || (spec->softmax_scale < 0.0F)) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "spec.softmax_scale: given %g, expected 0 or a positive finite number",
+                       (double)spec->softmax_scale);
+    }
+    if (!isfinite(spec->logit_softcap) || (spec->logit_softcap < 0.0F)) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "spec.logit_softcap: given %g, expected 0 or a positive finite number",
+                       (double)spec->logit_softcap);
+    }
+    if (spec->softmax_scale == 0.0F) {
+        spec->softmax_scale = (float)(1.0 / sqrt((double)spec->head_dim_qk));
+    }
+    FV_RETURN_IF_ERR(check_range("policies", spec->n_policies, 1, FV_POLICIES_MAX));
+    for (int32_t i = 0; i < spec->n_policies; i++) {
+        FV_RETURN_IF_ERR(check_policy(&spec->policies[i]));
+    }
+    for (int32_t i = 0; i < spec->n_layers; i++) {
+        FV_RETURN_IF_ERR(
+            check_range("policies.layers", spec->layer_policy[i], 0, spec->n_policies - 1));
+    }
+    return check_sharding(&spec->sharding);
+}
+
+bool fv_model_spec_equal(const fv_model_spec_t *a, const fv_model_spec_t *b)
+{
+    return memcmp(a, b, sizeof(*a)) == 0; /* decoded into zeroed memory, so padding is equal too */
+}

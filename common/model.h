@@ -1,0 +1,103 @@
+/*
+ * model.h - what Fovea knows of a model: the geometry of its attention, checked once at RegisterModel.
+ *
+ * Shape letters used in every comment of the project: T tokens of a request, Hq n_q_heads,
+ * Hkv n_kv_heads, G = Hq / Hkv (group), dk head_dim_qk, dv head_dim_v, P FV_PAGE_TOKENS.
+ */
+#ifndef FV_COMMON_MODEL_H
+#define FV_COMMON_MODEL_H
+
+#include "common/status.h"
+#include "common/tensor.h"
+
+#define FV_PAGE_TOKENS          64 /* P: tokens of one KV page, and of one attention tile */
+#define FV_MODEL_NAME_BYTES     64
+#define FV_LAYERS_MAX           1024
+#define FV_HEADS_MAX            1024
+#define FV_GROUP_MAX            128 /* query heads per KV head */
+#define FV_HEAD_DIM_MIN         16
+#define FV_HEAD_DIM_MAX         256
+#define FV_POLICIES_MAX         16 /* distinct policies of one model */
+#define FV_MODEL_ID_BYTES       40
+#define FV_SHARD_TOKENS_DEFAULT 2048 /* block-cyclic context: tokens per turn */
+
+typedef enum fv_model_kind {
+    FV_MODEL_KV = 0,
+    FV_MODEL_LATENT = 1,
+} fv_model_kind_t;
+
+typedef enum fv_policy_kind {
+    FV_POLICY_DENSE = 0,
+    FV_POLICY_WINDOW = 1,
+    FV_POLICY_S2 = 2, /* later */
+} fv_policy_kind_t;
+
+/* Which tokens a query may read; the same for every head of a layer until S2. */
+typedef struct fv_policy {
+    int32_t kind;          /* fv_policy_kind_t */
+    int32_t window_tokens; /* WINDOW: >= 1, counts the query's own position */
+    int32_t sink_tokens;   /* WINDOW: >= 0, the first tokens, always visible */
+    int32_t reserved;
+} fv_policy_t;
+
+typedef enum fv_sharding_mode {
+    FV_SHARDING_AUTO = 0,
+    FV_SHARDING_HEADS = 1,
+    FV_SHARDING_CONTEXT = 2,
+    FV_SHARDING_LATENT = 3, /* later */
+} fv_sharding_mode_t;
+
+typedef struct fv_sharding {
+    int32_t mode;         /* fv_sharding_mode_t */
+    int32_t shard_tokens; /* multiple of P; 0 = the server's default */
+    int32_t max_ranks;    /* 0 = all */
+    int32_t is_set;       /* a request carried it (OpenSession override) */
+} fv_sharding_t;
+
+/* Plain data without pointers or padding that matters: it travels to the workers as it is. */
+typedef struct fv_model_spec {
+    char name[FV_MODEL_NAME_BYTES];
+    int32_t n_layers;
+    int32_t n_q_heads;     /* Hq */
+    int32_t n_kv_heads;    /* Hkv */
+    int32_t head_dim_qk;   /* dk */
+    int32_t head_dim_v;    /* dv, resolved */
+    int32_t kv_dtype;      /* fv_dtype_t of the cache */
+    float softmax_scale;   /* resolved: never 0 */
+    float logit_softcap;   /* 0 = off */
+    int32_t kind;          /* fv_model_kind_t */
+    int32_t n_policies;    /* >= 1; policies[0] is dense */
+    fv_policy_t policies[FV_POLICIES_MAX];
+    uint8_t layer_policy[FV_LAYERS_MAX]; /* index into policies */
+    fv_sharding_t sharding;
+} fv_model_spec_t;
+
+static inline int32_t fv_model_group(const fv_model_spec_t *spec)
+{
+    return spec->n_q_heads / spec->n_kv_heads;
+}
+
+/* Bytes of K and V of one token of one KV head of one layer, as stored. */
+static inline size_t fv_model_token_bytes(const fv_model_spec_t *spec)
+{
+    return (size_t)(spec->head_dim_qk + spec->head_dim_v) *
+           fv_dtype_bytes((fv_dtype_t)spec->kv_dtype);
+}
+
+/* Bytes of one KV page: P tokens, K and V together, of one KV head of one layer. */
+static inline size_t fv_model_page_bytes(const fv_model_spec_t *spec)
+{
+    return fv_model_token_bytes(spec) * FV_PAGE_TOKENS;
+}
+
+/*
+ * Checks every field of `spec`, and resolves head_dim_v = 0 and softmax_scale = 0.
+ * Errors: FV_ERR_INVALID_ARG naming the field, what was given and what was expected;
+ *         FV_ERR_UNIMPLEMENTED for kinds and policies that this version does not serve.
+ */
+FV_MUST_CHECK fv_status_t fv_model_spec_check(fv_model_spec_t *spec);
+
+/* True when both describe the same model (after fv_model_spec_check). */
+bool fv_model_spec_equal(const fv_model_spec_t *a, const fv_model_spec_t *b);
+
+#endif /* FV_COMMON_MODEL_H */

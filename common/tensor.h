@@ -1,0 +1,60 @@
+/*
+ * tensor.h - element types and overflow-checked sizes.
+ */
+#ifndef FV_COMMON_TENSOR_H
+#define FV_COMMON_TENSOR_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* Values are those of fovea.v1.DType. */
+typedef enum fv_dtype {
+    FV_DTYPE_NONE = 0,
+    FV_DTYPE_F32 = 1,
+    FV_DTYPE_F16 = 2,
+    FV_DTYPE_BF16 = 3,
+} fv_dtype_t;
+
+static inline bool fv_dtype_is_valid(int dtype)
+{
+    return (dtype >= FV_DTYPE_F32) && (dtype <= FV_DTYPE_BF16);
+}
+
+/* Bytes of one element. */
+static inline size_t fv_dtype_bytes(fv_dtype_t dtype)
+{
+    return (dtype == FV_DTYPE_F32) ? 4U : 2U;
+}
+
+static inline const char *fv_dtype_str(int dtype)
+{
+    return (dtype == FV_DTYPE_F32)    ? "f32"
+           : (dtype == FV_DTYPE_F16)  ? "f16"
+           : (dtype == FV_DTYPE_BF16) ? "bf16"
+                                      : "none";
+}
+
+/* *out = a * b; false (and *out untouched) when it does not fit. */
+static inline bool fv_size_mul(size_t a, size_t b, size_t *out)
+{
+    size_t product = 0;
+
+    if (__builtin_mul_overflow(a, b, &product)) {
+        return false;
+    }
+    *out = product;
+    return true;
+}
+
+static inline uint64_t fv_div_up(uint64_t a, uint64_t b)
+{
+    return (a / b) + ((a % b) != 0U);
+}
+
+static inline size_t fv_align_up(size_t n, size_t alignment)
+{
+    return (n + alignment - 1U) / alignment * alignment;
+}
+
+#endif /* FV_COMMON_TENSOR_H */

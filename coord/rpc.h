@@ -1,0 +1,119 @@
+/*
+ * rpc.h - the gRPC door: bytes in, bytes out, nothing of what they mean.
+ *
+ * Decode path: stations 1 and 10 of 10. After station 1: coord/engine.c. Before station 10: the same.
+ *
+ * Behind it stands gRPC C core (rpc_server.c: life cycle and completion-queue loop; rpc_call.c: the state machine of
+ * one call). Health (grpc.health.v1) and server reflection (v1 and v1alpha) are answered inside the door.
+ *
+ * Calls. A call is one RPC. Every message delivered by on_message is answered by exactly one
+ * fv_call_reply() (or, for a unary call, fv_call_fail()), from any thread, in any order. WatchStatus is
+ * delivered once and may be answered many times, then finished.
+ * A call is reference-counted: on_message lends it; whoever keeps it takes fv_call_ref().
+ * Replies to a call that is gone release their pieces and are otherwise ignored.
+ *
+ * Backpressure. A stream with `stream_inflight_max` messages delivered but not yet answered and sent reads no further
+ * message, so a slow reader stops its own sending; gRPC's flow control and resource quota bound the rest.
+ */
+#ifndef FV_COORD_RPC_H
+#define FV_COORD_RPC_H
+
+#include "common/status.h"
+#include "proto/wire.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct fv_rpc fv_rpc_t;
+typedef struct fv_call fv_call_t;
+
+typedef enum fv_method {
+    FV_METHOD_REGISTER_MODEL,
+    FV_METHOD_OPEN_SESSION,
+    FV_METHOD_FORK_SESSION,
+    FV_METHOD_TRUNCATE_SESSION,
+    FV_METHOD_CLOSE_SESSION,
+    FV_METHOD_GET_SESSION,
+    FV_METHOD_LIST_SESSIONS,
+    FV_METHOD_ATTEND,      /* bidirectional stream */
+    FV_METHOD_ATTEND_ONCE,
+    FV_METHOD_GET_STATUS,
+    FV_METHOD_GET_PLACEMENT,
+    FV_METHOD_WATCH_STATUS, /* server stream */
+    FV_METHOD_DRAIN,
+    FV_METHOD_COUNT
+} fv_method_t;
+
+#define FV_LISTEN_MAX 8
+
+typedef struct fv_rpc_config {
+    const char *listen[FV_LISTEN_MAX]; /* "host:port", port 0 = any free; "unix:/path" */
+    int32_t n_listen;
+    size_t message_bytes_max;      /* of one message; over it: RESOURCE_EXHAUSTED */
+    int32_t stream_inflight_max;   /* messages of one Attend stream not yet answered and sent */
+    int32_t connection_streams_max; /* concurrent calls per connection */
+    size_t memory_bytes_max;       /* gRPC resource quota */
+} fv_rpc_config_t;
+
+typedef struct fv_rpc_handlers {
+    void *ctx;
+    /*
+     * A message arrived. `spans` are borrowed until return. deadline_us, received_us: CLOCK_MONOTONIC
+     * microseconds, deadline INT64_MAX when there is none. Thread: rpc; must not block.
+     */
+    void (*on_message)(void *ctx,
+                       fv_call_t *call,
+                       fv_method_t method,
+                       const fv_span_t *spans,
+                       size_t n_spans,
+                       int64_t received_us,
+                       int64_t deadline_us);
+    /* The call is over (cancelled, client gone, finished): once per call that saw on_message. Thread: rpc. */
+    void (*on_closed)(void *ctx, fv_call_t *call);
+} fv_rpc_handlers_t;
+
+/* Binds every address and starts the rpc thread. Errors: FV_ERR_UNAVAILABLE naming the address. */
+FV_MUST_CHECK fv_status_t fv_rpc_start(const fv_rpc_config_t *config,
+                                       const fv_rpc_handlers_t *handlers,
+                                       fv_rpc_t **out);
+
+/* Addresses as bound (port 0 resolved), e.g. "127.0.0.1:7411". */
+int32_t fv_rpc_n_addresses(const fv_rpc_t *rpc);
+const char *fv_rpc_address(const fv_rpc_t *rpc, int32_t i);
+
+/* What health answers: SERVING or NOT_SERVING, for "" and each service's name; watchers are told. */
+void fv_rpc_set_serving(fv_rpc_t *rpc, bool is_serving);
+
+/*
+ * Refuses new calls, waits up to grace_ms for those under way, cancels the rest, joins the thread.
+ * Replies may still come from other threads while it waits. Then fv_rpc_destroy() frees it.
+ */
+void fv_rpc_stop(fv_rpc_t *rpc, uint32_t grace_ms);
+void fv_rpc_destroy(fv_rpc_t *rpc); /* NULL is fine */
+
+/* ------------------------------------------------------------------ calls; any thread */
+
+void fv_call_ref(fv_call_t *call);
+void fv_call_unref(fv_call_t *call);
+bool fv_call_is_closed(const fv_call_t *call);
+fv_method_t fv_call_method(const fv_call_t *call);
+/* A word for the handler's own use, 0 at first. */
+void *fv_call_user(const fv_call_t *call);
+void fv_call_set_user(fv_call_t *call, void *user);
+
+/* A piece of a reply message. release == NULL: at most a few hundred bytes, copied before return.
+ * Else: not copied; release(arg) runs once on some thread when gRPC no longer reads it. */
+typedef struct fv_reply_piece {
+    const void *data;
+    size_t n_bytes;
+    void (*release)(void *arg);
+    void *arg;
+} fv_reply_piece_t;
+
+/* Sends one message: the concatenation of the pieces. A unary call thereby ends with OK. */
+void fv_call_reply(fv_call_t *call, const fv_reply_piece_t *pieces, size_t n_pieces);
+/* Ends the call with a gRPC status code and text: unary instead of a reply; a stream after its queued messages. */
+void fv_call_fail(fv_call_t *call, int32_t grpc_code, const char *message);
+
+#endif /* FV_COORD_RPC_H */

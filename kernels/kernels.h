@@ -1,0 +1,208 @@
+/*
+ * kernels.h - everything the rest of the system may ask of a device.
+ *
+ * Decode path: station 7 of 10. Before: worker/step.c. After: worker/exchange_*.c.
+ *
+ * The only header of kernels/ that others include (with tiles.h, which it needs). It names no CUDA type.
+ * A backend is a table of functions; backend_cpu.c implements it, backend_cuda.c will.
+ *
+ * One step of a rank is: append (new K/V into pages), attend (partial softmax states of this rank's rows), and, for
+ * rows whose KV spans ranks, merge (after the exchange). All take the whole step at once: items of any sessions,
+ * layers, models, lengths, decode and prefill mixed.
+ *
+ * Lean decode (LeanAttention, arXiv:2405.10480): all KV tiles of all (item, KV head) rows of the step form
+ * one line, cut into equal shares, one per CTA or thread; a row cut by a share's border yields partial
+ * states that are merged in ascending tile order, so the same step on the same placement gives the same bits.
+ *
+ * Partial states: o fp32, normalised by its own sum; lse_log2 = m + log2(l), base 2. The empty set is
+ * (o = 0, lse = -inf). On finite inputs no NaN and no +inf ever comes out. A NaN or inf in q, k or v spoils
+ * exactly the rows that see it: a masked token, an unused page slot or the tail of a page may hold anything
+ * and touches nothing (0 * NaN must not be computed).
+ *
+ * Pages. The KV arena is one allocation of the backend. A page reference is the page's offset in the arena in units of
+ * FV_PAGE_UNIT bytes. A page holds FV_PAGE_TOKENS tokens of one (layer, KV head), K first, then V, in
+ * fv_model_page_bytes(); how elements are arranged inside is the backend's own business.
+ */
+#ifndef FV_KERNELS_KERNELS_H
+#define FV_KERNELS_KERNELS_H
+
+#include "common/model.h"
+#include "common/status.h"
+#include "kernels/tiles.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FV_PAGE_UNIT 1024 /* bytes; every page size is a multiple (head dims are multiples of 8) */
+#define FV_PAGE_NONE UINT32_MAX
+
+typedef uint32_t fv_page_ref_t;
+
+typedef struct fv_backend fv_backend_t;
+
+typedef struct fv_backend_config {
+    int32_t n_threads;     /* CPU: compute threads, caller's included; 0 = all this process may use */
+    size_t kv_arena_bytes; /* multiple of FV_PAGE_UNIT */
+    const char *isa;       /* CPU: "auto", "avx512", "avx2", "portable" (tests force each); NULL = auto */
+} fv_backend_config_t;
+
+typedef struct fv_device_info {
+    char device[96];  /* e.g. "Intel Xeon, 2 threads, avx512 bf16" */
+    int32_t n_threads;
+    size_t kv_arena_bytes;
+    size_t workspace_bytes;
+} fv_device_info_t;
+
+/* ------------------------------------------------------------------ append */
+
+/* New tokens of one item for all KV heads of this rank: K/V rows into pages, converted to the cache dtype. */
+typedef struct fv_append_item {
+    int32_t n_kv_heads; /* on this rank */
+    int32_t head_dim_qk, head_dim_v;
+    int32_t src_dtype, kv_dtype; /* fv_dtype_t */
+    const void *k, *v;           /* first token; heads contiguous: k + t * k_token_bytes + h * dk * e; 16-byte aligned
+                                    base or any multiple of the element size */
+    size_t k_token_bytes, v_token_bytes;
+    uint64_t local_begin; /* the part's own index of the first token: page local_begin / P, slot local_begin % P */
+    uint64_t n_tokens;    /* contiguous in the part */
+    const fv_page_ref_t *pages; /* pages[h * pages_head_stride + local_page]; all present */
+    size_t pages_head_stride;
+} fv_append_item_t;
+
+/* Copy on write: the first n_tokens tokens of page src to page dst. */
+typedef struct fv_page_copy {
+    fv_page_ref_t src, dst;
+    int32_t n_tokens;
+    int32_t head_dim_qk, head_dim_v;
+    int32_t kv_dtype;
+} fv_page_copy_t;
+
+/* ------------------------------------------------------------------ attend */
+
+/* Where partial states of a split row go: rows [row_begin of this, row_begin of the next). */
+typedef struct fv_partial_dst {
+    uint64_t row_begin;
+    float *o;        /* [rows, dv] fp32 */
+    float *lse_log2; /* [rows] fp32 */
+} fv_partial_dst_t;
+
+/* One item on this rank. Row r = t * (n_kv_heads * group) + h, t query token, h local query head. */
+typedef struct fv_attn_item {
+    int32_t n_tokens; /* query tokens, >= 1 */
+    int32_t n_kv_heads, group;
+    int32_t head_dim_qk, head_dim_v;
+    int32_t io_dtype, kv_dtype;
+    float softmax_scale, logit_softcap; /* softcap 0 = off; else c * tanh(s / c) after scaling */
+    bool causal;
+    fv_policy_t policy;
+    fv_kv_shard_t shard;
+    int64_t position; /* of the first query token */
+    int64_t kv_end;
+    const void *q; /* q + t * q_token_bytes + h * dk * e */
+    size_t q_token_bytes;
+    const fv_page_ref_t *pages; /* pages[kv_head * pages_head_stride + local_page]; may be NULL when no tile */
+    size_t pages_head_stride;
+
+    /* Result, n_dst = 0: final. o in io_dtype at out + t * out_token_bytes + h * dv * e; lse (may be
+     * NULL) fp32 natural log at lse + t * lse_token_stride + h.
+     * Result, n_dst > 0: partial states to dst[0..n_dst), ascending row_begin, dst[0].row_begin = 0. */
+    void *out;
+    size_t out_token_bytes;
+    float *lse;
+    size_t lse_token_stride; /* elements */
+    const fv_partial_dst_t *dst;
+    int32_t n_dst;
+} fv_attn_item_t;
+
+/* ------------------------------------------------------------------ merge */
+
+/*
+ * Merges n_parts partial states of each row, ascending part order:
+ *   m = max_s lse[s];  w[s] = 2^(lse[s] - m);  o = sum_s w[s] o[s] / sum_s w[s];  lse = m + log2(sum_s w[s])
+ * A part with lse = -inf is skipped without being multiplied (its o may be anything); only empty parts:
+ * (0, -inf). Any other lse, NaN and +inf included, follows IEEE. Source: FlashInfer, arXiv:2501.01005.
+ * Row i of [0, n_rows) is row (row_base + i); result row r goes to out + (r / row_len) * out_token_bytes +
+ * (r % row_len) * dv * e, lse alike, converted to io_dtype / natural log.
+ */
+typedef struct fv_merge_item {
+    uint64_t n_rows;
+    int32_t n_parts;
+    int32_t head_dim_v;
+    int32_t io_dtype;
+    const float *const *o;        /* [n_parts] -> [n_rows, dv] */
+    const float *const *lse_log2; /* [n_parts] -> [n_rows] */
+    uint64_t row_base, row_len;
+    void *out;
+    size_t out_token_bytes;
+    float *lse; /* may be NULL */
+    size_t lse_token_stride;
+} fv_merge_item_t;
+
+/* ------------------------------------------------------------------ the table */
+
+/*
+ * All calls from one thread (compute). Errors: FV_ERR_INVALID_ARG for a descriptor that breaks its contract,
+ * backend failures as their own status. A call returns when its work is done or enqueued; `finish` returns
+ * when all of it is done and its results are readable by the host. Pointers are borrowed until then.
+ */
+typedef struct fv_backend_ops {
+    const char *name; /* "cpu", "cuda" */
+    fv_status_t (*create)(const fv_backend_config_t *config, fv_backend_t **out);
+    void (*destroy)(fv_backend_t *backend); /* NULL is fine */
+    void (*describe)(const fv_backend_t *backend, fv_device_info_t *out);
+    /* Host memory that the device reaches fast (pinned); CPU: page-aligned. */
+    fv_status_t (*host_alloc)(fv_backend_t *backend, size_t n_bytes, void **out);
+    void (*host_free)(fv_backend_t *backend, void *memory);
+    fv_status_t (*append)(fv_backend_t *backend, const fv_append_item_t *items, size_t n_items);
+    fv_status_t (*copy_pages)(fv_backend_t *backend, const fv_page_copy_t *copies, size_t n_copies);
+    fv_status_t (*attend)(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items);
+    fv_status_t (*merge)(fv_backend_t *backend, const fv_merge_item_t *items, size_t n_items);
+    fv_status_t (*finish)(fv_backend_t *backend);
+} fv_backend_ops_t;
+
+extern const fv_backend_ops_t fv_backend_cpu;
+/* Moves no KV and computes nothing: outputs are left as they are. For measuring the service around it. */
+extern const fv_backend_ops_t fv_backend_null;
+
+/* ------------------------------------------------------------------ oracle */
+
+/*
+ * fp64 attention straight from the definition (attend_ref.c): no tiles, no online softmax, no shared code
+ * with the kernels but fv_row_range()'s specification. K and V are given as stored values, widened.
+ *
+ *   out[r, :] = sum_j softmax_j(cap(scale * q_r . k_j)) v_j over the tokens row r sees; lse natural log.
+ */
+typedef struct fv_attend_ref_params {
+    int64_t n_tokens, position, kv_end;
+    int32_t n_kv_heads, group, head_dim_qk, head_dim_v;
+    double softmax_scale, logit_softcap;
+    bool causal;
+    fv_policy_t policy;
+    const double *q; /* [n_tokens, n_kv_heads * group, dk] */
+    const double *k; /* [kv_end, n_kv_heads, dk] */
+    const double *v; /* [kv_end, n_kv_heads, dv] */
+    double *out;     /* [n_tokens, n_kv_heads * group, dv] */
+    double *lse;     /* [n_tokens, n_kv_heads * group] or NULL */
+} fv_attend_ref_params_t;
+
+void fv_attend_ref(const fv_attend_ref_params_t *params);
+
+/* Scalar conversions, round to nearest even, NaN stays NaN: for oracles, tests and remainders. */
+float fv_f16_to_f32(uint16_t h);
+uint16_t fv_f32_to_f16(float f);
+float fv_bf16_to_f32(uint16_t h);
+uint16_t fv_f32_to_bf16(float f);
+
+/* Element i of a buffer of `dtype`, and rounding of a value through a dtype. */
+float fv_load_element(const void *data, fv_dtype_t dtype, size_t i);
+void fv_store_element(void *data, fv_dtype_t dtype, size_t i, float value);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* FV_KERNELS_KERNELS_H */

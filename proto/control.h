@@ -1,0 +1,146 @@
+/*
+ * control.h - coordinator <-> worker messages on the control socket: fixed-size structs.
+ *
+ * Every message is a fv_ctl_header_t followed by body_bytes of body. The socket is also the doorbell (a
+ * worker sleeps in poll() on it) and the death detector (a closed socket is a dead peer). Tensors never
+ * travel here: a STEP names them, MPI carries them (coord/link_mpi.c, worker/inbox_mpi.c), laid out as
+ * proto/step.h says.
+ *
+ * Sessions and models have slots: small integers that the coordinator hands out and reuses only after
+ * the CLOSE has been sent; the socket keeps the order.
+ *
+ * Answers: MODEL, OPEN, FORK, TRUNCATE, CLOSE -> DONE; STEP -> DONE. Each DONE carries the rank's free
+ * memory, so the coordinator's view of it is exact whenever nothing is under way.
+ */
+#ifndef FV_PROTO_CONTROL_H
+#define FV_PROTO_CONTROL_H
+
+#include "common/model.h"
+#include "common/status.h"
+#include "proto/placement.h"
+
+#include <stdint.h>
+
+#define FV_CTL_MAGIC      0x31305646U /* "FV01" */
+#define FV_CTL_BODY_MAX   (1U << 26)
+#define FV_MODELS_MAX     64
+#define FV_STEP_ITEMS_MAX 4096
+
+typedef enum fv_ctl_type {
+    FV_CTL_HELLO = 1, /* worker -> coordinator, first message: fv_ctl_hello_t */
+    FV_CTL_MODEL,     /* fv_ctl_model_t */
+    FV_CTL_OPEN,      /* fv_ctl_open_t */
+    FV_CTL_FORK,      /* fv_ctl_fork_t */
+    FV_CTL_TRUNCATE,  /* fv_ctl_truncate_t */
+    FV_CTL_CLOSE,     /* fv_ctl_close_t */
+    FV_CTL_STEP,      /* fv_ctl_step_t, then n_items fv_ctl_item_t */
+    FV_CTL_DONE,      /* worker -> coordinator: fv_ctl_done_t, then n_items fv_error_t (failed steps only) */
+    FV_CTL_PING,      /* coordinator -> worker, no body; answered by PONG */
+    FV_CTL_PONG,      /* fv_ctl_memory_t */
+    FV_CTL_STOP,      /* no body: finish and leave */
+} fv_ctl_type_t;
+
+typedef struct fv_ctl_header {
+    uint32_t magic;
+    uint16_t type;
+    uint16_t reserved;
+    uint32_t epoch; /* of the coordinator; a worker refuses another one */
+    uint32_t body_bytes;
+    uint64_t seq; /* of the message; a DONE repeats it */
+} fv_ctl_header_t;
+
+/* The free memory of a rank, exact at the moment of sending. See worker/kv_pool.h for slabs. */
+typedef struct fv_ctl_memory {
+    uint64_t kv_bytes_total;
+    uint64_t kv_bytes_free;
+    uint32_t slab_bytes;
+    uint32_t n_slabs_free;
+    uint32_t n_pages_free[FV_MODELS_MAX]; /* by model slot: free pages in slabs of its page size */
+} fv_ctl_memory_t;
+
+typedef struct fv_ctl_hello {
+    uint32_t rank;
+    uint32_t n_threads;
+    char host[64];
+    char backend[16];
+    char device[96];
+    fv_ctl_memory_t memory;
+} fv_ctl_hello_t;
+
+typedef struct fv_ctl_model {
+    uint32_t model_slot;
+    uint32_t reserved;
+    fv_model_spec_t spec;
+} fv_ctl_model_t;
+
+typedef struct fv_ctl_open {
+    uint32_t session_slot;
+    uint32_t model_slot;
+    fv_placement_t placement;
+} fv_ctl_open_t;
+
+/* The new session has the parent's model and placement, and each layer's first
+ * min(layer length, at_position) tokens, pages shared. */
+typedef struct fv_ctl_fork {
+    uint32_t session_slot; /* of the new session */
+    uint32_t parent_slot;
+    uint64_t at_position;
+} fv_ctl_fork_t;
+
+typedef struct fv_ctl_truncate {
+    uint32_t session_slot;
+    uint32_t layer; /* UINT32_MAX = every layer */
+    uint64_t position; /* layers longer than this are cut to it */
+} fv_ctl_truncate_t;
+
+typedef struct fv_ctl_close {
+    uint32_t session_slot;
+    uint32_t reserved;
+} fv_ctl_close_t;
+
+/* MPI message tags, all on the epoch's communicator. Steps are sequential and MPI keeps order per (source,
+ * tag), so a tag needs no step number. A packed buffer travels as one message of bytes. */
+enum {
+    FV_TAG_INPUT = 1,    /* coordinator -> worker: packed input, present iff in_bytes > 0 */
+    FV_TAG_OUTPUT = 2,   /* worker -> coordinator: packed output, present iff out_bytes > 0 */
+    FV_TAG_EXCHANGE = 3, /* worker -> worker: partial states */
+};
+
+enum {
+    FV_ITEM_CAUSAL = 1,
+    FV_ITEM_APPEND = 2,  /* K and V travel and are appended at `position` */
+    FV_ITEM_WANT_LSE = 4,
+};
+
+/* One item of a step; its share of each rank follows from the session's placement (proto/step.h). */
+typedef struct fv_ctl_item {
+    uint32_t session_slot;
+    uint32_t layer;
+    uint64_t position; /* of the first query token, in the session */
+    uint64_t kv_end;   /* tokens [0, kv_end) exist once this item's are appended; rows see no later one */
+    uint32_t n_tokens; /* query tokens */
+    uint16_t dtype;    /* fv_dtype_t of q, k, v and out */
+    uint16_t flags;    /* FV_ITEM_* */
+} fv_ctl_item_t;
+
+typedef struct fv_ctl_step {
+    uint64_t step_id;
+    uint32_t n_items;
+    uint32_t reserved;
+    uint64_t in_bytes;  /* of the packed tensors that MPI brings to this rank, 0 = none */
+    uint64_t out_bytes; /* of the packed results that this rank sends back, 0 = none */
+} fv_ctl_step_t;
+
+typedef struct fv_ctl_done {
+    fv_error_t error;     /* FV_OK, or the first failure */
+    uint32_t compute_us;  /* STEP: append and attention */
+    uint32_t exchange_us; /* STEP: partial states exchanged and merged */
+    uint32_t n_items;     /* STEP with failures: per-item errors that follow; else 0 */
+    uint32_t reserved;
+    fv_ctl_memory_t memory;
+} fv_ctl_done_t;
+
+_Static_assert(sizeof(fv_ctl_header_t) == 24, "the header is part of the wire format");
+_Static_assert(sizeof(fv_ctl_item_t) == 32, "the item is part of the wire format");
+
+#endif /* FV_PROTO_CONTROL_H */

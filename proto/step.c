@@ -1,0 +1,73 @@
+/*
+ * step.c - an item's share of a rank, computed alike by coordinator and workers.
+ */
+#include "proto/step.h"
+
+bool fv_item_share(const fv_model_spec_t *spec,
+                   const fv_placement_t *placement,
+                   const fv_ctl_item_t *item,
+                   uint32_t rank,
+                   fv_item_share_t *out)
+{
+    int32_t cell = fv_placement_cell(placement, rank);
+    int32_t n_parts = fv_placement_active_parts(placement, item->kv_end);
+    size_t e = fv_dtype_bytes((fv_dtype_t)item->dtype);
+    fv_item_share_t s = {0};
+
+    if (n_parts == 0) { /* nothing to read: part 0 answers with the empty set */
+        n_parts = 1;
+    }
+    if ((cell < 0) || (cell % placement->n_ctx_parts >= n_parts)) {
+        return false;
+    }
+    s.hp = cell / placement->n_ctx_parts;
+    s.cp = cell % placement->n_ctx_parts;
+    s.head_begin = fv_placement_head_begin(placement, spec->n_kv_heads, s.hp);
+    s.head_end = fv_placement_head_begin(placement, spec->n_kv_heads, s.hp + 1);
+    s.n_parts = n_parts;
+    if ((item->flags & FV_ITEM_APPEND) != 0) {
+        s.n_kv_tokens = fv_placement_tokens(placement, s.cp, item->position + item->n_tokens) -
+                        fv_placement_tokens(placement, s.cp, item->position);
+    }
+    size_t n_heads = (size_t)(s.head_end - s.head_begin);
+    size_t n_q_heads = n_heads * (size_t)fv_model_group(spec);
+    s.n_rows = (uint64_t)item->n_tokens * n_q_heads;
+    s.row_begin = fv_rows_begin(s.n_rows, n_parts, s.cp);
+    s.row_end = fv_rows_begin(s.n_rows, n_parts, s.cp + 1);
+    s.q_bytes = s.n_rows * (size_t)spec->head_dim_qk * e;
+    s.k_bytes = s.n_kv_tokens * n_heads * (size_t)spec->head_dim_qk * e;
+    s.v_bytes = s.n_kv_tokens * n_heads * (size_t)spec->head_dim_v * e;
+    s.out_bytes = (s.row_end - s.row_begin) * (size_t)spec->head_dim_v * e;
+    s.lse_bytes = ((item->flags & FV_ITEM_WANT_LSE) != 0)
+                      ? ((s.row_end - s.row_begin) * sizeof(float))
+                      : 0U;
+    *out = s;
+    return true;
+}
+
+bool fv_token_run_next(const fv_placement_t *placement,
+                       int32_t cp,
+                       const fv_ctl_item_t *item,
+                       uint64_t *cursor,
+                       fv_token_run_t *out)
+{
+    if ((item->flags & FV_ITEM_APPEND) == 0) {
+        return false;
+    }
+    while (*cursor < item->n_tokens) {
+        uint64_t token = item->position + *cursor;
+        uint64_t to_block_end = placement->shard_tokens - (token % placement->shard_tokens);
+        uint64_t left = item->n_tokens - *cursor;
+        uint64_t n = (left < to_block_end) ? left : to_block_end;
+        uint64_t begin = *cursor;
+
+        *cursor += n;
+        if (fv_placement_part_of(placement, token) == cp) {
+            *out = (fv_token_run_t){.item_begin = begin,
+                                    .local_begin = fv_placement_local(placement, token),
+                                    .n_tokens = n};
+            return true;
+        }
+    }
+    return false;
+}

@@ -1,0 +1,87 @@
+/*
+ * step.h - what one item of a step means for one rank: who gets which bytes, who merges which row.
+ *
+ * Coordinator and workers compute the same share from the same (spec, placement, item), so no message
+ * has to describe it.
+ *
+ * Rows. Cell (hp, cp) has n_q_heads_local = (head_end - head_begin) * G query heads; row
+ *   r = t * n_q_heads_local + h     (t query token of the item, h local query head)
+ * The rows of one head part are merged by its active context parts: part d merges rows
+ * [fv_rows_begin(R, A, d), fv_rows_begin(R, A, d + 1)), R rows, A active parts. A = 1: no exchange.
+ *
+ * Packed input of a rank (MPI, coordinator -> rank): for each item of the step in order in which the rank
+ * has a share:  q [n_tokens, n_q_heads_local, dk], then k [n_kv_tokens, n_heads_local, dk], then
+ * v [n_kv_tokens, n_heads_local, dv], each padded to FV_STEP_ALIGN bytes; k and v only of the new tokens
+ * this rank owns, in ascending position.
+ * Packed output of a rank (rank -> coordinator): for each item, o of its merged rows
+ * [n_rows, dv] in the item's dtype, then (FV_ITEM_WANT_LSE) lse [n_rows] fp32, natural log, each padded.
+ */
+#ifndef FV_PROTO_STEP_H
+#define FV_PROTO_STEP_H
+
+#include "proto/control.h"
+#include "proto/placement.h"
+
+#include <stdbool.h>
+
+#define FV_STEP_ALIGN 64
+
+/* The share of one item that a rank has. */
+typedef struct fv_item_share {
+    int32_t hp, cp;                    /* the rank's cell */
+    int32_t head_begin, head_end;      /* KV heads */
+    int32_t n_parts;                   /* A: active context parts; the share exists iff cp < A */
+    uint64_t n_kv_tokens;              /* new tokens that this rank appends */
+    uint64_t n_rows;                   /* R = n_tokens * n_q_heads_local */
+    uint64_t row_begin, row_end;       /* rows this rank merges and returns */
+    size_t q_bytes, k_bytes, v_bytes;  /* packed input, unpadded */
+    size_t out_bytes, lse_bytes;       /* packed output, unpadded */
+} fv_item_share_t;
+
+static inline uint64_t fv_rows_begin(uint64_t n_rows, int32_t n_parts, int32_t d)
+{
+    return (n_rows / (uint64_t)n_parts) * (uint64_t)d +
+           (((n_rows % (uint64_t)n_parts) < (uint64_t)d) ? (n_rows % (uint64_t)n_parts)
+                                                         : (uint64_t)d);
+}
+
+/* A run of an item's new tokens that one part owns: contiguous in the item and in the part. */
+typedef struct fv_token_run {
+    uint64_t item_begin;  /* first token, counted from the item's first */
+    uint64_t local_begin; /* the same token among the part's own tokens */
+    uint64_t n_tokens;
+} fv_token_run_t;
+
+/*
+ * The share of `rank`; false when it has none (not in the placement, or its context part holds no token
+ * of [0, kv_end)).
+ */
+bool fv_item_share(const fv_model_spec_t *spec,
+                   const fv_placement_t *placement,
+                   const fv_ctl_item_t *item,
+                   uint32_t rank,
+                   fv_item_share_t *out);
+
+/*
+ * Walks the runs of new tokens [position, position + n_tokens) owned by part cp: start with
+ * *cursor = 0; false when there is no further run. Runs come in ascending position.
+ */
+bool fv_token_run_next(const fv_placement_t *placement,
+                       int32_t cp,
+                       const fv_ctl_item_t *item,
+                       uint64_t *cursor,
+                       fv_token_run_t *out);
+
+/* Padded sizes of a share in the packed buffers. */
+static inline size_t fv_share_in_bytes(const fv_item_share_t *s)
+{
+    return fv_align_up(s->q_bytes, FV_STEP_ALIGN) + fv_align_up(s->k_bytes, FV_STEP_ALIGN) +
+           fv_align_up(s->v_bytes, FV_STEP_ALIGN);
+}
+
+static inline size_t fv_share_out_bytes(const fv_item_share_t *s)
+{
+    return fv_align_up(s->out_bytes, FV_STEP_ALIGN) + fv_align_up(s->lse_bytes, FV_STEP_ALIGN);
+}
+
+#endif /* FV_PROTO_STEP_H */

@@ -1,0 +1,131 @@
+/*
+ * worker.h - one rank's share of the service: KV pool, page tables, and the step.
+ *
+ * The only header of worker/ that others (coord/main.c, tests, bench) include. A worker executes what the
+ * coordinator decided: it never places anything. Rank 0's worker is called directly by the coordinator's engine
+ * (through coord/link.h); the others run fv_worker_serve() on their control socket.
+ *
+ * Thread: every call from one thread, the rank's compute thread (it is also the only one that calls MPI).
+ */
+#ifndef FV_WORKER_WORKER_H
+#define FV_WORKER_WORKER_H
+
+#include "common/status.h"
+#include "kernels/kernels.h"
+#include "proto/control.h"
+#include "proto/step.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct fv_worker fv_worker_t;
+
+/* One contiguous buffer to or from a peer rank. */
+typedef struct fv_exchange_message {
+    uint32_t peer; /* rank */
+    void *data;    /* sends only read it */
+    size_t n_bytes;
+} fv_exchange_message_t;
+
+/*
+ * The exchange door: one packed all-to-all a step, sparse: at most one message each way per peer, none where
+ * there is nothing to say. Returns when all have arrived and all sends may be reused.
+ * Errors: FV_ERR_TIMED_OUT past deadline_ms; FV_ERR_RANK_LOST when `is_aborted` says so; FV_ERR_MPI.
+ */
+typedef struct fv_exchange_ops {
+    const char *name; /* "none", "mpi", "nccl" */
+    fv_status_t (*all_to_all)(void *ctx,
+                              const fv_exchange_message_t *sends,
+                              size_t n_sends,
+                              const fv_exchange_message_t *recvs,
+                              size_t n_recvs,
+                              uint32_t deadline_ms);
+} fv_exchange_ops_t;
+
+typedef struct fv_worker_config {
+    uint32_t rank, n_ranks;
+    const fv_backend_ops_t *backend;
+    fv_backend_config_t backend_config; /* kv_arena_bytes: all of this rank's KV memory */
+    const fv_exchange_ops_t *exchange;  /* NULL: single rank */
+    void *exchange_ctx;                 /* keeps */
+    uint32_t step_deadline_ms;          /* of one exchange; 0 = 30000 */
+} fv_worker_config_t;
+
+FV_MUST_CHECK fv_status_t fv_worker_create(const fv_worker_config_t *config, fv_worker_t **out);
+void fv_worker_destroy(fv_worker_t *worker); /* NULL is fine */
+
+/* Fills rank, threads, backend, device and memory; host is left to the caller. */
+void fv_worker_hello(const fv_worker_t *worker, fv_ctl_hello_t *out);
+void fv_worker_memory(const fv_worker_t *worker, fv_ctl_memory_t *out);
+
+/* Control messages. Errors: FV_ERR_PROTOCOL for a slot out of range, in use, or unknown. */
+FV_MUST_CHECK fv_status_t fv_worker_model(fv_worker_t *worker, const fv_ctl_model_t *message);
+FV_MUST_CHECK fv_status_t fv_worker_open(fv_worker_t *worker, const fv_ctl_open_t *message);
+FV_MUST_CHECK fv_status_t fv_worker_fork(fv_worker_t *worker, const fv_ctl_fork_t *message);
+FV_MUST_CHECK fv_status_t fv_worker_truncate(fv_worker_t *worker, const fv_ctl_truncate_t *message);
+FV_MUST_CHECK fv_status_t fv_worker_close(fv_worker_t *worker, const fv_ctl_close_t *message);
+
+/*
+ * Where one item's tensors are. Not packed (coordinator's own rank): the whole item's tensors, head 0 first;
+ * the worker picks its heads, tokens and rows. Packed: only this rank's share, as proto/step.h lays it out.
+ */
+typedef struct fv_step_io {
+    const void *q, *k, *v;
+    size_t q_token_bytes, k_token_bytes, v_token_bytes;
+    void *out;
+    size_t out_token_bytes;
+    float *lse; /* NULL unless FV_ITEM_WANT_LSE */
+    size_t lse_token_stride; /* elements */
+    bool is_packed;
+} fv_step_io_t;
+
+/*
+ * Runs one step: reserve pages (copy on write where shared), append, attend, exchange, merge.
+ * `items` are all items of the step in which this rank has a share, `io` one each, `item_errors` one each.
+ * An item that fails (no pages) fails alone and leaves the session as it was on this rank; it still takes part
+ * in the exchange, so that peers do not wait. `out_done` gets timings, memory and the first error.
+ * Returns an error only when the rank can not go on (exchange or backend failure).
+ */
+FV_MUST_CHECK fv_status_t fv_worker_step(fv_worker_t *worker,
+                                         const fv_ctl_item_t *items,
+                                         const fv_step_io_t *io,
+                                         size_t n_items,
+                                         fv_ctl_done_t *out_done,
+                                         fv_error_t *item_errors);
+
+/* The same over packed buffers of in_bytes and out_bytes (checked against the shares' sizes). */
+FV_MUST_CHECK fv_status_t fv_worker_step_packed(fv_worker_t *worker,
+                                                const fv_ctl_step_t *step,
+                                                const fv_ctl_item_t *items,
+                                                const void *in,
+                                                void *out,
+                                                fv_ctl_done_t *out_done,
+                                                fv_error_t *item_errors);
+
+/* What GetPlacement and tests ask: pages held by a session on this rank, all layers and heads. */
+uint64_t fv_worker_session_pages(const fv_worker_t *worker, uint32_t session_slot);
+
+/*
+ * The service loop of a rank other than the coordinator's (inbox_mpi.c): sleeps in poll() on
+ * `control_fd`, enters MPI only while a step is under way, returns FV_OK after STOP,
+ * FV_ERR_RANK_LOST when the coordinator's socket closes.
+ * `mpi_comm` points to the MPI_Comm of the epoch (void: this header names no MPI type).
+ */
+FV_MUST_CHECK fv_status_t fv_worker_serve(fv_worker_t *worker,
+                                          int control_fd,
+                                          uint32_t epoch,
+                                          void *mpi_comm);
+
+/*
+ * The MPI exchange (exchange_mpi.c). While it waits it polls `abort_fd` (-1: none): readable end-of-file or
+ * hang-up there means the coordinator is gone -> FV_ERR_RANK_LOST. Waits spin briefly, then test and sleep.
+ */
+typedef struct fv_exchange_mpi fv_exchange_mpi_t;
+extern const fv_exchange_ops_t fv_exchange_mpi_ops;
+FV_MUST_CHECK fv_status_t fv_exchange_mpi_create(void *mpi_comm, fv_exchange_mpi_t **out);
+void fv_exchange_mpi_destroy(fv_exchange_mpi_t *exchange);
+/* is_aborted(arg) is polled while waiting; NULL: never. */
+void fv_exchange_mpi_on_poll(fv_exchange_mpi_t *exchange, bool (*is_aborted)(void *arg), void *arg);
+
+#endif /* FV_WORKER_WORKER_H */
