@@ -58,7 +58,10 @@ typedef struct fv_ctl_memory {
     uint32_t n_pages_free[FV_MODELS_MAX]; /* by model slot: free pages in slabs of its page size */
 } fv_ctl_memory_t;
 
+#define FV_SECRET_BYTES 16
+
 typedef struct fv_ctl_hello {
+    uint8_t secret[FV_SECRET_BYTES]; /* of the job, handed out over MPI: proves the rank belongs to it */
     uint32_t rank;
     uint32_t n_threads;
     char host[64];

@@ -72,6 +72,20 @@ bool fv_token_run_next(const fv_placement_t *placement,
                        uint64_t *cursor,
                        fv_token_run_t *out);
 
+/*
+ * Where one item's tensors are. Not packed (coordinator's own rank): the whole item's tensors, head 0 first;
+ * the worker picks its heads, tokens and rows. Packed: only this rank's share, as proto/step.h lays it out.
+ */
+typedef struct fv_step_io {
+    const void *q, *k, *v;
+    size_t q_token_bytes, k_token_bytes, v_token_bytes;
+    void *out;
+    size_t out_token_bytes;
+    float *lse; /* NULL unless FV_ITEM_WANT_LSE */
+    size_t lse_token_stride; /* elements */
+    bool is_packed;
+} fv_step_io_t;
+
 /* Padded sizes of a share in the packed buffers. */
 static inline size_t fv_share_in_bytes(const fv_item_share_t *s)
 {

@@ -67,20 +67,6 @@ FV_MUST_CHECK fv_status_t fv_worker_truncate(fv_worker_t *worker, const fv_ctl_t
 FV_MUST_CHECK fv_status_t fv_worker_close(fv_worker_t *worker, const fv_ctl_close_t *message);
 
 /*
- * Where one item's tensors are. Not packed (coordinator's own rank): the whole item's tensors, head 0 first;
- * the worker picks its heads, tokens and rows. Packed: only this rank's share, as proto/step.h lays it out.
- */
-typedef struct fv_step_io {
-    const void *q, *k, *v;
-    size_t q_token_bytes, k_token_bytes, v_token_bytes;
-    void *out;
-    size_t out_token_bytes;
-    float *lse; /* NULL unless FV_ITEM_WANT_LSE */
-    size_t lse_token_stride; /* elements */
-    bool is_packed;
-} fv_step_io_t;
-
-/*
  * Runs one step: reserve pages (copy on write where shared), append, attend, exchange, merge.
  * `items` are all items of the step in which this rank has a share, `io` one each, `item_errors` one each.
  * An item that fails (no pages) fails alone and leaves the session as it was on this rank; it still takes part
