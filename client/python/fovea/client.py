@@ -1,0 +1,205 @@
+"""client.py - a connection to the service: models, sessions, blocking attention, cluster."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import grpc
+
+from fovea import attend as attend_message
+from fovea._pb import attention_pb2 as pb
+from fovea.attend import AttendResult, Item
+from fovea.dtypes import Array
+from fovea.errors import Unavailable, from_rpc
+from fovea.model import ModelSpec, Sharding
+from fovea.rpc import Rpc
+from fovea.session import Session, SessionLike, as_items, session_id
+from fovea.stream import INFLIGHT_MAX, AttendStream
+
+MESSAGE_BYTES_MAX = 1 << 30
+
+_CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.enable_http_proxy", 0),  # a data plane never goes through a web proxy
+    ("grpc.use_local_subchannel_pool", 1),  # one connection per Client, so two Clients never share a pipe
+]
+
+
+def connect(
+    address: str,
+    *,
+    timeout: float | None = 10.0,
+    credentials: grpc.ChannelCredentials | None = None,
+    message_bytes_max: int = MESSAGE_BYTES_MAX,
+) -> Client:
+    """Connects to "host:port" or "unix:/path" and waits until the service answers.
+
+    timeout:            seconds to wait (Unavailable afterwards); None = do not wait.
+    message_bytes_max:  of one message, either way; the service has a limit of its own.
+    """
+    sizes = {
+        "grpc.max_send_message_length": message_bytes_max,
+        "grpc.max_receive_message_length": message_bytes_max,
+    }
+    options = [(name, sizes.get(name, value)) for name, value in _CHANNEL_OPTIONS]
+    if credentials is None:
+        channel = grpc.insecure_channel(address, options)
+    else:
+        channel = grpc.secure_channel(address, credentials, options)
+    if timeout is not None:
+        try:
+            grpc.channel_ready_future(channel).result(timeout)
+        except grpc.FutureTimeoutError:
+            channel.close()
+            raise Unavailable(f"no service at {address} within {timeout:g} s") from None
+    return Client(channel)
+
+
+class Client:
+    """A connection. Made by connect(). Thread: any. A context manager.
+
+    Every method raises a FoveaError subclass named after the gRPC status when the service refuses.
+    """
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._channel = channel
+        self._rpc = Rpc(channel)
+        self._ids = itertools.count(1)
+
+    def close(self) -> None:
+        """Ends the connection (and its streams). Sessions stay: they belong to the service."""
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ models, sessions
+
+    def register_model(self, spec: ModelSpec) -> str:
+        """The model's id. Idempotent: the same spec always gives the same id."""
+        reply = self._call("RegisterModel", pb.RegisterModelRequest(spec=spec.to_pb()))
+        return str(reply.model_id)
+
+    def open_session(
+        self,
+        model_id: str,
+        max_tokens_hint: int = 0,
+        sharding: Sharding | None = None,
+    ) -> Session:
+        """An empty session. max_tokens_hint guides its placement (0 = unknown), and reserves nothing."""
+        request = pb.OpenSessionRequest(model_id=model_id, max_tokens_hint=max_tokens_hint)
+        if sharding is not None:
+            request.sharding.CopyFrom(sharding.to_pb())
+        return Session(self, self._call("OpenSession", request).session_id)
+
+    def session(self, id: str) -> Session:
+        """A handle to a session that exists already (opened elsewhere, perhaps)."""
+        return Session(self, id)
+
+    def fork_session(self, session: SessionLike, at_position: int | None = None) -> Session:
+        request = pb.ForkSessionRequest(session_id=session_id(session))
+        if at_position is not None:
+            request.at_position = at_position
+        return Session(self, self._call("ForkSession", request).session_id)
+
+    def truncate_session(self, session: SessionLike, position: int) -> None:
+        self._call(
+            "TruncateSession",
+            pb.TruncateSessionRequest(session_id=session_id(session), position=position),
+        )
+
+    def close_session(self, session: SessionLike) -> None:
+        self._call("CloseSession", pb.CloseSessionRequest(session_id=session_id(session)))
+
+    def session_info(self, session: SessionLike) -> pb.SessionInfo:
+        reply = self._call("GetSession", pb.GetSessionRequest(session_id=session_id(session)))
+        return cast(pb.SessionInfo, reply)
+
+    def list_sessions(self, model_id: str = "", page_size: int = 0) -> Iterator[pb.SessionInfo]:
+        """Every open session (of one model), page by page."""
+        token = ""
+        while True:
+            reply = self._call(
+                "ListSessions",
+                pb.ListSessionsRequest(page_size=page_size, page_token=token, model_id=model_id),
+            )
+            yield from reply.sessions
+            token = reply.next_page_token
+            if not token:
+                return
+
+    # ------------------------------------------------------------------ attention
+
+    def attend(
+        self,
+        layer: int,
+        items: Sequence[Item | tuple[SessionLike, int, int]],
+        q: Array,
+        k: Array | None = None,
+        v: Array | None = None,
+        causal: bool = True,
+        want_lse: bool = False,
+        append: bool = True,
+        *,
+        dtype: str | None = None,
+        timeout: float | None = None,
+    ) -> AttendResult:
+        """Appends K and V to the sessions' caches and attends over all of it; waits for the answer.
+
+        items:   (session, position of the first token, n_tokens) per sequence; T = sum of n_tokens.
+        q:       [T, Hq, dk]; k [T, Hkv, dk]; v [T, Hkv, dv]: tokens of all items packed in item order, one
+                 dtype for all: float32, float16, ml_dtypes.bfloat16, or uint16 with dtype="bf16".
+        append:  False = query only, over what is stored: k and v must be None.
+        timeout: seconds; DeadlineExceeded afterwards.
+
+        Repeating a call whose answer was lost is safe: the same K and V at the same position are
+        recognised, not appended again. Other bytes there raise FailedPrecondition; a position
+        beyond the committed length raises OutOfRange.
+        """
+        call = attend_message.encode(
+            next(self._ids), layer, as_items(items), q, k, v,
+            causal=causal, want_lse=want_lse, append=append, dtype=dtype,
+        )  # fmt: skip
+        return attend_message.decode(call, self._call("AttendOnce", call.payload, timeout))
+
+    def stream(self, inflight_max: int = INFLIGHT_MAX) -> AttendStream:
+        """A pipelined stream: submit() returns futures. Cheaper than attend() per call when kept full."""
+        return AttendStream(self._rpc, inflight_max)
+
+    # ------------------------------------------------------------------ cluster
+
+    def status(self) -> pb.ClusterStatus:
+        """Ranks, devices, memory, load, versions."""
+        return cast(pb.ClusterStatus, self._call("GetStatus", pb.GetStatusRequest()))
+
+    def watch(self, interval: float = 1.0) -> Iterator[pb.ClusterStatus]:
+        """A status now and then every `interval` seconds, until the caller stops iterating."""
+        call = self._rpc.WatchStatus(pb.WatchStatusRequest(interval_ms=round(interval * 1000)))
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise from_rpc(error) from None
+        finally:
+            call.cancel()
+
+    def placement(self, session: SessionLike) -> pb.Placement:
+        """Which rank holds which heads and tokens of a session, and why."""
+        reply = self._call("GetPlacement", pb.GetPlacementRequest(session_id=session_id(session)))
+        return cast(pb.Placement, reply)
+
+    def drain(self, timeout: float = 0.0) -> pb.DrainResponse:
+        """The service refuses new work, finishes what runs and stops. 0 = its own --drain-timeout."""
+        request = pb.DrainRequest(timeout_ms=round(timeout * 1000))
+        return cast(pb.DrainResponse, self._call("Drain", request))
+
+    def _call(self, method: str, request: Any, timeout: float | None = None) -> Any:
+        try:
+            return getattr(self._rpc, method)(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise from_rpc(error) from None

@@ -1,0 +1,102 @@
+"""model.py - what the service must know of a model: the geometry of its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fovea._pb import attention_pb2 as pb
+from fovea.dtypes import wire_dtype
+
+_MODES = {
+    "auto": pb.Sharding.AUTO,
+    "heads": pb.Sharding.HEADS,
+    "context": pb.Sharding.CONTEXT,
+}
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every token is visible (up to the query's own position, when causal)."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A query at position p sees token j iff p - j < window_tokens or j < sink_tokens."""
+
+    window_tokens: int  # >= 1, counts the query's own position
+    sink_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class LayerPolicy:
+    """Which tokens a query may read, in `layers` (empty = every layer). A later entry wins."""
+
+    policy: Dense | Window
+    layers: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a session is spread over ranks.
+
+    mode:          "auto" (the cost model decides), "heads" or "context".
+    shard_tokens:  tokens per turn of the block-cyclic context; 0 = the server's default.
+    max_ranks:     0 = all.
+    """
+
+    mode: str = "auto"
+    shard_tokens: int = 0
+    max_ranks: int = 0
+
+    def to_pb(self) -> pb.Sharding:
+        mode = _MODES.get(self.mode)
+        if mode is None:
+            raise ValueError(f'sharding: given "{self.mode}", expected one of {", ".join(_MODES)}')
+        return pb.Sharding(mode=mode, shard_tokens=self.shard_tokens, max_ranks=self.max_ranks)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model's attention. Shape letters used everywhere: T tokens, Hq n_q_heads, Hkv n_kv_heads,
+    dk head_dim_qk, dv head_dim_v.
+
+    kv_dtype:       how K and V are stored: "f32", "f16" or "bf16".
+    softmax_scale:  0 = 1/sqrt(dk).
+    logit_softcap:  c > 0: logits become c * tanh(logit / c); 0 = off.
+    """
+
+    name: str
+    n_layers: int
+    n_q_heads: int
+    n_kv_heads: int
+    head_dim_qk: int
+    head_dim_v: int = 0  # 0 = head_dim_qk
+    kv_dtype: str = "bf16"
+    softmax_scale: float = 0.0
+    logit_softcap: float = 0.0
+    policies: Sequence[LayerPolicy] = field(default=())
+    sharding: Sharding | None = None
+
+    def to_pb(self) -> pb.ModelSpec:
+        spec = pb.ModelSpec(
+            name=self.name,
+            n_layers=self.n_layers,
+            n_q_heads=self.n_q_heads,
+            n_kv_heads=self.n_kv_heads,
+            head_dim_qk=self.head_dim_qk,
+            head_dim_v=self.head_dim_v,
+            kv_dtype=wire_dtype(self.kv_dtype),
+            softmax_scale=self.softmax_scale,
+            logit_softcap=self.logit_softcap,
+        )
+        for entry in self.policies:
+            added = spec.policies.add(layers=entry.layers)
+            if isinstance(entry.policy, Window):
+                added.window.window_tokens = entry.policy.window_tokens
+                added.window.sink_tokens = entry.policy.sink_tokens
+            else:
+                added.dense.SetInParent()
+        if self.sharding is not None:
+            spec.sharding.CopyFrom(self.sharding.to_pb())
+        return spec
