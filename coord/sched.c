@@ -1,0 +1,344 @@
+/*
+ * sched.c - the scheduler core's tables: models, sessions, ranks. Steps are formed in sched_step.c.
+ */
+#include "coord/sched.h"
+
+#include "common/digest.h"
+#include "coord/sched_internal.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+fv_status_t fv_sched_create(const fv_sched_config_t *config, fv_sched_t **out)
+{
+    fv_sched_t *sched = calloc(1, sizeof(*sched));
+
+    if (sched == NULL) {
+        return fv_fail(FV_ERR_NO_MEMORY, "scheduler");
+    }
+    sched->config = *config;
+    sched->queue_tail = &sched->queue_head;
+    sched->ranks = calloc(config->n_ranks, sizeof(*sched->ranks));
+    sched->pages_needed = calloc(config->n_ranks, sizeof(*sched->pages_needed));
+    sched->touched_ranks = calloc(config->n_ranks, sizeof(*sched->touched_ranks));
+    fv_status_t status = FV_OK;
+    if ((sched->ranks == NULL) || (sched->pages_needed == NULL) || (sched->touched_ranks == NULL)) {
+        status = fv_fail(FV_ERR_NO_MEMORY, "scheduler of %u ranks", config->n_ranks);
+    }
+    if (status == FV_OK) {
+        status = fv_session_table_create(config->sessions_max, &sched->sessions);
+    }
+    if (status == FV_OK) {
+        status = fv_planner_create(config->n_ranks, &config->cost, &sched->planner);
+    }
+    if (status != FV_OK) {
+        fv_sched_destroy(sched);
+        return status;
+    }
+    *out = sched;
+    return FV_OK;
+}
+
+void fv_sched_destroy(fv_sched_t *sched)
+{
+    if (sched == NULL) {
+        return;
+    }
+    fv_session_table_destroy(sched->sessions);
+    fv_planner_destroy(sched->planner);
+    free(sched->ranks);
+    free(sched->pages_needed);
+    free(sched->touched_ranks);
+    free(sched);
+}
+
+void fv_sched_rank_memory(fv_sched_t *sched, uint32_t rank, const fv_ctl_memory_t *memory)
+{
+    if (sched->ranks[rank].kv_bytes_total != memory->kv_bytes_total) {
+        fv_planner_set_rank(sched->planner, rank, memory->kv_bytes_total);
+    }
+    sched->ranks[rank] = *memory;
+}
+
+const fv_ctl_memory_t *fv_sched_rank(const fv_sched_t *sched, uint32_t rank)
+{
+    return &sched->ranks[rank];
+}
+
+/* ------------------------------------------------------------------ models */
+
+static void add_warning(fv_register_response_t *response, const char *text)
+{
+    if (response->n_warnings < 4U) {
+        (void)snprintf(response->warnings[response->n_warnings],
+                       sizeof(response->warnings[0]), "%s", text);
+        response->n_warnings++;
+    }
+}
+
+static int32_t find_model(const fv_sched_t *sched, const char *id)
+{
+    for (uint32_t i = 0; i < sched->n_models; i++) {
+        if (strcmp(sched->models[i].id, id) == 0) {
+            return (int32_t)i;
+        }
+    }
+    return -1;
+}
+
+fv_status_t fv_sched_register(fv_sched_t *sched,
+                              fv_model_spec_t *spec,
+                              fv_register_response_t *out,
+                              bool *out_is_new,
+                              fv_ctl_model_t *out_message)
+{
+    FV_RETURN_IF_ERR(fv_model_spec_check(spec));
+    fv_register_response_t response = {0};
+    /* The id is the spec's own checksum, so it is the same after a restart. */
+    (void)snprintf(response.model_id, sizeof(response.model_id), "m%016" PRIx64,
+                   fv_crc64(spec, sizeof(*spec)));
+    if ((spec->sharding.mode == FV_SHARDING_HEADS) && (spec->n_kv_heads == 1)) {
+        add_warning(&response, "sharding.mode: HEADS cannot split one KV head; every session of this "
+                               "model lives on one rank (CONTEXT would spread it)");
+    }
+    int32_t known = find_model(sched, response.model_id);
+    if (known >= 0) {
+        if (!fv_model_spec_equal(&sched->models[known].spec, spec)) {
+            return fv_fail(FV_ERR_ALREADY_EXISTS,
+                           "spec: two models have the same checksum; change spec.name");
+        }
+        *out = response;
+        *out_is_new = false;
+        return FV_OK;
+    }
+    if (sched->n_models == FV_MODELS_MAX) {
+        return fv_fail(FV_ERR_EXHAUSTED, "models: %u are registered, the most this service holds",
+                       sched->n_models);
+    }
+    fv_model_t *model = &sched->models[sched->n_models];
+    memcpy(model->id, response.model_id, sizeof(model->id));
+    model->spec = *spec;
+    *out_message = (fv_ctl_model_t){.model_slot = sched->n_models, .spec = *spec};
+    sched->n_models++;
+    *out = response;
+    *out_is_new = true;
+    return FV_OK;
+}
+
+/* ------------------------------------------------------------------ sessions */
+
+void fv_sched_account(fv_sched_t *sched, fv_session_t *session, int32_t cell, uint64_t held_bytes)
+{
+    session->held[cell] = held_bytes;
+    if (held_bytes > session->accounted[cell]) {
+        fv_planner_account(sched->planner, session->placement.ranks[cell],
+                           (int64_t)(held_bytes - session->accounted[cell]));
+        session->accounted[cell] = held_bytes;
+    }
+}
+
+static fv_status_t find_session(const fv_sched_t *sched,
+                                const fv_session_id_t *id,
+                                fv_session_t **out)
+{
+    fv_session_t *session = fv_session_find(sched->sessions, id);
+
+    if (session == NULL) {
+        char hex[FV_SESSION_ID_CHARS + 1];
+        fv_session_id_format(id, hex);
+        return fv_fail(FV_ERR_NOT_FOUND, "session_id: no session %s", hex);
+    }
+    *out = session;
+    return FV_OK;
+}
+
+static int32_t n_cells(const fv_placement_t *placement)
+{
+    return placement->n_head_parts * placement->n_ctx_parts;
+}
+
+/* At opening the planner is told what the hint promises, at least the first page of every layer. */
+static void account_opening(fv_sched_t *sched, fv_session_t *session, uint64_t hint)
+{
+    const fv_model_spec_t *spec = &sched->models[session->model_slot].spec;
+    uint64_t n_tokens = (hint == 0) ? 1U : hint;
+
+    for (int32_t cell = 0; cell < n_cells(&session->placement); cell++) {
+        uint64_t bytes = fv_plan_growth_bytes(spec, &session->placement, cell, 0, n_tokens) *
+                         (uint64_t)spec->n_layers;
+        fv_sched_account(sched, session, cell, bytes);
+        session->held[cell] = 0;
+    }
+}
+
+fv_status_t fv_sched_open(fv_sched_t *sched,
+                          const fv_open_request_t *request,
+                          const fv_session_id_t *fresh,
+                          uint64_t now_unix_ms,
+                          fv_ctl_open_t *out_message)
+{
+    int32_t slot = find_model(sched, request->model_id);
+
+    if (slot < 0) {
+        return fv_fail(FV_ERR_NOT_FOUND, "model_id: no model \"%s\"", request->model_id);
+    }
+    const fv_model_spec_t *spec = &sched->models[slot].spec;
+    fv_model_spec_t overridden = *spec;
+    if (request->sharding.is_set != 0) {
+        overridden.sharding = request->sharding;
+        FV_RETURN_IF_ERR(fv_model_spec_check(&overridden));
+    }
+    fv_placement_t placement = {0};
+    char reason[FV_PLAN_REASON_BYTES] = "";
+    FV_RETURN_IF_ERR(fv_planner_place(sched->planner, spec, &overridden.sharding,
+                                      sched->config.shard_tokens, request->max_tokens_hint,
+                                      &placement, reason));
+    fv_session_t *session = NULL;
+    FV_RETURN_IF_ERR(fv_session_add(sched->sessions, fresh, spec->n_layers, &session));
+    session->model_slot = (uint32_t)slot;
+    session->created_unix_ms = now_unix_ms;
+    session->placement = placement;
+    memcpy(session->reason, reason, sizeof(session->reason));
+    account_opening(sched, session, request->max_tokens_hint);
+    *out_message = (fv_ctl_open_t){.session_slot = session->slot,
+                                   .model_slot = session->model_slot,
+                                   .placement = placement};
+    return FV_OK;
+}
+
+fv_status_t fv_sched_fork(fv_sched_t *sched,
+                          const fv_session_id_t *parent_id,
+                          uint64_t at_position,
+                          const fv_session_id_t *fresh,
+                          uint64_t now_unix_ms,
+                          fv_ctl_fork_t *out_message,
+                          fv_placement_t *out_placement)
+{
+    fv_session_t *parent = NULL;
+    fv_session_t *child = NULL;
+
+    FV_RETURN_IF_ERR(find_session(sched, parent_id, &parent));
+    uint64_t n_tokens = fv_session_tokens(parent);
+    if ((at_position != UINT64_MAX) && (at_position > n_tokens)) {
+        return fv_fail(FV_ERR_OUT_OF_RANGE,
+                       "at_position: given %" PRIu64 ", the session has %" PRIu64 " tokens",
+                       at_position, n_tokens);
+    }
+    FV_RETURN_IF_ERR(fv_session_add(sched->sessions, fresh, parent->n_layers, &child));
+    for (int32_t i = 0; i < parent->n_layers; i++) {
+        fv_status_t status = fv_layer_fork(&parent->layers[i], at_position, &child->layers[i]);
+        if (status != FV_OK) {
+            fv_session_remove(sched->sessions, child);
+            return status;
+        }
+        parent->layers[i].tail_shared = true;
+    }
+    child->model_slot = parent->model_slot;
+    child->created_unix_ms = now_unix_ms;
+    child->placement = parent->placement;
+    child->parent = parent->id;
+    child->has_parent = true;
+    child->is_forked = true;
+    parent->is_forked = true;
+    memcpy(child->reason, parent->reason, sizeof(child->reason));
+    for (int32_t cell = 0; cell < n_cells(&child->placement); cell++) {
+        fv_sched_account(
+            sched, child, cell,
+            fv_session_cell_bytes(child, &sched->models[child->model_slot].spec, cell));
+    }
+    *out_message = (fv_ctl_fork_t){.session_slot = child->slot,
+                                   .parent_slot = parent->slot,
+                                   .at_position = at_position};
+    *out_placement = child->placement;
+    return FV_OK;
+}
+
+fv_status_t fv_sched_truncate(fv_sched_t *sched,
+                              const fv_session_id_t *id,
+                              uint64_t position,
+                              fv_ctl_truncate_t *out_message,
+                              fv_placement_t *out_placement)
+{
+    fv_session_t *session = NULL;
+
+    FV_RETURN_IF_ERR(find_session(sched, id, &session));
+    uint64_t n_tokens = fv_session_tokens(session);
+    if (position > n_tokens) {
+        return fv_fail(FV_ERR_OUT_OF_RANGE,
+                       "position: given %" PRIu64 ", the session has %" PRIu64 " tokens", position,
+                       n_tokens);
+    }
+    for (int32_t i = 0; i < session->n_layers; i++) {
+        fv_layer_t *layer = &session->layers[i];
+        if (layer->n_tokens > position) {
+            fv_layer_truncate(layer, position);
+            layer->tail_shared = session->is_forked; /* the new last page may be an old, shared one */
+        }
+    }
+    for (int32_t cell = 0; cell < n_cells(&session->placement); cell++) {
+        fv_sched_account(
+            sched, session, cell,
+            fv_session_cell_bytes(session, &sched->models[session->model_slot].spec, cell));
+    }
+    *out_message = (fv_ctl_truncate_t){
+        .session_slot = session->slot, .layer = UINT32_MAX, .position = position};
+    *out_placement = session->placement;
+    return FV_OK;
+}
+
+fv_status_t fv_sched_close(fv_sched_t *sched,
+                           const fv_session_id_t *id,
+                           fv_ctl_close_t *out_message,
+                           fv_placement_t *out_placement)
+{
+    fv_session_t *session = NULL;
+
+    FV_RETURN_IF_ERR(find_session(sched, id, &session));
+    *out_message = (fv_ctl_close_t){.session_slot = session->slot};
+    *out_placement = session->placement;
+    for (int32_t cell = 0; cell < n_cells(&session->placement); cell++) {
+        fv_planner_account(sched->planner, session->placement.ranks[cell],
+                           -(int64_t)session->accounted[cell]);
+    }
+    fv_session_remove(sched->sessions, session);
+    return FV_OK;
+}
+
+/* ------------------------------------------------------------------ views */
+
+fv_session_t *fv_sched_session(const fv_sched_t *sched, const fv_session_id_t *id)
+{
+    return fv_session_find(sched->sessions, id);
+}
+
+const fv_session_table_t *fv_sched_sessions(const fv_sched_t *sched)
+{
+    return sched->sessions;
+}
+
+uint32_t fv_sched_n_models(const fv_sched_t *sched)
+{
+    return sched->n_models;
+}
+
+const fv_model_spec_t *fv_sched_model(const fv_sched_t *sched, uint32_t model_slot)
+{
+    return &sched->models[model_slot].spec;
+}
+
+const char *fv_sched_model_id(const fv_sched_t *sched, uint32_t model_slot)
+{
+    return sched->models[model_slot].id;
+}
+
+uint64_t fv_sched_tokens_appended(const fv_sched_t *sched)
+{
+    return sched->n_tokens_appended;
+}
+
+uint32_t fv_sched_n_queued(const fv_sched_t *sched)
+{
+    return sched->n_queued;
+}

@@ -1,0 +1,149 @@
+/*
+ * sched.h - the scheduler core: events in, what to do out. No I/O, no clock, no lock, no thread.
+ *
+ * Decode path: station 3 of 10. Before: coord/engine.c (which owns the clock, the doors and the
+ * requests' memory). After: coord/engine.c again, with a step to run.
+ *
+ * Two kinds of events:
+ *  - session commands (register, open, fork, truncate, close) take effect between steps: the core changes its tables
+ *    and says which control message goes to which ranks;
+ *  - requests queue in order of arrival. fv_sched_next_step() forms a step of everything that waits and may
+ *    run together (continuous batching); fv_sched_step_done() commits it.
+ *
+ * Rules of a step:
+ *  - at most one request touches a given (session, layer); a later one waits for the next step, and so
+ *    does everything behind it on that layer: appends keep their order;
+ *  - a request is checked against the state it will find: lengths, geometry, memory on every rank. One that fails is
+ *    answered and changes nothing; the others go on;
+ *  - step_tokens_max bounds the query tokens of a step (a single larger request runs alone).
+ *
+ * Memory. The core mirrors each rank's free pages (fv_ctl_memory_t, refreshed by every DONE) and deducts what a step
+ * will take before dispatching it, so a rank never has to refuse: a full pool is seen here, with numbers.
+ */
+#ifndef FV_COORD_SCHED_H
+#define FV_COORD_SCHED_H
+
+#include "common/model.h"
+#include "common/status.h"
+#include "coord/plan.h"
+#include "coord/session.h"
+#include "proto/control.h"
+#include "proto/step.h"
+#include "proto/wire.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+typedef struct fv_sched fv_sched_t;
+
+typedef struct fv_sched_config {
+    uint32_t n_ranks;
+    uint32_t sessions_max;
+    uint32_t step_tokens_max;
+    uint32_t shard_tokens; /* default of models and sessions that name none */
+    fv_plan_cost_t cost;
+} fv_sched_config_t;
+
+/*
+ * One AttendRequest on its way. The engine allocates it (with its arrays), fills the first part, and keeps it until it
+ * comes back in a step's `finished` or `joined` list. Links and results belong to the core meanwhile.
+ */
+typedef struct fv_request {
+    fv_attend_request_t head;
+    const fv_attend_item_t *items; /* [head.n_items] */
+    const uint32_t *digests;       /* [head.n_items] crc32c of the item's K then V; unused without append */
+    fv_ctl_item_t *ctl_items;      /* [head.n_items] filled by the core when it joins a step */
+    fv_session_t **sessions;       /* [head.n_items] likewise */
+    int64_t received_us, deadline_us;
+    void *user;
+
+    uint32_t model_slot;
+    const fv_model_spec_t *spec;
+    fv_error_t error; /* status FV_OK: served */
+    struct fv_request *next;
+} fv_request_t;
+
+/* A step to run. Lists are linked by fv_request_t.next, in order of arrival. */
+typedef struct fv_step_plan {
+    uint64_t step_id;
+    fv_request_t *joined;   /* to run */
+    fv_request_t *finished; /* refused, cancelled or late: answer with their error */
+    uint32_t n_joined, n_items;
+    uint64_t n_tokens;
+} fv_step_plan_t;
+
+FV_MUST_CHECK fv_status_t fv_sched_create(const fv_sched_config_t *config, fv_sched_t **out);
+void fv_sched_destroy(fv_sched_t *sched); /* NULL is fine; requests still queued stay the caller's */
+
+/* A rank's state: at start from its HELLO, then from every DONE. */
+void fv_sched_rank_memory(fv_sched_t *sched, uint32_t rank, const fv_ctl_memory_t *memory);
+const fv_ctl_memory_t *fv_sched_rank(const fv_sched_t *sched, uint32_t rank);
+
+/* ------------------------------------------------------------------ commands */
+
+/*
+ * `spec` as decoded; it is checked. *out_message is to be sent to every rank iff *out_is_new.
+ * Errors: as fv_model_spec_check; FV_ERR_EXHAUSTED at FV_MODELS_MAX.
+ */
+FV_MUST_CHECK fv_status_t fv_sched_register(fv_sched_t *sched,
+                                            fv_model_spec_t *spec,
+                                            fv_register_response_t *out,
+                                            bool *out_is_new,
+                                            fv_ctl_model_t *out_message);
+
+/* The message goes to the ranks of out_message->placement. `fresh` is a fresh random id. */
+FV_MUST_CHECK fv_status_t fv_sched_open(fv_sched_t *sched,
+                                        const fv_open_request_t *request,
+                                        const fv_session_id_t *fresh,
+                                        uint64_t now_unix_ms,
+                                        fv_ctl_open_t *out_message);
+/* at_position: UINT64_MAX = everything. Errors: FV_ERR_NOT_FOUND, FV_ERR_OUT_OF_RANGE. */
+FV_MUST_CHECK fv_status_t fv_sched_fork(fv_sched_t *sched,
+                                        const fv_session_id_t *parent,
+                                        uint64_t at_position,
+                                        const fv_session_id_t *fresh,
+                                        uint64_t now_unix_ms,
+                                        fv_ctl_fork_t *out_message,
+                                        fv_placement_t *out_placement);
+FV_MUST_CHECK fv_status_t fv_sched_truncate(fv_sched_t *sched,
+                                            const fv_session_id_t *id,
+                                            uint64_t position,
+                                            fv_ctl_truncate_t *out_message,
+                                            fv_placement_t *out_placement);
+/* Frees the slot: the message must be sent before any later command. */
+FV_MUST_CHECK fv_status_t fv_sched_close(fv_sched_t *sched,
+                                         const fv_session_id_t *id,
+                                         fv_ctl_close_t *out_message,
+                                         fv_placement_t *out_placement);
+
+/* ------------------------------------------------------------------ requests */
+
+/* Takes `request` until it comes back in a plan. */
+void fv_sched_submit(fv_sched_t *sched, fv_request_t *request);
+uint32_t fv_sched_n_queued(const fv_sched_t *sched);
+
+/*
+ * Forms the next step at time now_us. is_cancelled(request->user) is asked for each queued request.
+ * An empty plan (nothing joined, nothing finished) means that nothing waits.
+ */
+void fv_sched_next_step(fv_sched_t *sched,
+                        int64_t now_us,
+                        bool (*is_cancelled)(void *user),
+                        fv_step_plan_t *out);
+
+/*
+ * Commits a step that ran: lengths and digests of every joined request whose error is still FV_OK. A request
+ * that failed on a rank (error set by the engine) leaves the lengths as they were; the engine truncates the ranks.
+ */
+void fv_sched_step_done(fv_sched_t *sched, const fv_step_plan_t *plan);
+
+/* ------------------------------------------------------------------ views, for status and placement */
+
+fv_session_t *fv_sched_session(const fv_sched_t *sched, const fv_session_id_t *id);
+const fv_session_table_t *fv_sched_sessions(const fv_sched_t *sched);
+uint32_t fv_sched_n_models(const fv_sched_t *sched);
+const fv_model_spec_t *fv_sched_model(const fv_sched_t *sched, uint32_t model_slot);
+const char *fv_sched_model_id(const fv_sched_t *sched, uint32_t model_slot);
+uint64_t fv_sched_tokens_appended(const fv_sched_t *sched);
+
+#endif /* FV_COORD_SCHED_H */

@@ -1,0 +1,32 @@
+/*
+ * sched_internal.h - the scheduler's state, shared by sched.c (commands) and sched_step.c (steps).
+ */
+#ifndef FV_COORD_SCHED_INTERNAL_H
+#define FV_COORD_SCHED_INTERNAL_H
+
+#include "coord/sched.h"
+
+typedef struct fv_model {
+    char id[FV_MODEL_ID_BYTES];
+    fv_model_spec_t spec;
+} fv_model_t;
+
+struct fv_sched {
+    fv_sched_config_t config;
+    fv_session_table_t *sessions;
+    fv_planner_t *planner;
+    fv_model_t models[FV_MODELS_MAX];
+    uint32_t n_models;
+    fv_ctl_memory_t *ranks;   /* [n_ranks] mirror of each rank's free memory */
+    uint64_t *pages_needed;   /* [n_ranks] scratch of one request */
+    uint32_t *touched_ranks;  /* [n_ranks] scratch: the ranks with pages_needed > 0 */
+    fv_request_t *queue_head, **queue_tail;
+    uint32_t n_queued;
+    uint64_t next_step_id, next_mark;
+    uint64_t n_tokens_appended;
+};
+
+/* Tells the planner what a session holds now on one cell. */
+void fv_sched_account(fv_sched_t *sched, fv_session_t *session, int32_t cell, uint64_t held_bytes);
+
+#endif /* FV_COORD_SCHED_INTERNAL_H */

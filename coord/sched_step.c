@@ -1,0 +1,399 @@
+/*
+ * sched_step.c - forms a step of all that waits and may run together, and commits it.
+ *
+ * Decode path: station 3 of 10, continued from sched.h.
+ */
+#include "common/digest.h"
+#include "coord/sched_internal.h"
+
+#include <inttypes.h>
+#include <string.h>
+
+#define POSITION_MAX   ((uint64_t)1 << 36) /* keeps local page numbers in 31 bits */
+#define STEP_BYTES_MAX ((uint64_t)1 << 30) /* tensors of one step, unless one request alone has more */
+
+void fv_sched_submit(fv_sched_t *sched, fv_request_t *request)
+{
+    request->next = NULL;
+    request->error = (fv_error_t){0};
+    *sched->queue_tail = request;
+    sched->queue_tail = &request->next;
+    sched->n_queued++;
+}
+
+/* ------------------------------------------------------------------ checks */
+
+static fv_status_t check_tensor(const char *name, size_t given, uint64_t n_tokens, int32_t n_heads,
+                                int32_t head_dim, fv_dtype_t dtype)
+{
+    uint64_t expected =
+        n_tokens * (uint64_t)n_heads * (uint64_t)head_dim * fv_dtype_bytes(dtype);
+
+    if (given == expected) {
+        return FV_OK;
+    }
+    return fv_fail(FV_ERR_INVALID_ARG,
+                   "%s: given %zu bytes, expected %" PRIu64 " = %" PRIu64
+                   " tokens x %d heads x %d x %s",
+                   name, given, expected, n_tokens, n_heads, head_dim, fv_dtype_str((int)dtype));
+}
+
+static fv_status_t check_tensors(const fv_request_t *request)
+{
+    const fv_attend_request_t *head = &request->head;
+    const fv_model_spec_t *spec = request->spec;
+    uint64_t n_kv = head->append ? head->n_tokens : 0;
+
+    FV_RETURN_IF_ERR(check_tensor("q", head->q.n_bytes, head->n_tokens, spec->n_q_heads,
+                                  spec->head_dim_qk, head->dtype));
+    if (!head->append && ((head->k.n_bytes | head->v.n_bytes) != 0)) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "%s: given %zu bytes, expected none with append = false",
+                       (head->k.n_bytes != 0) ? "k" : "v",
+                       (head->k.n_bytes != 0) ? head->k.n_bytes : head->v.n_bytes);
+    }
+    FV_RETURN_IF_ERR(check_tensor("k", head->k.n_bytes, n_kv, spec->n_kv_heads, spec->head_dim_qk,
+                                  head->dtype));
+    return check_tensor("v", head->v.n_bytes, n_kv, spec->n_kv_heads, spec->head_dim_v,
+                        head->dtype);
+}
+
+/* Finds the sessions and checks everything that does not depend on their lengths. */
+static fv_status_t resolve(fv_sched_t *sched, fv_request_t *request)
+{
+    uint64_t mark = ++sched->next_mark;
+
+    for (uint32_t i = 0; i < request->head.n_items; i++) {
+        fv_session_t *session = fv_session_find(sched->sessions, &request->items[i].session);
+        if (session == NULL) {
+            char hex[FV_SESSION_ID_CHARS + 1];
+            fv_session_id_format(&request->items[i].session, hex);
+            return fv_fail(FV_ERR_NOT_FOUND, "items[%u].session_id: no session %s", i, hex);
+        }
+        if (i == 0) {
+            request->model_slot = session->model_slot;
+            request->spec = &sched->models[session->model_slot].spec;
+        } else if (session->model_slot != request->model_slot) {
+            return fv_fail(FV_ERR_INVALID_ARG,
+                           "items[%u].session_id: a session of model %s, expected %s like items[0]",
+                           i, sched->models[session->model_slot].id,
+                           sched->models[request->model_slot].id);
+        }
+        if (request->head.layer >= (uint32_t)session->n_layers) {
+            return fv_fail(FV_ERR_INVALID_ARG, "layer: given %u, expected 0..%d",
+                           request->head.layer, session->n_layers - 1);
+        }
+        if (session->layers[request->head.layer].request_mark == mark) {
+            return fv_fail(FV_ERR_INVALID_ARG,
+                           "items[%u].session_id: the session is in this request twice", i);
+        }
+        session->layers[request->head.layer].request_mark = mark;
+        request->sessions[i] = session;
+    }
+    return check_tensors(request);
+}
+
+/*
+ * Exactly-once append: decides whether item i appends, repeats an append, or is refused, and says what
+ * its rows may see (kv_end).
+ */
+static fv_status_t check_position(const fv_request_t *request, uint32_t i, fv_ctl_item_t *out)
+{
+    const fv_attend_item_t *item = &request->items[i];
+    const fv_layer_t *layer = &request->sessions[i]->layers[request->head.layer];
+    uint64_t end = item->position + item->n_tokens;
+
+    if ((item->position > layer->n_tokens) || (end > POSITION_MAX)) {
+        return fv_fail(FV_ERR_OUT_OF_RANGE,
+                       "items[%u].position: given %" PRIu64 ", layer %u has %" PRIu64
+                       " tokens committed",
+                       i, item->position, request->head.layer, layer->n_tokens);
+    }
+    *out = (fv_ctl_item_t){
+        .session_slot = request->sessions[i]->slot,
+        .layer = request->head.layer,
+        .position = item->position,
+        .kv_end = request->head.append ? end : layer->n_tokens,
+        .n_tokens = item->n_tokens,
+        .dtype = (uint16_t)request->head.dtype,
+        .flags = (uint16_t)((request->head.causal ? FV_ITEM_CAUSAL : 0) |
+                            (request->head.want_lse ? FV_ITEM_WANT_LSE : 0)),
+    };
+    if (!request->head.append) {
+        return FV_OK;
+    }
+    if (item->position == layer->n_tokens) {
+        out->flags |= FV_ITEM_APPEND;
+        return FV_OK;
+    }
+    const fv_append_record_t *record =
+        fv_layer_find_record(layer, item->position, item->n_tokens);
+    if ((record != NULL) && (record->digest == request->digests[i])) {
+        return FV_OK; /* a retry: nothing is appended, the same answer is computed */
+    }
+    return fv_fail(FV_ERR_PRECONDITION,
+                   "items[%u].position: given %" PRIu64 ", layer %u has %" PRIu64
+                   " tokens committed and %s; truncate the session first",
+                   i, item->position, request->head.layer, layer->n_tokens,
+                   (record != NULL) ? "k, v differ from what was appended there"
+                                    : "no append of exactly these tokens");
+}
+
+/* ------------------------------------------------------------------ memory */
+
+/* Pages of the model's size that the rank can still give: loose ones, and whole free slabs. */
+static uint64_t pages_free(const fv_sched_t *sched, uint32_t rank, uint32_t model_slot)
+{
+    const fv_ctl_memory_t *memory = &sched->ranks[rank];
+    uint64_t page_bytes = fv_model_page_bytes(&sched->models[model_slot].spec);
+
+    return memory->n_pages_free[model_slot] +
+           memory->n_slabs_free * (memory->slab_bytes / page_bytes);
+}
+
+/* Takes pages from the mirror, as the rank's pool will: loose pages first, then slabs. */
+static void take_pages(fv_sched_t *sched, uint32_t rank, uint32_t model_slot, uint64_t n_pages)
+{
+    fv_ctl_memory_t *memory = &sched->ranks[rank];
+    size_t page_bytes = fv_model_page_bytes(&sched->models[model_slot].spec);
+    uint64_t pages_per_slab = memory->slab_bytes / page_bytes;
+    uint64_t loose = memory->n_pages_free[model_slot];
+
+    if (n_pages > loose) {
+        uint64_t n_slabs = fv_div_up(n_pages - loose, pages_per_slab);
+        memory->n_slabs_free -= (uint32_t)n_slabs;
+        loose += n_slabs * pages_per_slab;
+    }
+    loose -= n_pages;
+    memory->kv_bytes_free -= n_pages * page_bytes;
+    for (uint32_t i = 0; i < sched->n_models; i++) { /* models of one page size share their slabs */
+        if (fv_model_page_bytes(&sched->models[i].spec) == page_bytes) {
+            memory->n_pages_free[i] = (uint32_t)loose;
+        }
+    }
+}
+
+/* Adds what one appending item needs on each rank to the scratch; O(cells). */
+static uint32_t
+count_pages(fv_sched_t *sched, const fv_request_t *request, uint32_t i, uint32_t n_touched)
+{
+    const fv_session_t *session = request->sessions[i];
+    const fv_placement_t *p = &session->placement;
+    const fv_ctl_item_t *item = &request->ctl_items[i];
+    uint64_t end = item->position + item->n_tokens;
+
+    for (int32_t cell = 0; cell < p->n_head_parts * p->n_ctx_parts; cell++) {
+        int32_t cp = cell % p->n_ctx_parts;
+        int32_t hp = cell / p->n_ctx_parts;
+        uint64_t n_pages =
+            fv_placement_pages(p, cp, end) - fv_placement_pages(p, cp, item->position);
+        if (session->layers[item->layer].tail_shared &&
+            ((item->position % FV_PAGE_TOKENS) != 0) &&
+            (fv_placement_part_of(p, item->position) == cp)) {
+            n_pages++; /* the shared partial page is copied first */
+        }
+        if (n_pages == 0) {
+            continue;
+        }
+        uint32_t rank = p->ranks[cell];
+        n_pages *= (uint64_t)(fv_placement_head_begin(p, request->spec->n_kv_heads, hp + 1) -
+                              fv_placement_head_begin(p, request->spec->n_kv_heads, hp));
+        if (sched->pages_needed[rank] == 0) {
+            sched->touched_ranks[n_touched++] = rank;
+        }
+        sched->pages_needed[rank] += n_pages;
+    }
+    return n_touched;
+}
+
+/* All or nothing: takes the request's pages on every rank, or none. */
+static fv_status_t reserve_memory(fv_sched_t *sched, fv_request_t *request)
+{
+    uint32_t n_touched = 0;
+    fv_status_t status = FV_OK;
+
+    for (uint32_t i = 0; i < request->head.n_items; i++) {
+        if ((request->ctl_items[i].flags & FV_ITEM_APPEND) != 0) {
+            n_touched = count_pages(sched, request, i, n_touched);
+        }
+    }
+    for (uint32_t t = 0; (t < n_touched) && (status == FV_OK); t++) {
+        uint32_t rank = sched->touched_ranks[t];
+        uint64_t free_pages = pages_free(sched, rank, request->model_slot);
+        uint64_t page_bytes = fv_model_page_bytes(request->spec);
+        if (sched->pages_needed[rank] > free_pages) {
+            status = fv_fail(FV_ERR_EXHAUSTED,
+                             "KV memory of rank %u: %" PRIu64 " bytes needed, %" PRIu64
+                             " free of %" PRIu64 "; close or truncate sessions",
+                             rank, sched->pages_needed[rank] * page_bytes, free_pages * page_bytes,
+                             sched->ranks[rank].kv_bytes_total);
+        }
+    }
+    for (uint32_t t = 0; t < n_touched; t++) {
+        uint32_t rank = sched->touched_ranks[t];
+        if (status == FV_OK) {
+            take_pages(sched, rank, request->model_slot, sched->pages_needed[rank]);
+        }
+        sched->pages_needed[rank] = 0;
+    }
+    return status;
+}
+
+static fv_status_t admit(fv_sched_t *sched, fv_request_t *request)
+{
+    for (uint32_t i = 0; i < request->head.n_items; i++) {
+        FV_RETURN_IF_ERR(check_position(request, i, &request->ctl_items[i]));
+    }
+    for (uint32_t i = 0; i < request->head.n_items; i++) {
+        if ((request->ctl_items[i].flags & FV_ITEM_APPEND) != 0) {
+            FV_RETURN_IF_ERR(fv_layer_reserve_record(
+                &request->sessions[i]->layers[request->head.layer]));
+        }
+    }
+    return reserve_memory(sched, request);
+}
+
+/* ------------------------------------------------------------------ the step */
+
+static uint64_t tensor_bytes(const fv_request_t *request)
+{
+    return (uint64_t)request->head.q.n_bytes + request->head.k.n_bytes + request->head.v.n_bytes;
+}
+
+/* True when a request of this step, or one waiting in front of this one, has the same (session, layer). */
+static bool must_wait(const fv_request_t *request, uint64_t step_id)
+{
+    for (uint32_t i = 0; i < request->head.n_items; i++) {
+        if (request->sessions[i]->layers[request->head.layer].step_mark == step_id) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static void mark(const fv_request_t *request, uint64_t step_id)
+{
+    for (uint32_t i = 0; i < request->head.n_items; i++) {
+        request->sessions[i]->layers[request->head.layer].step_mark = step_id;
+    }
+}
+
+typedef enum fv_verdict {
+    FV_VERDICT_JOIN,
+    FV_VERDICT_WAIT,
+    FV_VERDICT_REFUSE,
+} fv_verdict_t;
+
+static fv_verdict_t judge(fv_sched_t *sched, fv_request_t *request, const fv_step_plan_t *plan,
+                          uint64_t n_bytes)
+{
+    fv_status_t status = resolve(sched, request);
+
+    if (status != FV_OK) {
+        request->error = fv_error_capture(status);
+        return FV_VERDICT_REFUSE;
+    }
+    bool is_full = (plan->n_joined > 0) &&
+                   ((plan->n_tokens + request->head.n_tokens > sched->config.step_tokens_max) ||
+                    (n_bytes + tensor_bytes(request) > STEP_BYTES_MAX) ||
+                    (plan->n_items + request->head.n_items > FV_STEP_ITEMS_MAX));
+    if (is_full || must_wait(request, plan->step_id)) {
+        mark(request, plan->step_id); /* whoever comes later on these layers waits too */
+        return FV_VERDICT_WAIT;
+    }
+    status = admit(sched, request);
+    if (status != FV_OK) {
+        request->error = fv_error_capture(status);
+        return FV_VERDICT_REFUSE;
+    }
+    mark(request, plan->step_id);
+    return FV_VERDICT_JOIN;
+}
+
+static bool is_stale(fv_request_t *request, int64_t now_us, bool (*is_cancelled)(void *user))
+{
+    if (is_cancelled(request->user)) {
+        request->error = fv_error_capture(fv_fail(FV_ERR_CANCELLED, "the client cancelled"));
+        return true;
+    }
+    if (now_us >= request->deadline_us) {
+        request->error = fv_error_capture(
+            fv_fail(FV_ERR_DEADLINE, "the deadline passed while the request waited"));
+        return true;
+    }
+    return false;
+}
+
+void fv_sched_next_step(fv_sched_t *sched,
+                        int64_t now_us,
+                        bool (*is_cancelled)(void *user),
+                        fv_step_plan_t *out)
+{
+    fv_step_plan_t plan = {.step_id = ++sched->next_step_id};
+    fv_request_t **joined_tail = &plan.joined;
+    fv_request_t **finished_tail = &plan.finished;
+    fv_request_t **link = &sched->queue_head;
+    uint64_t n_bytes = 0;
+
+    while (*link != NULL) {
+        fv_request_t *request = *link;
+        fv_verdict_t verdict = FV_VERDICT_REFUSE;
+        if (!is_stale(request, now_us, is_cancelled)) {
+            verdict = judge(sched, request, &plan, n_bytes);
+        }
+        if (verdict == FV_VERDICT_WAIT) {
+            link = &request->next;
+            continue;
+        }
+        *link = request->next;
+        request->next = NULL;
+        sched->n_queued--;
+        if (verdict == FV_VERDICT_JOIN) {
+            *joined_tail = request;
+            joined_tail = &request->next;
+            plan.n_joined++;
+            plan.n_items += request->head.n_items;
+            plan.n_tokens += request->head.n_tokens;
+            n_bytes += tensor_bytes(request);
+        } else {
+            *finished_tail = request;
+            finished_tail = &request->next;
+        }
+    }
+    sched->queue_tail = link;
+    *out = plan;
+}
+
+static void commit_item(fv_sched_t *sched, const fv_request_t *request, uint32_t i)
+{
+    const fv_ctl_item_t *item = &request->ctl_items[i];
+    fv_session_t *session = request->sessions[i];
+    const fv_placement_t *p = &session->placement;
+    fv_layer_t *layer = &session->layers[item->layer];
+    uint64_t end = item->position + item->n_tokens;
+
+    for (int32_t cell = 0; cell < p->n_head_parts * p->n_ctx_parts; cell++) {
+        uint64_t bytes = fv_plan_growth_bytes(request->spec, p, cell, item->position, end);
+        if (bytes > 0) {
+            fv_sched_account(sched, session, cell, session->held[cell] + bytes);
+        }
+    }
+    layer->n_tokens = end;
+    layer->tail_shared = false;
+    fv_layer_add_record(layer, item->position, item->n_tokens, request->digests[i]);
+    sched->n_tokens_appended += item->n_tokens;
+}
+
+void fv_sched_step_done(fv_sched_t *sched, const fv_step_plan_t *plan)
+{
+    for (const fv_request_t *r = plan->joined; r != NULL; r = r->next) {
+        if (r->error.status != FV_OK) {
+            continue;
+        }
+        for (uint32_t i = 0; i < r->head.n_items; i++) {
+            if ((r->ctl_items[i].flags & FV_ITEM_APPEND) != 0) {
+                commit_item(sched, r, i);
+            }
+        }
+    }
+}

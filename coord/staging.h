@@ -1,0 +1,34 @@
+/*
+ * staging.h - pooled, 64-byte aligned host memory for tensors on their way in and out.
+ *
+ * Buffers come in powers of two and are kept for reuse, so the steady state allocates nothing and touches no cold
+ * page. The bytes handed out are bounded: over the bound a request is refused with numbers, which is what
+ * keeps many fast clients from growing the process.
+ * Thread: any (rpc threads take and gRPC's threads give back); one mutex, held for a few instructions.
+ */
+#ifndef FV_COORD_STAGING_H
+#define FV_COORD_STAGING_H
+
+#include "common/status.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct fv_staging fv_staging_t;
+
+FV_MUST_CHECK fv_status_t fv_staging_create(size_t bytes_max, fv_staging_t **out);
+void fv_staging_destroy(fv_staging_t *staging); /* every buffer must be back */
+
+/*
+ * is_reply: replies are bounded by their requests, so they may pass bytes_max and fail only for want of memory.
+ * Errors: FV_ERR_EXHAUSTED with bytes needed and free; FV_ERR_NO_MEMORY.
+ */
+FV_MUST_CHECK fv_status_t
+fv_staging_take(fv_staging_t *staging, size_t n_bytes, bool is_reply, void **out);
+/* Matches the release signature of fv_reply_piece_t: `buffer` is what take() gave. NULL is fine. */
+void fv_staging_give(void *buffer);
+
+size_t fv_staging_bytes(const fv_staging_t *staging); /* handed out now */
+
+#endif /* FV_COORD_STAGING_H */
