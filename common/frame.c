@@ -1,6 +1,7 @@
 /*
  * frame.c - partial reads and writes, deadlines, and a closed peer, in one place.
  */
+#define _GNU_SOURCE /* POLLRDHUP: a closed peer shows although unread data waits */
 #include "common/frame.h"
 
 #include "common/clock.h"
@@ -79,7 +80,7 @@ fv_frame_send(int fd, const fv_frame_piece_t *pieces, size_t n_pieces, int timeo
         ssize_t n = sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
         if (n >= 0) {
             advance(iov, n_pieces, &first, (size_t)n);
-        } else if ((errno == EAGAIN) || (errno == EWOULDBLOCK)) {
+        } else if (errno == EAGAIN) {
             FV_RETURN_IF_ERR(wait_ready(fd, POLLOUT, deadline_us));
         } else if (errno != EINTR) {
             return socket_error("sendmsg");
@@ -100,11 +101,18 @@ fv_status_t fv_frame_read(int fd, void *out, size_t n_bytes, int timeout_ms)
             n_bytes -= (size_t)n;
         } else if (n == 0) {
             return fv_fail(FV_ERR_RANK_LOST, "control socket closed by the peer");
-        } else if ((errno == EAGAIN) || (errno == EWOULDBLOCK)) {
+        } else if (errno == EAGAIN) {
             FV_RETURN_IF_ERR(wait_ready(fd, POLLIN, deadline_us));
         } else if (errno != EINTR) {
             return socket_error("recv");
         }
     }
     return FV_OK;
+}
+
+bool fv_frame_is_closed(int fd)
+{
+    struct pollfd p = {.fd = fd, .events = POLLRDHUP};
+
+    return (poll(&p, 1, 0) > 0) && ((p.revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL)) != 0);
 }

@@ -13,6 +13,7 @@
 
 #include "common/status.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -28,5 +29,8 @@ fv_frame_send(int fd, const fv_frame_piece_t *pieces, size_t n_pieces, int timeo
 
 /* Reads exactly n_bytes. timeout_ms < 0: no limit. */
 FV_MUST_CHECK fv_status_t fv_frame_read(int fd, void *out, size_t n_bytes, int timeout_ms);
+
+/* True when the peer has closed its end, unread data or not. Does not wait and reads nothing. */
+bool fv_frame_is_closed(int fd);
 
 #endif /* FV_COMMON_FRAME_H */

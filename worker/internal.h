@@ -1,0 +1,86 @@
+/*
+ * internal.h - the worker's own state: for the files of this folder only.
+ */
+#ifndef FV_WORKER_INTERNAL_H
+#define FV_WORKER_INTERNAL_H
+
+#include "worker/kv_pool.h"
+#include "worker/session.h"
+#include "worker/worker.h"
+#include "worker/workspace.h"
+
+#define FV_WORKER_DEADLINE_MS 30000U /* of one exchange, when the configuration does not say */
+#define FV_SESSION_SLOTS_MAX  (1U << 24)
+
+/* One item of the step under way. */
+typedef struct fv_step_item {
+    const fv_ctl_item_t *ctl;
+    const fv_step_io_t *io;
+    fv_session_t *session;
+    fv_layer_kv_t *layer;
+    fv_item_share_t share;
+    int32_t n_q_heads; /* local query heads */
+    bool failed;       /* its error is in item_errors; it goes on as the empty set */
+} fv_step_item_t;
+
+/* What one peer sends and gets in the step under way; offsets into the exchange buffer. */
+typedef struct fv_peer {
+    size_t send_bytes, recv_bytes;
+    size_t send_at, recv_at; /* next free byte while messages are laid out */
+} fv_peer_t;
+
+/* Scratch of the step, see step.c and partials.c. Counts are of the step under way. */
+typedef struct fv_step_work {
+    fv_array_t items;    /* fv_step_item_t */
+    fv_array_t attends;  /* fv_attn_item_t */
+    fv_array_t appends;  /* fv_append_item_t */
+    fv_array_t copies;   /* fv_page_copy_t */
+    fv_array_t merges;   /* fv_merge_item_t */
+    fv_array_t dsts;     /* fv_partial_dst_t */
+    fv_array_t parts;    /* const float *: o, then lse, of each merge */
+    fv_array_t messages; /* fv_exchange_message_t: sends, then receives */
+    size_t n_items, n_attends, n_appends, n_copies, n_merges, n_dsts, n_parts;
+    fv_peer_t *peers; /* [n_ranks] */
+    size_t own_bytes, own_at;
+    fv_host_buffer_t exchange; /* to each peer | from each peer | own partial states */
+} fv_step_work_t;
+
+struct fv_worker {
+    fv_worker_config_t config;
+    fv_backend_t *backend;
+    fv_kv_pool_t *pool;
+    fv_worker_model_t *models[FV_MODELS_MAX];
+    fv_array_t sessions; /* fv_session_t *, by slot */
+    uint32_t n_session_slots;
+    uint64_t n_steps;
+    fv_step_work_t work;
+    fv_status_t broken;       /* not FV_OK: a backend or exchange failure; nothing works any more */
+    fv_array_t ios;           /* step_packed.c: fv_step_io_t */
+    fv_host_buffer_t in, out; /* inbox_mpi.c: packed tensors of the step */
+};
+
+/* NULL when the slot is empty. */
+fv_session_t *fv_worker_session(const fv_worker_t *worker, uint32_t slot);
+
+/* Remembers that the worker can not go on; returns `status`. */
+fv_status_t fv_worker_break(fv_worker_t *worker, fv_status_t status);
+
+/* FV_OK, or why the worker does nothing any more. */
+FV_MUST_CHECK fv_status_t fv_worker_usable(const fv_worker_t *worker);
+
+/*
+ * Finds an item's session and share and checks what both rest on. Errors: FV_ERR_PROTOCOL when coordinator and worker
+ * disagree so much that sizes of messages can not be trusted.
+ */
+FV_MUST_CHECK fv_status_t fv_step_item_make(const fv_worker_t *worker,
+                                            const fv_ctl_item_t *ctl,
+                                            fv_step_item_t *out);
+
+/* Sizes of the packed input and output of a step. Errors: as fv_step_item_make(). */
+FV_MUST_CHECK fv_status_t fv_worker_packed_bytes(const fv_worker_t *worker,
+                                                 const fv_ctl_item_t *items,
+                                                 size_t n_items,
+                                                 size_t *out_in_bytes,
+                                                 size_t *out_out_bytes);
+
+#endif /* FV_WORKER_INTERNAL_H */

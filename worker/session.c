@@ -1,0 +1,243 @@
+/*
+ * session.c - page tables of a session: grow, share, cut.
+ */
+#include "worker/session.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define STRIDE_MIN 4U /* pages per head of the first table: 256 tokens */
+
+fv_status_t fv_session_create(const fv_worker_model_t *model,
+                              uint32_t model_slot,
+                              const fv_placement_t *placement,
+                              uint32_t rank,
+                              fv_session_t **out)
+{
+    int32_t cell = fv_placement_cell(placement, rank);
+    fv_session_t *session = calloc(1, sizeof(*session));
+
+    if (session == NULL) {
+        return fv_fail(FV_ERR_NO_MEMORY, "session: no host memory");
+    }
+    session->model = model;
+    session->model_slot = model_slot;
+    session->placement = *placement;
+    session->rank = rank;
+    session->cp = -1;
+    if (cell >= 0) {
+        int32_t hp = cell / placement->n_ctx_parts;
+
+        session->cp = cell % placement->n_ctx_parts;
+        session->n_heads = fv_placement_head_begin(placement, model->spec.n_kv_heads, hp + 1) -
+                           fv_placement_head_begin(placement, model->spec.n_kv_heads, hp);
+        session->layers = calloc((size_t)model->spec.n_layers, sizeof(*session->layers));
+        if (session->layers == NULL) {
+            free(session);
+            return fv_fail(FV_ERR_NO_MEMORY, "session: no host memory for %d layers",
+                           model->spec.n_layers);
+        }
+    }
+    *out = session;
+    return FV_OK;
+}
+
+/* Drops the pages [n_keep, n_pages) of every head. */
+static void
+drop_pages(const fv_session_t *session, fv_layer_kv_t *layer, uint32_t n_keep, fv_kv_pool_t *pool)
+{
+    for (uint32_t h = 0; h < (uint32_t)session->n_heads; h++) {
+        for (uint32_t p = n_keep; p < layer->n_pages; p++) {
+            fv_kv_pool_unref(pool, layer->pages[(size_t)h * layer->stride + p]);
+        }
+    }
+    if (n_keep < layer->n_pages) {
+        layer->n_pages = n_keep;
+    }
+}
+
+void fv_session_destroy(fv_session_t *session, fv_kv_pool_t *pool)
+{
+    if (session == NULL) {
+        return;
+    }
+    for (int32_t i = 0; (session->layers != NULL) && (i < session->model->spec.n_layers); i++) {
+        drop_pages(session, &session->layers[i], 0, pool);
+        free(session->layers[i].pages);
+    }
+    free(session->layers);
+    free(session);
+}
+
+/* Room for n pages per head, doubling so that growth costs O(1) per page. */
+static fv_status_t grow_table(const fv_session_t *session, fv_layer_kv_t *layer, uint64_t n)
+{
+    uint64_t stride = (layer->stride == 0U) ? STRIDE_MIN : layer->stride;
+    size_t n_bytes = 0;
+
+    if (n <= layer->stride) {
+        return FV_OK;
+    }
+    while (stride < n) {
+        stride *= 2U;
+    }
+    if ((stride > INT32_MAX) ||
+        !fv_size_mul((size_t)stride * sizeof(fv_page_ref_t), (size_t)session->n_heads, &n_bytes)) {
+        return fv_fail(FV_ERR_EXHAUSTED, "page table: %llu pages per head are too many",
+                       (unsigned long long)n);
+    }
+    fv_page_ref_t *pages = malloc(n_bytes);
+    if (pages == NULL) {
+        return fv_fail(FV_ERR_EXHAUSTED, "page table: no host memory for %zu bytes", n_bytes);
+    }
+    for (size_t h = 0; (layer->n_pages > 0U) && (h < (size_t)session->n_heads); h++) {
+        memcpy(&pages[h * stride], &layer->pages[h * layer->stride],
+               layer->n_pages * sizeof(*pages));
+    }
+    free(layer->pages);
+    layer->pages = pages;
+    layer->stride = (uint32_t)stride;
+    return FV_OK;
+}
+
+static uint32_t pages_for(const fv_session_t *session, uint64_t n_tokens)
+{
+    return (uint32_t)fv_placement_pages(&session->placement, session->cp, n_tokens);
+}
+
+fv_status_t fv_session_fork(const fv_session_t *parent,
+                            uint64_t at_position,
+                            fv_kv_pool_t *pool,
+                            fv_session_t **out)
+{
+    fv_session_t *child = NULL;
+
+    FV_RETURN_IF_ERR(fv_session_create(parent->model, parent->model_slot, &parent->placement,
+                                       parent->rank, &child));
+    for (int32_t i = 0; (parent->layers != NULL) && (i < parent->model->spec.n_layers); i++) {
+        const fv_layer_kv_t *from = &parent->layers[i];
+        fv_layer_kv_t *to = &child->layers[i];
+        uint64_t length = (from->length < at_position) ? from->length : at_position;
+        uint32_t n_pages = pages_for(parent, length);
+
+        if (grow_table(child, to, n_pages) != FV_OK) {
+            fv_session_destroy(child, pool);
+            return fv_fail(FV_ERR_NO_MEMORY, "fork: no host memory for the page tables");
+        }
+        for (size_t h = 0; (n_pages > 0U) && (h < (size_t)parent->n_heads); h++) {
+            memcpy(&to->pages[h * to->stride], &from->pages[h * from->stride],
+                   n_pages * sizeof(*to->pages));
+            for (uint32_t p = 0; p < n_pages; p++) {
+                fv_kv_pool_ref(pool, to->pages[h * to->stride + p]);
+            }
+        }
+        to->n_pages = n_pages;
+        to->length = length;
+    }
+    *out = child;
+    return FV_OK;
+}
+
+void fv_session_truncate(fv_session_t *session,
+                         uint32_t layer,
+                         uint64_t position,
+                         fv_kv_pool_t *pool)
+{
+    fv_layer_kv_t *l = &session->layers[layer];
+
+    if (position < l->length) {
+        l->length = position;
+        fv_session_trim(session, layer, pool);
+    }
+}
+
+void fv_session_trim(fv_session_t *session, uint32_t layer, fv_kv_pool_t *pool)
+{
+    fv_layer_kv_t *l = &session->layers[layer];
+
+    drop_pages(session, l, pages_for(session, l->length), pool);
+}
+
+/* Heads whose last page must be copied before `n_filled` > 0 of its slots are followed by another. */
+static uint32_t
+count_shared(const fv_session_t *session, const fv_layer_kv_t *layer, const fv_kv_pool_t *pool)
+{
+    uint32_t n = 0;
+
+    for (size_t h = 0; h < (size_t)session->n_heads; h++) {
+        n += fv_kv_pool_refs(pool, layer->pages[h * layer->stride + layer->n_pages - 1U]) > 1U;
+    }
+    return n;
+}
+
+/* Replaces the shared last pages by own ones, to be filled by the copies. */
+static size_t unshare_last(fv_session_t *session,
+                           fv_layer_kv_t *layer,
+                           int32_t n_filled,
+                           fv_kv_pool_t *pool,
+                           fv_page_copy_t *copies)
+{
+    const fv_model_spec_t *spec = &session->model->spec;
+    size_t n = 0;
+
+    for (size_t h = 0; h < (size_t)session->n_heads; h++) {
+        fv_page_ref_t *page = &layer->pages[h * layer->stride + layer->n_pages - 1U];
+
+        if (fv_kv_pool_refs(pool, *page) > 1U) {
+            fv_page_ref_t own = fv_kv_pool_take(pool, session->model->page_class);
+
+            copies[n++] = (fv_page_copy_t){.src = *page,
+                                           .dst = own,
+                                           .n_tokens = n_filled,
+                                           .head_dim_qk = spec->head_dim_qk,
+                                           .head_dim_v = spec->head_dim_v,
+                                           .kv_dtype = spec->kv_dtype};
+            fv_kv_pool_unref(pool, *page);
+            *page = own;
+        }
+    }
+    return n;
+}
+
+fv_status_t fv_session_reserve(fv_session_t *session,
+                               uint32_t layer,
+                               uint64_t end,
+                               fv_kv_pool_t *pool,
+                               fv_page_copy_t *copies,
+                               size_t *out_n_copies)
+{
+    fv_layer_kv_t *l = &session->layers[layer];
+    uint64_t own = fv_session_own(session, l->length);
+    uint64_t n_pages = fv_placement_pages(&session->placement, session->cp, end);
+    int32_t n_filled = (int32_t)(own % FV_PAGE_TOKENS);
+    bool writes_last = (n_filled != 0) && (fv_session_own(session, end) > own);
+    uint64_t n_new = (n_pages - l->n_pages) * (uint64_t)session->n_heads;
+    uint32_t n_shared = writes_last ? count_shared(session, l, pool) : 0U;
+
+    if (!fv_kv_pool_has(pool, session->model->page_class, n_new + n_shared)) {
+        return fv_fail(
+            FV_ERR_EXHAUSTED, "KV memory: %llu bytes needed, %llu free",
+            (unsigned long long)((n_new + n_shared) * fv_model_page_bytes(&session->model->spec)),
+            (unsigned long long)fv_kv_pool_bytes_free(pool));
+    }
+    FV_RETURN_IF_ERR(grow_table(session, l, n_pages));
+    *out_n_copies = (n_shared > 0U) ? unshare_last(session, l, n_filled, pool, copies) : 0U;
+    /* page by page over all heads: a decoding session's heads come to lie together */
+    for (size_t p = l->n_pages; p < n_pages; p++) {
+        for (size_t h = 0; h < (size_t)session->n_heads; h++) {
+            l->pages[h * l->stride + p] = fv_kv_pool_take(pool, session->model->page_class);
+        }
+    }
+    l->n_pages = (uint32_t)n_pages;
+    return FV_OK;
+}
+
+uint64_t fv_session_pages(const fv_session_t *session)
+{
+    uint64_t n = 0;
+
+    for (int32_t i = 0; (session->layers != NULL) && (i < session->model->spec.n_layers); i++) {
+        n += (uint64_t)session->layers[i].n_pages * (uint64_t)session->n_heads;
+    }
+    return n;
+}

@@ -1,0 +1,94 @@
+/*
+ * session.h - what one rank holds of a session: a length and a page table per layer.
+ *
+ *   pages[h * stride + p]   page of local KV head h, local page p (proto/placement.h numbers them)
+ *
+ * Invariant between steps: a layer has exactly the pages its own tokens of [0, length) need, for every
+ * local head. A page with more than one reference is shared with a fork and is copied before it is written.
+ * A session without a cell on this rank is only its placement: no layers, no pages.
+ *
+ * Thread: the worker's.
+ */
+#ifndef FV_WORKER_SESSION_H
+#define FV_WORKER_SESSION_H
+
+#include "common/model.h"
+#include "common/status.h"
+#include "proto/placement.h"
+#include "worker/kv_pool.h"
+
+#include <stdint.h>
+
+/* A registered model; outlives its sessions. */
+typedef struct fv_worker_model {
+    fv_model_spec_t spec;
+    uint32_t page_class; /* in the pool */
+} fv_worker_model_t;
+
+typedef struct fv_layer_kv {
+    uint64_t
+        length; /* tokens [0, length) of the session exist; this rank holds its own share of them */
+    uint64_t last_step;   /* number of the last step that named this layer */
+    fv_page_ref_t *pages; /* [n_heads * stride] */
+    uint32_t stride;      /* pages that fit, per head */
+    uint32_t n_pages;     /* pages held, per head */
+} fv_layer_kv_t;
+
+typedef struct fv_session {
+    const fv_worker_model_t *model;
+    fv_placement_t placement;
+    uint32_t model_slot;
+    uint32_t rank;         /* this one */
+    int32_t cp;            /* context part; -1: no cell on this rank */
+    int32_t n_heads;       /* local KV heads */
+    fv_layer_kv_t *layers; /* [n_layers], NULL without a cell */
+} fv_session_t;
+
+/* Errors: FV_ERR_NO_MEMORY. The session keeps pointers to `model`. */
+FV_MUST_CHECK fv_status_t fv_session_create(const fv_worker_model_t *model,
+                                            uint32_t model_slot,
+                                            const fv_placement_t *placement,
+                                            uint32_t rank,
+                                            fv_session_t **out);
+
+/* Releases the pages too. NULL is fine. */
+void fv_session_destroy(fv_session_t *session, fv_kv_pool_t *pool);
+
+/* Same model and placement, each layer cut to at_position, every page shared. Errors: FV_ERR_NO_MEMORY. */
+FV_MUST_CHECK fv_status_t fv_session_fork(const fv_session_t *parent,
+                                          uint64_t at_position,
+                                          fv_kv_pool_t *pool,
+                                          fv_session_t **out);
+
+/* Cuts a layer to `position` tokens; a shorter one stays as it is. */
+void fv_session_truncate(fv_session_t *session,
+                         uint32_t layer,
+                         uint64_t position,
+                         fv_kv_pool_t *pool);
+
+/*
+ * Makes room for the tokens [length, end) of a layer: new pages, and pages of its own where the partly filled last
+ * one is shared; what must be copied is written to copies[0 .. *out_n_copies), room for n_heads. The length stays:
+ * the caller sets it when the tokens are in, or takes the pages back with fv_session_trim().
+ * Errors: FV_ERR_EXHAUSTED with bytes needed and free; nothing has changed then.
+ */
+FV_MUST_CHECK fv_status_t fv_session_reserve(fv_session_t *session,
+                                             uint32_t layer,
+                                             uint64_t end,
+                                             fv_kv_pool_t *pool,
+                                             fv_page_copy_t *copies,
+                                             size_t *out_n_copies);
+
+/* Gives back the pages that the layer's length does not need. */
+void fv_session_trim(fv_session_t *session, uint32_t layer, fv_kv_pool_t *pool);
+
+/* This rank's own tokens of [0, n_tokens). */
+static inline uint64_t fv_session_own(const fv_session_t *session, uint64_t n_tokens)
+{
+    return fv_placement_tokens(&session->placement, session->cp, n_tokens);
+}
+
+/* Pages held, all layers and heads; shared ones count in full. */
+uint64_t fv_session_pages(const fv_session_t *session);
+
+#endif /* FV_WORKER_SESSION_H */

@@ -1,0 +1,344 @@
+/*
+ * step.c - one step of one rank. Read this file first.
+ *
+ * Decode path: station 6 of 10. Before: coord (control message and tensors arrive). After: kernels/kernels.h.
+ *
+ *   plan      each item's share of this rank; what travels to and from which peer
+ *   reserve   pages for new tokens; a shared last page becomes an own copy
+ *   compute   copies, appends, attention: one backend call each for the whole step
+ *   exchange  partial states of rows whose KV spans ranks, merged where they belong (partials.c)
+ *   commit    the layers' lengths; until here the session is as it was
+ *
+ * An item fails alone: it is left out of the compute calls and sends the empty set, so that its peers do not wait.
+ * Only what makes the sizes of messages uncertain, or a backend or exchange failure, fails the step.
+ */
+#include "common/clock.h"
+#include "worker/internal.h"
+#include "worker/partials.h"
+
+#include <string.h>
+
+#define TOKENS_MAX \
+    ((uint64_t)1 << 36) /* of a session: keeps every page number and byte count in range */
+
+/* ------------------------------------------------------------------ plan */
+
+fv_status_t
+fv_step_item_make(const fv_worker_t *worker, const fv_ctl_item_t *ctl, fv_step_item_t *out)
+{
+    fv_session_t *session = fv_worker_session(worker, ctl->session_slot);
+
+    if (session == NULL) {
+        return fv_fail(FV_ERR_PROTOCOL, "step: session slot %u is not open", ctl->session_slot);
+    }
+    const fv_model_spec_t *spec = &session->model->spec;
+    if (ctl->layer >= (uint32_t)spec->n_layers) {
+        return fv_fail(FV_ERR_PROTOCOL, "step: layer given %u, expected less than %d", ctl->layer,
+                       spec->n_layers);
+    }
+    if (!fv_dtype_is_valid(ctl->dtype) || (ctl->n_tokens == 0U) || (ctl->n_tokens > INT32_MAX) ||
+        (ctl->position > TOKENS_MAX) || (ctl->kv_end > TOKENS_MAX)) {
+        return fv_fail(FV_ERR_PROTOCOL, "step: dtype %u, n_tokens %u, position %llu, kv_end %llu",
+                       ctl->dtype, ctl->n_tokens, (unsigned long long)ctl->position,
+                       (unsigned long long)ctl->kv_end);
+    }
+    *out = (fv_step_item_t){.ctl = ctl, .session = session};
+    if (!fv_item_share(spec, &session->placement, ctl, worker->config.rank, &out->share)) {
+        return fv_fail(FV_ERR_PROTOCOL, "step: rank %u has no share of session slot %u",
+                       worker->config.rank, ctl->session_slot);
+    }
+    out->layer = &session->layers[ctl->layer];
+    out->n_q_heads = session->n_heads * fv_model_group(spec);
+    return FV_OK;
+}
+
+/* Does the item fit this layer as it is? Its failure is its own. */
+static fv_status_t check_item(const fv_step_item_t *item, uint64_t step)
+{
+    const fv_ctl_item_t *ctl = item->ctl;
+    const fv_session_t *session = item->session;
+    const fv_step_io_t *io = item->io;
+    uint64_t length = item->layer->length;
+
+    if (item->layer->last_step == step) {
+        return fv_fail(FV_ERR_PROTOCOL, "step: session slot %u, layer %u comes twice",
+                       ctl->session_slot, ctl->layer);
+    }
+    item->layer->last_step = step;
+    if ((io->q == NULL) || ((item->share.out_bytes > 0U) && (io->out == NULL)) ||
+        ((item->share.lse_bytes > 0U) && (io->lse == NULL)) ||
+        ((item->share.n_kv_tokens > 0U) && ((io->k == NULL) || (io->v == NULL)))) {
+        return fv_fail(FV_ERR_PROTOCOL, "step: a tensor of session slot %u is missing",
+                       ctl->session_slot);
+    }
+    if ((ctl->flags & FV_ITEM_APPEND) == 0) {
+        if (fv_session_own(session, ctl->kv_end) > fv_session_own(session, length)) {
+            return fv_fail(FV_ERR_PROTOCOL, "step: kv_end given %llu, this rank has %llu tokens",
+                           (unsigned long long)ctl->kv_end, (unsigned long long)length);
+        }
+        return FV_OK;
+    }
+    /* A rank takes no part in steps before the context reaches its part, so it may be behind by others' tokens. */
+    if ((ctl->position < length) ||
+        (fv_session_own(session, ctl->position) != fv_session_own(session, length))) {
+        return fv_fail(FV_ERR_PROTOCOL, "step: append at position %llu, expected %llu",
+                       (unsigned long long)ctl->position, (unsigned long long)length);
+    }
+    if (ctl->kv_end != ctl->position + ctl->n_tokens) {
+        return fv_fail(FV_ERR_PROTOCOL, "step: append with kv_end %llu, expected %llu",
+                       (unsigned long long)ctl->kv_end,
+                       (unsigned long long)(ctl->position + ctl->n_tokens));
+    }
+    return FV_OK;
+}
+
+static void fail_item(fv_step_item_t *item, fv_status_t status, fv_error_t *out_error)
+{
+    item->failed = true;
+    *out_error = fv_error_capture(status);
+}
+
+/* Shares, checks, sizes of messages, room for everything: after it only the pool can refuse an item. */
+static fv_status_t plan(fv_worker_t *worker,
+                        const fv_ctl_item_t *items,
+                        const fv_step_io_t *io,
+                        size_t n_items,
+                        fv_error_t *item_errors)
+{
+    fv_step_work_t *w = &worker->work;
+
+    FV_RETURN_IF_ERR(fv_array_reserve(&w->items, n_items, sizeof(fv_step_item_t)));
+    FV_RETURN_IF_ERR(fv_array_reserve(&w->attends, n_items, sizeof(fv_attn_item_t)));
+    w->n_items = n_items;
+    worker->n_steps++;
+    fv_partials_begin(worker);
+    for (size_t i = 0; i < n_items; i++) {
+        fv_step_item_t *item = (fv_step_item_t *)w->items.data + i;
+
+        FV_RETURN_IF_ERR(fv_step_item_make(worker, &items[i], item));
+        item->io = &io[i];
+        item_errors[i] = (fv_error_t){.status = FV_OK};
+        fv_status_t status = check_item(item, worker->n_steps);
+        if (status != FV_OK) {
+            fail_item(item, status, &item_errors[i]);
+        }
+        fv_partials_add(worker, item);
+    }
+    return fv_partials_layout(worker);
+}
+
+/* ------------------------------------------------------------------ reserve and append */
+
+/* One fv_append_item_t for each run of new tokens that is contiguous here. */
+static fv_status_t add_appends(fv_step_work_t *w, const fv_step_item_t *item)
+{
+    const fv_session_t *session = item->session;
+    const fv_model_spec_t *spec = &session->model->spec;
+    const fv_step_io_t *io = item->io;
+    size_t e = fv_dtype_bytes((fv_dtype_t)item->ctl->dtype);
+    size_t head = io->is_packed ? 0U : (size_t)item->share.head_begin;
+    const uint8_t *k = (const uint8_t *)io->k + head * (size_t)spec->head_dim_qk * e;
+    const uint8_t *v = (const uint8_t *)io->v + head * (size_t)spec->head_dim_v * e;
+    uint64_t cursor = 0;
+    uint64_t n_done = 0;
+    fv_token_run_t run;
+
+    while (fv_token_run_next(&session->placement, session->cp, item->ctl, &cursor, &run)) {
+        uint64_t first = io->is_packed ? n_done : run.item_begin; /* packed: only own tokens */
+
+        FV_RETURN_IF_ERR(
+            fv_array_reserve(&w->appends, w->n_appends + 1U, sizeof(fv_append_item_t)));
+        ((fv_append_item_t *)w->appends.data)[w->n_appends++] =
+            (fv_append_item_t){.n_kv_heads = session->n_heads,
+                               .head_dim_qk = spec->head_dim_qk,
+                               .head_dim_v = spec->head_dim_v,
+                               .src_dtype = item->ctl->dtype,
+                               .kv_dtype = spec->kv_dtype,
+                               .k = k + first * io->k_token_bytes,
+                               .v = v + first * io->v_token_bytes,
+                               .k_token_bytes = io->k_token_bytes,
+                               .v_token_bytes = io->v_token_bytes,
+                               .local_begin = run.local_begin,
+                               .n_tokens = run.n_tokens,
+                               .pages = item->layer->pages,
+                               .pages_head_stride = item->layer->stride};
+        n_done += run.n_tokens;
+    }
+    return FV_OK;
+}
+
+static fv_status_t reserve_item(fv_worker_t *worker, const fv_step_item_t *item)
+{
+    fv_step_work_t *w = &worker->work;
+    size_t n_before = w->n_appends;
+    size_t n_copies = 0;
+
+    if (item->share.n_kv_tokens == 0U) {
+        return FV_OK;
+    }
+    FV_RETURN_IF_ERR(fv_array_reserve(&w->copies, w->n_copies + (size_t)item->session->n_heads,
+                                      sizeof(fv_page_copy_t)));
+    FV_RETURN_IF_ERR(fv_session_reserve(item->session, item->ctl->layer, item->ctl->kv_end,
+                                        worker->pool,
+                                        (fv_page_copy_t *)w->copies.data + w->n_copies, &n_copies));
+    w->n_copies +=
+        n_copies; /* stay even if the next fails: the table points to the copies already */
+    fv_status_t status = add_appends(w, item);
+    if (status != FV_OK) {
+        w->n_appends = n_before;
+        fv_session_trim(item->session, item->ctl->layer, worker->pool);
+    }
+    return status;
+}
+
+/* ------------------------------------------------------------------ attend */
+
+static fv_attn_item_t make_attend(const fv_step_item_t *item)
+{
+    const fv_ctl_item_t *ctl = item->ctl;
+    const fv_session_t *session = item->session;
+    const fv_model_spec_t *spec = &session->model->spec;
+    const fv_step_io_t *io = item->io;
+    size_t e = fv_dtype_bytes((fv_dtype_t)ctl->dtype);
+    size_t q_head =
+        io->is_packed ? 0U : ((size_t)item->share.head_begin * (size_t)fv_model_group(spec));
+
+    fv_attn_item_t a = {
+        .n_tokens = (int32_t)ctl->n_tokens,
+        .n_kv_heads = session->n_heads,
+        .group = fv_model_group(spec),
+        .head_dim_qk = spec->head_dim_qk,
+        .head_dim_v = spec->head_dim_v,
+        .io_dtype = ctl->dtype,
+        .kv_dtype = spec->kv_dtype,
+        .softmax_scale = spec->softmax_scale,
+        .logit_softcap = spec->logit_softcap,
+        .causal = (ctl->flags & FV_ITEM_CAUSAL) != 0,
+        .policy = spec->policies[spec->layer_policy[ctl->layer]],
+        .shard = {.shard_tokens = session->placement.shard_tokens,
+                  .n_parts = session->placement.n_ctx_parts,
+                  .part = (uint16_t)session->cp},
+        .position = (int64_t)ctl->position,
+        .kv_end = (int64_t)ctl->kv_end,
+        .q = (const uint8_t *)io->q + q_head * (size_t)spec->head_dim_qk * e,
+        .q_token_bytes = io->q_token_bytes,
+        .pages = item->layer->pages,
+        .pages_head_stride = item->layer->stride,
+    };
+    if (item->share.n_parts == 1) { /* whole rows are here: straight to the output */
+        a.out = (uint8_t *)io->out + q_head * (size_t)spec->head_dim_v * e;
+        a.out_token_bytes = io->out_token_bytes;
+        a.lse = ((ctl->flags & FV_ITEM_WANT_LSE) != 0) ? (io->lse + q_head) : NULL;
+        a.lse_token_stride = io->lse_token_stride;
+    }
+    return a;
+}
+
+/* Pages, copies, appends and attention of every item that has not failed. */
+static fv_status_t compute(fv_worker_t *worker, fv_error_t *item_errors)
+{
+    const fv_backend_ops_t *ops = worker->config.backend;
+    fv_step_work_t *w = &worker->work;
+    fv_attn_item_t *attends = w->attends.data;
+
+    w->n_appends = 0;
+    w->n_copies = 0;
+    w->n_attends = 0;
+    for (size_t i = 0; i < w->n_items; i++) {
+        fv_step_item_t *item = (fv_step_item_t *)w->items.data + i;
+
+        if (!item->failed) {
+            fv_status_t status = reserve_item(worker, item);
+
+            if (status != FV_OK) {
+                fail_item(item, status, &item_errors[i]);
+            }
+        }
+        fv_attn_item_t *attend = NULL;
+        if (!item->failed) {
+            attend = &attends[w->n_attends++];
+            *attend = make_attend(item);
+        }
+        fv_partials_bind(worker, item, attend);
+    }
+    if (w->n_copies > 0U) { /* before any append: it may write into a page that is copied here */
+        FV_RETURN_IF_ERR(ops->copy_pages(worker->backend, w->copies.data, w->n_copies));
+    }
+    if (w->n_appends > 0U) {
+        FV_RETURN_IF_ERR(ops->append(worker->backend, w->appends.data, w->n_appends));
+    }
+    if (w->n_attends > 0U) {
+        FV_RETURN_IF_ERR(ops->attend(worker->backend, attends, w->n_attends));
+    }
+    return ops->finish(worker->backend);
+}
+
+/* ------------------------------------------------------------------ the step */
+
+/* Lengths advance, or the reserved pages go back. */
+static void settle(fv_worker_t *worker, bool is_done)
+{
+    fv_step_work_t *w = &worker->work;
+
+    for (size_t i = 0; i < w->n_items; i++) {
+        const fv_step_item_t *item = (const fv_step_item_t *)w->items.data + i;
+
+        if (item->failed || ((item->ctl->flags & FV_ITEM_APPEND) == 0)) {
+            continue;
+        }
+        if (is_done) {
+            item->layer->length = item->ctl->kv_end;
+        } else {
+            fv_session_trim(item->session, item->ctl->layer, worker->pool);
+        }
+    }
+}
+
+static uint32_t micros(int64_t from, int64_t to)
+{
+    int64_t us = to - from;
+
+    return (us > UINT32_MAX) ? UINT32_MAX : (uint32_t)us;
+}
+
+static fv_error_t first_error(const fv_error_t *item_errors, size_t n_items, uint32_t *out_n)
+{
+    fv_error_t first = {.status = FV_OK};
+
+    *out_n = 0;
+    for (size_t i = 0; i < n_items; i++) {
+        if (item_errors[i].status != FV_OK) {
+            first = (*out_n == 0U) ? item_errors[i] : first;
+            *out_n = (uint32_t)n_items; /* one entry per item follows, good ones too */
+        }
+    }
+    return first;
+}
+
+fv_status_t fv_worker_step(fv_worker_t *worker,
+                           const fv_ctl_item_t *items,
+                           const fv_step_io_t *io,
+                           size_t n_items,
+                           fv_ctl_done_t *out_done,
+                           fv_error_t *item_errors)
+{
+    int64_t t_begin = fv_clock_us();
+
+    memset(out_done, 0, sizeof(*out_done));
+    FV_RETURN_IF_ERR(fv_worker_usable(worker));
+    FV_RETURN_IF_ERR(plan(worker, items, io, n_items, item_errors));
+    fv_status_t status = compute(worker, item_errors);
+    int64_t t_computed = fv_clock_us();
+    if (status == FV_OK) {
+        status = fv_partials_exchange(worker);
+    }
+    settle(worker, status == FV_OK);
+    if (status != FV_OK) {
+        return fv_worker_break(worker, status);
+    }
+    out_done->compute_us = micros(t_begin, t_computed);
+    out_done->exchange_us = micros(t_computed, fv_clock_us());
+    out_done->error = first_error(item_errors, n_items, &out_done->n_items);
+    fv_worker_memory(worker, &out_done->memory);
+    return FV_OK;
+}

@@ -1,0 +1,292 @@
+/*
+ * worker.c - a rank's worker: its life, its models and sessions.
+ */
+#include "worker/worker.h"
+
+#include "common/log.h"
+#include "worker/internal.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ------------------------------------------------------------------ life */
+
+static fv_status_t create_parts(fv_worker_t *worker)
+{
+    const fv_worker_config_t *c = &worker->config;
+
+    FV_RETURN_IF_ERR(fv_kv_pool_create(c->backend_config.kv_arena_bytes, 0, &worker->pool));
+    worker->work.peers = calloc(c->n_ranks, sizeof(*worker->work.peers));
+    if (worker->work.peers == NULL) {
+        return fv_fail(FV_ERR_NO_MEMORY, "worker: no host memory");
+    }
+    return c->backend->create(&c->backend_config, &worker->backend);
+}
+
+fv_status_t fv_worker_create(const fv_worker_config_t *config, fv_worker_t **out)
+{
+    if ((config->backend == NULL) || (config->rank >= config->n_ranks) ||
+        ((config->exchange == NULL) && (config->n_ranks > 1U))) {
+        return fv_fail(
+            FV_ERR_INVALID_ARG,
+            "worker: rank %u of %u, expected a backend, and an exchange for several ranks",
+            config->rank, config->n_ranks);
+    }
+    fv_worker_t *worker = calloc(1, sizeof(*worker));
+    if (worker == NULL) {
+        return fv_fail(FV_ERR_NO_MEMORY, "worker: no host memory");
+    }
+    worker->config = *config;
+    if (worker->config.step_deadline_ms == 0U) {
+        worker->config.step_deadline_ms = FV_WORKER_DEADLINE_MS;
+    }
+    fv_status_t status = create_parts(worker);
+    if (status != FV_OK) {
+        fv_worker_destroy(worker);
+        return status;
+    }
+    *out = worker;
+    return FV_OK;
+}
+
+static void free_work(fv_worker_t *worker)
+{
+    const fv_backend_ops_t *ops = worker->config.backend;
+    fv_step_work_t *w = &worker->work;
+
+    fv_array_free(&w->items);
+    fv_array_free(&w->attends);
+    fv_array_free(&w->appends);
+    fv_array_free(&w->copies);
+    fv_array_free(&w->merges);
+    fv_array_free(&w->dsts);
+    fv_array_free(&w->parts);
+    fv_array_free(&w->messages);
+    free(w->peers);
+    if (worker->broken != FV_OK) {
+        return; /* abandoned messages may still write to these buffers or read them: never freed */
+    }
+    fv_host_buffer_free(&w->exchange, ops, worker->backend);
+    fv_host_buffer_free(&worker->in, ops, worker->backend);
+    fv_host_buffer_free(&worker->out, ops, worker->backend);
+}
+
+void fv_worker_destroy(fv_worker_t *worker)
+{
+    if (worker == NULL) {
+        return;
+    }
+    for (uint32_t i = 0; i < worker->n_session_slots; i++) {
+        fv_session_destroy(fv_worker_session(worker, i), worker->pool);
+    }
+    for (size_t i = 0; i < FV_MODELS_MAX; i++) {
+        free(worker->models[i]);
+    }
+    free_work(worker);
+    fv_array_free(&worker->sessions);
+    fv_array_free(&worker->ios);
+    worker->config.backend->destroy(worker->backend);
+    fv_kv_pool_destroy(worker->pool);
+    free(worker);
+}
+
+fv_status_t fv_worker_break(fv_worker_t *worker, fv_status_t status)
+{
+    fv_error("worker %u can not go on: %s (%s)", worker->config.rank, fv_error_context(),
+             fv_status_str(status));
+    worker->broken = status;
+    return status;
+}
+
+fv_status_t fv_worker_usable(const fv_worker_t *worker)
+{
+    if (worker->broken != FV_OK) {
+        return fv_fail(worker->broken, "rank %u failed in an earlier step and must be restarted",
+                       worker->config.rank);
+    }
+    return FV_OK;
+}
+
+/* ------------------------------------------------------------------ what it says of itself */
+
+void fv_worker_memory(const fv_worker_t *worker, fv_ctl_memory_t *out)
+{
+    fv_kv_pool_stats_t stats;
+
+    fv_kv_pool_stats(worker->pool, &stats);
+    *out = (fv_ctl_memory_t){.kv_bytes_total = stats.bytes_total,
+                             .kv_bytes_free = stats.bytes_free,
+                             .slab_bytes = (uint32_t)stats.slab_bytes,
+                             .n_slabs_free = stats.n_slabs_free};
+    for (size_t i = 0; i < FV_MODELS_MAX; i++) {
+        if (worker->models[i] != NULL) {
+            out->n_pages_free[i] =
+                fv_kv_pool_pages_free(worker->pool, worker->models[i]->page_class);
+        }
+    }
+}
+
+void fv_worker_hello(const fv_worker_t *worker, fv_ctl_hello_t *out)
+{
+    fv_device_info_t info = {0};
+
+    worker->config.backend->describe(worker->backend, &info);
+    memset(out, 0, sizeof(*out));
+    out->rank = worker->config.rank;
+    out->n_threads = (uint32_t)info.n_threads;
+    (void)snprintf(out->backend, sizeof(out->backend), "%s", worker->config.backend->name);
+    (void)snprintf(out->device, sizeof(out->device), "%s", info.device);
+    fv_worker_memory(worker, &out->memory);
+}
+
+/* ------------------------------------------------------------------ models and sessions */
+
+fv_session_t *fv_worker_session(const fv_worker_t *worker, uint32_t slot)
+{
+    return (slot < worker->n_session_slots) ? ((fv_session_t **)worker->sessions.data)[slot] : NULL;
+}
+
+fv_status_t fv_worker_model(fv_worker_t *worker, const fv_ctl_model_t *message)
+{
+    uint32_t slot = message->model_slot;
+
+    if ((slot >= FV_MODELS_MAX) || (worker->models[slot] != NULL)) {
+        return fv_fail(FV_ERR_PROTOCOL, "model slot %u: expected a free one below %d", slot,
+                       FV_MODELS_MAX);
+    }
+    fv_worker_model_t *model = calloc(1, sizeof(*model));
+    if (model == NULL) {
+        return fv_fail(FV_ERR_NO_MEMORY, "model: no host memory");
+    }
+    model->spec = message->spec;
+    fv_status_t status = fv_model_spec_check(&model->spec);
+    if (status == FV_OK) {
+        status =
+            fv_kv_pool_class(worker->pool, fv_model_page_bytes(&model->spec), &model->page_class);
+    }
+    if (status != FV_OK) {
+        free(model);
+        return status;
+    }
+    worker->models[slot] = model;
+    return FV_OK;
+}
+
+/* Room for session slot `slot`, which must be empty. */
+static fv_status_t claim_slot(fv_worker_t *worker, uint32_t slot)
+{
+    if ((slot >= FV_SESSION_SLOTS_MAX) || (fv_worker_session(worker, slot) != NULL)) {
+        return fv_fail(FV_ERR_PROTOCOL, "session slot %u: expected a free one below %u", slot,
+                       FV_SESSION_SLOTS_MAX);
+    }
+    if (slot >= worker->n_session_slots) {
+        FV_RETURN_IF_ERR(
+            fv_array_reserve(&worker->sessions, (size_t)slot + 1U, sizeof(fv_session_t *)));
+        fv_session_t **sessions = worker->sessions.data;
+        for (uint32_t i = worker->n_session_slots; i <= slot; i++) {
+            sessions[i] = NULL;
+        }
+        worker->n_session_slots = slot + 1U;
+    }
+    return FV_OK;
+}
+
+static fv_status_t
+check_placement(const fv_worker_t *worker, const fv_model_spec_t *spec, const fv_placement_t *p)
+{
+    uint32_t n_cells = (uint32_t)p->n_head_parts * p->n_ctx_parts;
+
+    if ((n_cells == 0U) || (n_cells > FV_PLACEMENT_RANKS_MAX) ||
+        (p->n_head_parts > spec->n_kv_heads)) {
+        return fv_fail(FV_ERR_PROTOCOL, "placement: %u x %u parts for %d KV heads", p->n_head_parts,
+                       p->n_ctx_parts, spec->n_kv_heads);
+    }
+    if ((p->shard_tokens == 0U) || (p->shard_tokens % FV_PAGE_TOKENS != 0U)) {
+        return fv_fail(FV_ERR_PROTOCOL,
+                       "placement: shard_tokens given %u, expected a multiple of %d",
+                       p->shard_tokens, FV_PAGE_TOKENS);
+    }
+    for (uint32_t i = 0; i < n_cells; i++) {
+        if ((p->ranks[i] >= worker->config.n_ranks) ||
+            (fv_placement_cell(p, p->ranks[i]) != (int32_t)i)) {
+            return fv_fail(FV_ERR_PROTOCOL, "placement: rank %u, expected distinct ones below %u",
+                           p->ranks[i], worker->config.n_ranks);
+        }
+    }
+    return FV_OK;
+}
+
+fv_status_t fv_worker_open(fv_worker_t *worker, const fv_ctl_open_t *message)
+{
+    uint32_t slot = message->session_slot;
+
+    FV_RETURN_IF_ERR(fv_worker_usable(worker));
+    if ((message->model_slot >= FV_MODELS_MAX) || (worker->models[message->model_slot] == NULL)) {
+        return fv_fail(FV_ERR_PROTOCOL, "open: model slot %u is unknown", message->model_slot);
+    }
+    const fv_worker_model_t *model = worker->models[message->model_slot];
+    FV_RETURN_IF_ERR(check_placement(worker, &model->spec, &message->placement));
+    FV_RETURN_IF_ERR(claim_slot(worker, slot));
+    return fv_session_create(model, message->model_slot, &message->placement, worker->config.rank,
+                             &((fv_session_t **)worker->sessions.data)[slot]);
+}
+
+/* A session that a message names. */
+static fv_status_t find_session(const fv_worker_t *worker, uint32_t slot, fv_session_t **out)
+{
+    FV_RETURN_IF_ERR(fv_worker_usable(worker));
+    *out = fv_worker_session(worker, slot);
+    if (*out == NULL) {
+        return fv_fail(FV_ERR_PROTOCOL, "session slot %u is not open", slot);
+    }
+    return FV_OK;
+}
+
+fv_status_t fv_worker_fork(fv_worker_t *worker, const fv_ctl_fork_t *message)
+{
+    fv_session_t *parent = NULL;
+
+    FV_RETURN_IF_ERR(find_session(worker, message->parent_slot, &parent));
+    FV_RETURN_IF_ERR(claim_slot(worker, message->session_slot));
+    return fv_session_fork(parent, message->at_position, worker->pool,
+                           &((fv_session_t **)worker->sessions.data)[message->session_slot]);
+}
+
+fv_status_t fv_worker_truncate(fv_worker_t *worker, const fv_ctl_truncate_t *message)
+{
+    fv_session_t *session = NULL;
+
+    FV_RETURN_IF_ERR(find_session(worker, message->session_slot, &session));
+    uint32_t n_layers = (uint32_t)session->model->spec.n_layers;
+    bool is_all = message->layer == UINT32_MAX;
+    if (!is_all && (message->layer >= n_layers)) {
+        return fv_fail(FV_ERR_PROTOCOL, "truncate: layer given %u, expected less than %u",
+                       message->layer, n_layers);
+    }
+    if (session->layers == NULL) {
+        return FV_OK;
+    }
+    for (uint32_t i = is_all ? 0U : message->layer; i < (is_all ? n_layers : message->layer + 1U);
+         i++) {
+        fv_session_truncate(session, i, message->position, worker->pool);
+    }
+    return FV_OK;
+}
+
+fv_status_t fv_worker_close(fv_worker_t *worker, const fv_ctl_close_t *message)
+{
+    fv_session_t *session = NULL;
+
+    FV_RETURN_IF_ERR(find_session(worker, message->session_slot, &session));
+    fv_session_destroy(session, worker->pool);
+    ((fv_session_t **)worker->sessions.data)[message->session_slot] = NULL;
+    return FV_OK;
+}
+
+uint64_t fv_worker_session_pages(const fv_worker_t *worker, uint32_t session_slot)
+{
+    const fv_session_t *session = fv_worker_session(worker, session_slot);
+
+    return (session == NULL) ? 0U : fv_session_pages(session);
+}
