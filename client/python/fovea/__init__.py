@@ -3,7 +3,8 @@
     import fovea
 
     client = fovea.connect("127.0.0.1:7411")            # or "unix:/run/fovea.sock"
-    model = client.register_model(fovea.ModelSpec("tiny", n_layers=2, n_q_heads=8, n_kv_heads=2, head_dim_qk=64))
+    spec = fovea.ModelSpec("tiny", n_layers=2, n_q_heads=8, n_kv_heads=2, head_dim_qk=64)
+    model = client.register_model(spec)
     with client.open_session(model) as session:
         result = client.attend(0, [(session, 0, T)], q, k, v)   # q [T, 8, 64], k and v [T, 2, 64]
         result.out                                               # [T, 8, 64]

@@ -1,0 +1,1 @@
+"""A real language model whose attention is served by Fovea: `python -m fovea.demo --help`."""
