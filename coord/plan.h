@@ -41,16 +41,21 @@ void fv_planner_destroy(fv_planner_t *planner);
 /* kv_bytes_total = 0: the rank holds no KV (dedicated coordinator, lost). */
 void fv_planner_set_rank(fv_planner_t *planner, uint32_t rank, uint64_t kv_bytes_total);
 
-/* What the planner believes a rank holds: adjusted by the caller as sessions grow, shrink, close. */
+/*
+ * What the planner believes a rank holds: adjusted by the caller as sessions grow, shrink, close. Never below 0: giving
+ * back more than was accounted leaves 0.
+ */
 void fv_planner_account(fv_planner_t *planner, uint32_t rank, int64_t delta_bytes);
 uint64_t fv_planner_used(const fv_planner_t *planner, uint32_t rank);
 
 /*
  * Chooses ranks for a new session, least loaded first. `sharding` has the mode (AUTO, HEADS, CONTEXT),
  * shard_tokens (0 = default_shard_tokens) and max_ranks (0 = all); max_tokens_hint 0 = unknown.
- * Does not account anything. `reason` says in one sentence why, for GetPlacement.
- * Errors: FV_ERR_EXHAUSTED when no rank holds KV.
- * Cost: O(k log n_ranks) for a session over k ranks; allocates nothing.
+ * Does not account anything (the caller accounts at opening what the hint promises); equally loaded ranks take turns.
+ * A session whose hinted length does not fit on one rank's free memory is spread until it does, where that is
+ * possible. `reason` says in one sentence why, for GetPlacement.
+ * Errors: FV_ERR_EXHAUSTED when no rank holds KV; FV_ERR_INVALID_ARG and FV_ERR_UNIMPLEMENTED naming the field of `sharding`.
+ * Cost: O(k log n_ranks) for a session over k ranks (O(n_ranks) when memory is short); allocates nothing.
  */
 FV_MUST_CHECK fv_status_t fv_planner_place(fv_planner_t *planner,
                                            const fv_model_spec_t *spec,

@@ -1,0 +1,61 @@
+/*
+ * plan_grid.h - how many head parts and context parts a session gets: the cost model's side of the planner.
+ *
+ * Inside of the planner; knows nothing of particular ranks. Pure.
+ */
+#ifndef FV_COORD_PLAN_GRID_H
+#define FV_COORD_PLAN_GRID_H
+
+#include "coord/plan.h"
+
+#include <stdbool.h>
+
+/* A session at a length, reduced to what the cost depends on. */
+typedef struct fv_plan_shape {
+    const fv_plan_cost_t *cost;
+    const fv_model_spec_t *spec;
+    uint64_t n_tokens;
+    uint32_t shard_tokens;
+    int32_t n_reads; /* entries of reads */
+    struct {
+        double weight;     /* share of the model's layers */
+        uint64_t n_tokens; /* that a query at the end of the context reads in those layers */
+    } reads[FV_POLICIES_MAX];
+} fv_plan_shape_t;
+
+/* H x C parts, and what is predicted of them. */
+typedef struct fv_plan_grid {
+    int32_t n_head_parts;
+    int32_t n_ctx_parts;
+    double token_us;   /* one decode token of one layer (mean over layers) */
+    double rank_bytes; /* KV of the fullest rank at n_tokens, all layers */
+} fv_plan_grid_t;
+
+fv_plan_shape_t fv_plan_shape(const fv_plan_cost_t *cost,
+                              const fv_model_spec_t *spec,
+                              uint32_t shard_tokens,
+                              uint64_t n_tokens);
+
+/* Fills the predictions for n_head_parts x n_ctx_parts. */
+fv_plan_grid_t
+fv_plan_grid(const fv_plan_shape_t *shape, int32_t n_head_parts, int32_t n_ctx_parts);
+
+/* What is asked of fv_plan_grid_choose(). */
+typedef struct fv_plan_ask {
+    fv_sharding_mode_t mode; /* AUTO, HEADS or CONTEXT */
+    int32_t n_ranks_max;     /* 1..FV_PLACEMENT_RANKS_MAX */
+    bool has_hint;           /* shape->n_tokens is a hint; else it is only a reference length */
+    /* fits(arg, grid): are there ranks with room for it? NULL: any grid will do. */
+    bool (*fits)(const void *arg, const fv_plan_grid_t *grid);
+    const void *arg;
+} fv_plan_ask_t;
+
+/*
+ * The cheapest grid that fits; of those within 5 % of it the one with the fewest ranks. False, and nothing
+ * written, when none fits.
+ */
+bool fv_plan_grid_choose(const fv_plan_shape_t *shape,
+                         const fv_plan_ask_t *ask,
+                         fv_plan_grid_t *out);
+
+#endif /* FV_COORD_PLAN_GRID_H */

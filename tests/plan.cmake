@@ -1,0 +1,2 @@
+fv_add_test(test_plan unit SOURCES unit/test_plan.c LIBS fv_plan m)
+fv_add_test(prop_plan property SOURCES property/prop_plan.c LIBS fv_plan TIMEOUT 60)
