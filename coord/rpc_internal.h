@@ -1,0 +1,147 @@
+/*
+ * rpc_internal.h - what the files behind rpc.h share. Nobody else includes it.
+ *
+ *   rpc_server.c      life cycle, settings, the completion-queue thread
+ *   rpc_call.c        one call: replies queued, batches started, status decided
+ *   rpc_event.c       one call: matched, read, sent, closed; and the list of all calls
+ *   rpc_message.c     byte buffers <-> spans and reply pieces
+ *   rpc_method.c      the table of methods
+ *   rpc_listen.c      addresses, and the lock beside a unix socket
+ *   rpc_health.c      grpc.health.v1
+ *   rpc_reflection.c  server reflection
+ *   rpc_pb.c          protobuf's wire form for the two
+ *
+ * Locks, outermost first: fv_health_t.lock, fv_calls_t.lock, fv_call_t.lock. gRPC is entered with at
+ * most the first of them held: it may run release callbacks of any call before it returns.
+ */
+#ifndef FV_COORD_RPC_INTERNAL_H
+#define FV_COORD_RPC_INTERNAL_H
+
+#include "coord/rpc.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+/* gRPC's own types stay opaque here, so that only the doors include its headers. */
+struct grpc_byte_buffer;
+struct grpc_completion_queue;
+struct grpc_server;
+
+/* ------------------------------------------------------------------ methods */
+
+typedef enum fv_call_kind {
+    FV_CALL_UNARY,
+    FV_CALL_BIDI, /* each message answered once; read while fewer than the limit are unsent */
+    FV_CALL_SERVER_STREAM /* one message in, many out; a newer reply replaces one not yet sent */
+} fv_call_kind_t;
+
+/* Methods after FV_METHOD_COUNT are answered inside the door. */
+enum {
+    FV_METHOD_HEALTH_CHECK = FV_METHOD_COUNT,
+    FV_METHOD_HEALTH_WATCH,
+    FV_METHOD_REFLECTION_V1,
+    FV_METHOD_REFLECTION_V1ALPHA,
+    FV_METHOD_END
+};
+
+typedef struct fv_method_info {
+    const char *path; /* "/fovea.v1.Attention/Attend" */
+    int method;
+    fv_call_kind_t kind;
+} fv_method_info_t;
+
+/* NULL when unknown. `path` need not be NUL-terminated. Thread: any. */
+const fv_method_info_t *fv_method_find(const char *path, size_t n_chars);
+
+/* ------------------------------------------------------------------ health, reflection */
+
+#define FV_HEALTH_WATCHERS_MAX 256
+
+typedef struct fv_health {
+    pthread_mutex_t lock;
+    bool is_serving;
+    size_t n_watchers;
+    fv_call_t *watchers[FV_HEALTH_WATCHERS_MAX]; /* each with a reference */
+} fv_health_t;
+
+void fv_health_init(fv_health_t *health);
+void fv_health_fini(fv_health_t *health); /* every call is over */
+void fv_health_set_serving(fv_health_t *health, bool is_serving);
+/* Check and Watch. Thread: rpc. */
+void fv_health_message(fv_health_t *health, fv_call_t *call, bool is_watch, fv_span_t request);
+void fv_health_closed(fv_health_t *health, fv_call_t *call);
+
+/* A serialized FileDescriptorSet of the APIs that the door answers itself; written at build time. */
+extern const uint8_t fv_rpc_descriptor_set[];
+extern const size_t fv_rpc_descriptor_set_bytes;
+
+/* One ServerReflectionRequest. Thread: rpc. */
+void fv_reflection_message(fv_call_t *call, fv_span_t request);
+
+/* ------------------------------------------------------------------ addresses */
+
+#define FV_ADDRESS_BYTES 256
+
+typedef struct fv_listen {
+    char address[FV_ADDRESS_BYTES]; /* as given, then as bound */
+    bool is_unix;
+    int lock_fd; /* unix: held while the server lives; -1 otherwise */
+    char lock_path[FV_ADDRESS_BYTES];
+} fv_listen_t;
+
+/*
+ * Checks the form of `address`; for a unix socket takes the lock beside it and removes a stale socket.
+ * Errors: FV_ERR_INVALID_ARG for its form; FV_ERR_UNAVAILABLE when another server has it.
+ */
+FV_MUST_CHECK fv_status_t fv_listen_prepare(const char *address, fv_listen_t *out);
+/* After the bind: puts the port in place of 0. */
+void fv_listen_set_port(fv_listen_t *listen, int port);
+void fv_listen_release(fv_listen_t *listen);
+
+/* ------------------------------------------------------------------ messages */
+
+/* The spans of one received message; grown as needed. Thread: rpc. */
+typedef struct fv_span_list {
+    fv_span_t *spans;
+    size_t n_spans;
+    size_t cap;
+} fv_span_list_t;
+
+/* Points `out` at the slices of `message`. Errors: FV_ERR_NO_MEMORY. */
+FV_MUST_CHECK fv_status_t fv_message_spans(struct grpc_byte_buffer *message, fv_span_list_t *out);
+/* Takes the pieces: each release runs when gRPC lets go of its slice. */
+struct grpc_byte_buffer *fv_message_create(const fv_reply_piece_t *pieces, size_t n_pieces);
+/* Releases pieces that will not be sent. */
+void fv_message_release_pieces(const fv_reply_piece_t *pieces, size_t n_pieces);
+
+/* ------------------------------------------------------------------ calls */
+
+/* Every call of one door, and what they share. */
+typedef struct fv_calls {
+    const fv_rpc_handlers_t *handlers;
+    int32_t stream_inflight_max;
+    struct grpc_server *server;
+    struct grpc_completion_queue *queue;
+    fv_health_t *health;
+    fv_span_list_t spans; /* thread: rpc */
+    atomic_bool is_stopping;
+
+    pthread_mutex_t lock; /* guards what follows */
+    pthread_cond_t idle;  /* signalled when n_live + n_requests falls to 0 */
+    fv_call_t *live;      /* matched calls whose gRPC call still exists */
+    size_t n_live;
+    size_t n_requests; /* asked of gRPC, not yet returned */
+} fv_calls_t;
+
+void fv_calls_init(fv_calls_t *calls);
+void fv_calls_fini(fv_calls_t *calls);
+/* Asks gRPC for one more call. Thread: start, rpc. */
+void fv_calls_request(fv_calls_t *calls);
+/* One event of the completion queue. Thread: rpc. */
+void fv_calls_on_event(void *tag, bool is_ok);
+/* New calls are refused from here on, streams end as soon as nothing of theirs is under way. */
+void fv_calls_stop(fv_calls_t *calls);
+/* Blocks until no call and no request is left. The server must have been shut down. */
+void fv_calls_wait_idle(fv_calls_t *calls);
+
+#endif /* FV_COORD_RPC_INTERNAL_H */
