@@ -50,7 +50,7 @@ static fv_status_t item_session(const fv_scan_t *scan,
     char hex[FV_SESSION_ID_CHARS];
 
     if (field->wire_type != FV_WIRE_LEN) {
-        return fail_item(index, "session_id: given a number", "a string");
+        return fail_item(index, "session_id: given a wrong wire type", "a string");
     }
     if (field->region.n_bytes != FV_SESSION_ID_CHARS) {
         return fv_fail(FV_ERR_INVALID_ARG,

@@ -1,0 +1,3 @@
+# proto/ and common/config: wire codec, placement arithmetic, options; fuzz targets.
+fv_add_test(prop_wire_attend property SOURCES property/prop_wire_attend.c fuzz/wire_oracle.c
+            LIBS fv_proto fv_proto_gen)
