@@ -149,6 +149,7 @@ static bool take_send(fv_call_t *call, fv_send_t *out)
         /* more follows at once: let the transport write them together */
         op->flags = (head->next != NULL) ? GRPC_WRITE_BUFFER_HINT : 0U;
         op->data.send_message.send_message = head->message;
+        head->next = NULL;
     }
     if (call->is_ending && (call->first == NULL)) {
         grpc_op *op = &out->ops[out->n_ops++];
