@@ -38,9 +38,8 @@ static void reorder(fv_planner_t *planner, uint32_t rank)
 {
     const plan_rank_t *r = &planner->ranks[rank];
 
-    fv_plan_order_put(&planner->order, (fv_plan_key_t){.load = (double)r->used / (double)r->total,
-                                                       .begun = r->begun,
-                                                       .rank = rank});
+    fv_plan_order_put(&planner->order,
+                      fv_plan_key((double)r->used / (double)r->total, r->begun, rank));
 }
 
 fv_status_t fv_planner_create(uint32_t n_ranks, const fv_plan_cost_t *cost, fv_planner_t **out)
@@ -207,7 +206,7 @@ static void find_room(const fv_planner_t *planner, placing_t *p)
     int32_t n = 0;
 
     for (uint32_t i = 0; i < planner->order.n; i++) {
-        double room = free_bytes(planner, planner->order.heap[i].rank);
+        double room = free_bytes(planner, fv_plan_key_rank(planner->order.heap[i]));
         int32_t at = 0;
 
         if (n < p->ask.n_ranks_max) {

@@ -33,21 +33,15 @@ void fv_plan_order_finish(fv_plan_order_t *order)
     *order = (fv_plan_order_t){0};
 }
 
-static bool is_before(const fv_plan_key_t *a, const fv_plan_key_t *b)
+static bool is_before(fv_plan_key_t a, fv_plan_key_t b)
 {
-    if (a->load < b->load) {
-        return true;
-    }
-    if (a->load > b->load) {
-        return false;
-    }
-    return (a->begun != b->begun) ? (a->begun < b->begun) : (a->rank < b->rank);
+    return ((a.load < b.load) | ((a.load == b.load) & (a.begun_rank < b.begun_rank))) != 0;
 }
 
 static void set_at(fv_plan_order_t *o, uint32_t at, fv_plan_key_t key)
 {
     o->heap[at] = key;
-    o->where[key.rank] = at;
+    o->where[fv_plan_key_rank(key)] = at;
 }
 
 /* Both move a hole rather than swap: one write a level. */
@@ -56,7 +50,7 @@ static void sift_up(fv_plan_order_t *o, uint32_t at, fv_plan_key_t key)
     while (at > 0) {
         uint32_t parent = (at - 1) / 2;
 
-        if (!is_before(&key, &o->heap[parent])) {
+        if (!is_before(key, o->heap[parent])) {
             break;
         }
         set_at(o, at, o->heap[parent]);
@@ -68,10 +62,8 @@ static void sift_up(fv_plan_order_t *o, uint32_t at, fv_plan_key_t key)
 static void sift_down(fv_plan_order_t *o, uint32_t at, fv_plan_key_t key)
 {
     for (uint32_t child = (2 * at) + 1; child < o->n; child = (2 * at) + 1) {
-        if ((child + 1 < o->n) && is_before(&o->heap[child + 1], &o->heap[child])) {
-            child++;
-        }
-        if (!is_before(&o->heap[child], &key)) {
+        child += (child + 1 < o->n) && is_before(o->heap[child + 1], o->heap[child]);
+        if (!is_before(o->heap[child], key)) {
             break;
         }
         set_at(o, at, o->heap[child]);
@@ -82,11 +74,11 @@ static void sift_down(fv_plan_order_t *o, uint32_t at, fv_plan_key_t key)
 
 void fv_plan_order_put(fv_plan_order_t *order, fv_plan_key_t key)
 {
-    uint32_t at = order->where[key.rank];
+    uint32_t at = order->where[fv_plan_key_rank(key)];
 
     if (at == NOWHERE) {
         sift_up(order, order->n++, key);
-    } else if (is_before(&key, &order->heap[at])) {
+    } else if (is_before(key, order->heap[at])) {
         sift_up(order, at, key);
     } else {
         sift_down(order, at, key);
@@ -105,7 +97,7 @@ void fv_plan_order_remove(fv_plan_order_t *order, uint32_t rank)
     if (at < order->n) { /* the last one fills the hole: it may belong above or below it */
         fv_plan_key_t last = order->heap[order->n];
 
-        if ((at > 0) && is_before(&last, &order->heap[(at - 1) / 2])) {
+        if ((at > 0) && is_before(last, order->heap[(at - 1) / 2])) {
             sift_up(order, at, last);
         } else {
             sift_down(order, at, last);
@@ -120,64 +112,71 @@ bool fv_plan_order_has(const fv_plan_order_t *order, uint32_t rank)
 
 /*
  * The walk. The next rank in order is always a child of one already yielded; those children are the
- * frontier, itself a heap, of at most n_yielded + 1 positions.
+ * frontier, itself a heap, of at most n_yielded + 1 keys.
  */
-static void frontier_push(fv_plan_order_t *o, uint32_t position)
+static void frontier_push(fv_plan_order_t *o, fv_plan_spot_t spot)
 {
     uint32_t at = o->n_frontier++;
 
     while (at > 0) {
         uint32_t parent = (at - 1) / 2;
 
-        if (!is_before(&o->heap[position], &o->heap[o->frontier[parent]])) {
+        if (!is_before(spot.key, o->frontier[parent].key)) {
             break;
         }
         o->frontier[at] = o->frontier[parent];
         at = parent;
     }
-    o->frontier[at] = position;
+    o->frontier[at] = spot;
 }
 
-static uint32_t frontier_pop(fv_plan_order_t *o)
+/* Puts `spot` where the root was. */
+static void frontier_replace(fv_plan_order_t *o, fv_plan_spot_t spot)
 {
-    uint32_t top = o->frontier[0];
-    uint32_t last = o->frontier[--o->n_frontier];
+    fv_plan_spot_t *f = o->frontier;
     uint32_t at = 0;
 
     for (uint32_t child = 1; child < o->n_frontier; child = (2 * at) + 1) {
-        if ((child + 1 < o->n_frontier) &&
-            is_before(&o->heap[o->frontier[child + 1]], &o->heap[o->frontier[child]])) {
-            child++;
-        }
-        if (!is_before(&o->heap[o->frontier[child]], &o->heap[last])) {
+        child += (child + 1 < o->n_frontier) && is_before(f[child + 1].key, f[child].key);
+        if (!is_before(f[child].key, spot.key)) {
             break;
         }
-        o->frontier[at] = o->frontier[child];
+        f[at] = f[child];
         at = child;
     }
-    o->frontier[at] = last;
-    return top;
+    f[at] = spot;
+}
+
+static fv_plan_spot_t spot_at(const fv_plan_order_t *o, uint32_t at)
+{
+    return (fv_plan_spot_t){.key = o->heap[at], .at = at};
 }
 
 void fv_plan_order_walk(fv_plan_order_t *order)
 {
     order->n_frontier = 0;
     if (order->n > 0) {
-        frontier_push(order, 0);
+        frontier_push(order, spot_at(order, 0));
     }
 }
 
 bool fv_plan_order_next(fv_plan_order_t *order, uint32_t *rank)
 {
-    uint32_t at = 0;
-
     if (order->n_frontier == 0) {
         return false;
     }
-    at = frontier_pop(order);
-    for (uint32_t child = (2 * at) + 1; (child <= (2 * at) + 2) && (child < order->n); child++) {
-        frontier_push(order, child);
+    uint32_t child = (2 * order->frontier[0].at) + 1;
+    *rank = fv_plan_key_rank(order->frontier[0].key);
+    if (child < order->n) {
+        frontier_replace(order, spot_at(order, child));
+    } else {
+        order->n_frontier--;
+        if (order->n_frontier > 0) {
+            frontier_replace(order, order->frontier[order->n_frontier]);
+        }
     }
-    *rank = order->heap[at].rank;
+    if (child + 1 < order->n) {
+        frontier_push(order, spot_at(order, child + 1));
+    }
     return true;
 }

@@ -14,18 +14,38 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <string.h>
 
+/* Two words, compared one after the other: a comparison without a branch that could be mispredicted. */
 typedef struct fv_plan_key {
-    double load; /* bytes held and expected / bytes in all */
-    uint64_t begun;
-    uint32_t rank;
+    uint64_t load;       /* the bits of a double >= 0, which sort as it does */
+    uint64_t begun_rank; /* begun, then rank in the low 16 bits */
 } fv_plan_key_t;
 
+/* load: bytes held / bytes in all, >= 0; begun < 2^48; rank < 2^16. */
+static inline fv_plan_key_t fv_plan_key(double load, uint64_t begun, uint32_t rank)
+{
+    fv_plan_key_t key = {.begun_rank = (begun << 16) | rank};
+
+    memcpy(&key.load, &load, sizeof(key.load));
+    return key;
+}
+
+static inline uint32_t fv_plan_key_rank(fv_plan_key_t key)
+{
+    return (uint32_t)(key.begun_rank & 0xffffU);
+}
+
+typedef struct fv_plan_spot {
+    fv_plan_key_t key;
+    uint32_t at; /* its position in the heap */
+} fv_plan_spot_t;
+
 typedef struct fv_plan_order {
-    fv_plan_key_t *heap; /* [n] */
-    uint32_t *where;     /* [n_ranks]: position in heap, or UINT32_MAX */
-    uint32_t *frontier;  /* [n_ranks]: the walk's own heap of positions */
-    uint32_t n;          /* usable ranks */
+    fv_plan_key_t *heap;      /* [n] */
+    uint32_t *where;          /* [n_ranks]: position in heap, or UINT32_MAX */
+    fv_plan_spot_t *frontier; /* [n_ranks]: the walk's own heap */
+    uint32_t n;               /* usable ranks */
     uint32_t n_frontier;
 } fv_plan_order_t;
 
