@@ -45,13 +45,14 @@ typedef uint32_t fv_page_ref_t;
 typedef struct fv_backend fv_backend_t;
 
 typedef struct fv_backend_config {
-    int32_t n_threads;     /* CPU: compute threads, caller's included; 0 = all this process may use */
+    int32_t n_threads; /* CPU: compute threads, caller's included; 0 = all this process may use */
     size_t kv_arena_bytes; /* multiple of FV_PAGE_UNIT */
-    const char *isa;       /* CPU: "auto", "avx512", "avx2", "portable" (tests force each); NULL = auto */
+    const char
+        *isa; /* CPU: "auto", "amx", "avx512", "avx2", "portable" (tests force each); NULL = auto */
 } fv_backend_config_t;
 
 typedef struct fv_device_info {
-    char device[96];  /* e.g. "Intel Xeon, 2 threads, avx512 bf16" */
+    char device[96]; /* e.g. "Intel Xeon, 2 threads, avx512 bf16" */
     int32_t n_threads;
     size_t kv_arena_bytes;
     size_t workspace_bytes;
@@ -64,11 +65,13 @@ typedef struct fv_append_item {
     int32_t n_kv_heads; /* on this rank */
     int32_t head_dim_qk, head_dim_v;
     int32_t src_dtype, kv_dtype; /* fv_dtype_t */
-    const void *k, *v;           /* first token; heads contiguous: k + t * k_token_bytes + h * dk * e; 16-byte aligned
+    const void *k,
+        *v; /* first token; heads contiguous: k + t * k_token_bytes + h * dk * e; 16-byte aligned
                                     base or any multiple of the element size */
     size_t k_token_bytes, v_token_bytes;
-    uint64_t local_begin; /* the part's own index of the first token: page local_begin / P, slot local_begin % P */
-    uint64_t n_tokens;    /* contiguous in the part */
+    uint64_t
+        local_begin; /* the part's own index of the first token: page local_begin / P, slot local_begin % P */
+    uint64_t n_tokens;          /* contiguous in the part */
     const fv_page_ref_t *pages; /* pages[h * pages_head_stride + local_page]; all present */
     size_t pages_head_stride;
 } fv_append_item_t;
@@ -104,7 +107,8 @@ typedef struct fv_attn_item {
     int64_t kv_end;
     const void *q; /* q + t * q_token_bytes + h * dk * e */
     size_t q_token_bytes;
-    const fv_page_ref_t *pages; /* pages[kv_head * pages_head_stride + local_page]; may be NULL when no tile */
+    const fv_page_ref_t
+        *pages; /* pages[kv_head * pages_head_stride + local_page]; may be NULL when no tile */
     size_t pages_head_stride;
 
     /* Result, n_dst = 0: final. o in io_dtype at out + t * out_token_bytes + h * dv * e; lse (may be
@@ -200,6 +204,10 @@ uint16_t fv_f32_to_bf16(float f);
 /* Element i of a buffer of `dtype`, and rounding of a value through a dtype. */
 float fv_load_element(const void *data, fv_dtype_t dtype, size_t i);
 void fv_store_element(void *data, fv_dtype_t dtype, size_t i, float value);
+
+/* n_elems contiguous elements at any alignment, same rounding. */
+void fv_load_row(float *out, const void *data, fv_dtype_t dtype, size_t n_elems);
+void fv_store_row(void *data, fv_dtype_t dtype, const float *row, size_t n_elems);
 
 #ifdef __cplusplus
 }

@@ -80,18 +80,18 @@ static inline FV_HD fv_row_range_t fv_row_range(const fv_tile_query_t *q, int64_
         if (!q->causal) {
             r.end = fv_min64(r.end, p + q->policy.window_tokens);
         }
-        r.begin = fv_max64(0, p - q->policy.window_tokens + 1);
+        /* a query past kv_end may see nothing: the empty range must not reach beyond kv_end */
+        r.begin = fv_min64(fv_max64(0, p - q->policy.window_tokens + 1), q->kv_end);
         /* sinks obey kv_end and causality like every token */
-        r.sink = fv_min64(q->policy.sink_tokens,
-                          q->causal ? fv_min64(p + 1, q->kv_end) : q->kv_end);
+        r.sink =
+            fv_min64(q->policy.sink_tokens, q->causal ? fv_min64(p + 1, q->kv_end) : q->kv_end);
         if (r.begin <= r.sink) { /* the two touch: one range */
             r.end = fv_max64(r.end, r.sink);
             r.begin = 0;
             r.sink = 0;
         }
     }
-    r.end = fv_max64(r.begin, r.end);
-    return r;
+    return r; /* begin <= end: both ends are clamped to kv_end, and window_tokens >= 1 */
 }
 
 /* Pages of this part that hold a token of [0, token): the first pages of the part. */
@@ -125,8 +125,8 @@ static inline FV_HD int64_t fv_shard_page_position(const fv_kv_shard_t *s, int64
 static inline FV_HD fv_tile_list_t fv_tiles_make(const fv_tile_query_t *q)
 {
     fv_tile_list_t list;
-    fv_row_range_t first = fv_row_range(q, q->q_begin);   /* reaches furthest back */
-    fv_row_range_t last = fv_row_range(q, q->q_end - 1);  /* reaches furthest ahead, widest sinks */
+    fv_row_range_t first = fv_row_range(q, q->q_begin);  /* reaches furthest back */
+    fv_row_range_t last = fv_row_range(q, q->q_end - 1); /* reaches furthest ahead, widest sinks */
     int64_t sink = fv_max64(first.sink, last.sink);
     int64_t begin = fv_min64(first.begin, last.begin);
     int64_t end = fv_max64(first.end, last.end);
@@ -137,7 +137,8 @@ static inline FV_HD fv_tile_list_t fv_tiles_make(const fv_tile_query_t *q)
         list.a_end = (int32_t)fv_shard_pages(&q->shard, sink);
     }
     list.b_begin = (int32_t)fv_max64(list.a_end, fv_shard_pages_before(&q->shard, begin));
-    list.b_end = (int32_t)fv_max64(list.b_begin, (end > begin) ? fv_shard_pages(&q->shard, end) : 0);
+    list.b_end =
+        (int32_t)fv_max64(list.b_begin, (end > begin) ? fv_shard_pages(&q->shard, end) : 0);
     return list;
 }
 
@@ -147,7 +148,8 @@ static inline FV_HD int32_t fv_tiles_count(const fv_tile_list_t *list)
 }
 
 /* Tile i of the list, 0 <= i < fv_tiles_count(). */
-static inline FV_HD fv_tile_t fv_tile_at(const fv_tile_query_t *q, const fv_tile_list_t *list,
+static inline FV_HD fv_tile_t fv_tile_at(const fv_tile_query_t *q,
+                                         const fv_tile_list_t *list,
                                          int32_t i)
 {
     int32_t n_a = list->a_end - list->a_begin;

@@ -1,0 +1,167 @@
+/*
+ * append_cpu.c - new K and V into pages, and whole pages for copy on write.
+ *
+ * Decode path: station 6 of 10. Before: worker/step.c. After: attend_cpu.c.
+ *
+ * One unit of work is one (item, KV head): its pages are its own, so units never meet. K is stored transposed
+ * (page_layout.h), so a token's K is a column: its writes are scattered over the page, which a cache line's
+ * neighbours (the next tokens) pay back when many tokens come at once.
+ */
+#include "kernels/backend_cpu.h"
+#include "kernels/page_layout.h"
+
+#include <string.h>
+
+#define PARALLEL_ELEMS_MIN 65536U /* below, one thread is done before the others are awake */
+
+typedef struct append_step {
+    fv_backend_t *backend;
+    const fv_append_item_t *items;
+    size_t n_items;
+    uint64_t n_units;
+    atomic_ullong next_unit;
+} append_step_t;
+
+static void put(uint8_t *matrix, fv_dtype_t dtype, size_t i, float value)
+{
+    uint16_t half = 0;
+
+    if (dtype == FV_DTYPE_F32) {
+        memcpy(matrix + 4U * i, &value, sizeof(value));
+        return;
+    }
+    half = (dtype == FV_DTYPE_BF16) ? fv_f32_to_bf16(value) : fv_f32_to_f16(value);
+    memcpy(matrix + 2U * i, &half, sizeof(half));
+}
+
+static void
+append_token(const fv_append_item_t *item, int32_t head, uint64_t t, uint8_t *page, size_t slot)
+{
+    size_t dk = (size_t)item->head_dim_qk;
+    size_t dv = (size_t)item->head_dim_v;
+    fv_dtype_t kv = (fv_dtype_t)item->kv_dtype;
+    fv_dtype_t src = (fv_dtype_t)item->src_dtype;
+    size_t e = fv_dtype_bytes(src);
+    const uint8_t *k = (const uint8_t *)item->k + t * item->k_token_bytes + (size_t)head * dk * e;
+    const uint8_t *v = (const uint8_t *)item->v + t * item->v_token_bytes + (size_t)head * dv * e;
+    uint8_t *page_v = page + fv_page_v_offset(kv, item->head_dim_qk);
+    float row[FV_HEAD_DIM_MAX];
+
+    fv_load_row(row, k, src, dk);
+    for (size_t d = 0; d < dk; d++) {
+        put(page, kv, fv_page_index(kv, FV_PAGE_TOKENS, d, slot), row[d]);
+    }
+    fv_load_row(row, v, src, dv);
+    for (size_t d = 0; d < dv; d++) {
+        put(page_v, kv, fv_page_index(kv, dv, slot, d), row[d]);
+    }
+}
+
+static void append_head(fv_backend_t *backend, const fv_append_item_t *item, int32_t head)
+{
+    const fv_page_ref_t *pages = item->pages + (size_t)head * item->pages_head_stride;
+    size_t page_bytes =
+        fv_page_bytes((fv_dtype_t)item->kv_dtype, item->head_dim_qk, item->head_dim_v);
+
+    for (uint64_t t = 0; t < item->n_tokens; t++) {
+        uint64_t local = item->local_begin + t;
+        uint8_t *page = fv_cpu_page(backend, pages[local / FV_PAGE_TOKENS], page_bytes);
+
+        append_token(item, head, t, page, (size_t)(local % FV_PAGE_TOKENS));
+    }
+}
+
+static void append_thread(void *ctx, int32_t thread_idx)
+{
+    append_step_t *step = ctx;
+
+    (void)thread_idx;
+    for (;;) {
+        uint64_t unit = atomic_fetch_add_explicit(&step->next_unit, 1U, memory_order_relaxed);
+        const fv_append_item_t *item = step->items;
+
+        if (unit >= step->n_units) {
+            return;
+        }
+        while (unit >= (uint64_t)item->n_kv_heads) {
+            unit -= (uint64_t)item->n_kv_heads;
+            item++;
+        }
+        append_head(step->backend, item, (int32_t)unit);
+    }
+}
+
+/* All pages are looked at before any is written: a refused append changes nothing. */
+static fv_status_t check_pages(const fv_backend_t *backend, const fv_append_item_t *item)
+{
+    size_t page_bytes =
+        fv_page_bytes((fv_dtype_t)item->kv_dtype, item->head_dim_qk, item->head_dim_v);
+    uint64_t first = item->local_begin / FV_PAGE_TOKENS;
+    uint64_t last = (item->local_begin + item->n_tokens - 1U) / FV_PAGE_TOKENS;
+
+    for (int32_t h = 0; (item->n_tokens > 0) && (h < item->n_kv_heads); h++) {
+        for (uint64_t p = first; p <= last; p++) {
+            fv_page_ref_t ref = item->pages[(size_t)h * item->pages_head_stride + p];
+
+            if (fv_cpu_page(backend, ref, page_bytes) == NULL) {
+                return fv_fail(FV_ERR_INVALID_ARG,
+                               "kernels: pages[head %d][%llu]: given %u, expected a page inside "
+                               "the arena of %zu bytes",
+                               h, (unsigned long long)p, ref, backend->kv_arena_bytes);
+            }
+        }
+    }
+    return FV_OK;
+}
+
+fv_status_t fv_cpu_append(fv_backend_t *backend, const fv_append_item_t *items, size_t n_items)
+{
+    append_step_t step;
+    uint64_t n_elems = 0;
+
+    step.backend = backend;
+    step.items = items;
+    step.n_items = n_items;
+    step.n_units = 0;
+    atomic_init(&step.next_unit, 0U);
+    for (size_t i = 0; i < n_items; i++) {
+        const fv_append_item_t *item = &items[i];
+
+        FV_RETURN_IF_ERR(fv_cpu_check_append(item));
+        FV_RETURN_IF_ERR(check_pages(backend, item));
+        step.n_units += (uint64_t)item->n_kv_heads;
+        n_elems += item->n_tokens * (uint64_t)item->n_kv_heads *
+                   (uint64_t)(item->head_dim_qk + item->head_dim_v);
+    }
+    if (n_elems < PARALLEL_ELEMS_MIN) {
+        append_thread(&step, 0);
+    } else {
+        fv_pool_run(backend->pool, append_thread, &step);
+    }
+    return FV_OK;
+}
+
+fv_status_t fv_cpu_copy_pages(fv_backend_t *backend, const fv_page_copy_t *copies, size_t n_copies)
+{
+    for (size_t i = 0; i < n_copies; i++) {
+        const fv_page_copy_t *copy = &copies[i];
+        size_t page_bytes = 0;
+        const uint8_t *src = NULL;
+        uint8_t *dst = NULL;
+
+        FV_RETURN_IF_ERR(fv_cpu_check_copy(copy));
+        page_bytes = fv_page_bytes((fv_dtype_t)copy->kv_dtype, copy->head_dim_qk, copy->head_dim_v);
+        src = fv_cpu_page(backend, copy->src, page_bytes);
+        dst = fv_cpu_page(backend, copy->dst, page_bytes);
+        if ((src == NULL) || (dst == NULL)) {
+            return fv_fail(FV_ERR_INVALID_ARG,
+                           "kernels: copy %u -> %u: expected pages inside the arena of %zu bytes",
+                           copy->src, copy->dst, backend->kv_arena_bytes);
+        }
+        /* the slots beyond n_tokens come along: they are columns, and may hold anything anyway */
+        if ((copy->n_tokens > 0) && (src != dst)) {
+            memcpy(dst, src, page_bytes);
+        }
+    }
+    return FV_OK;
+}

@@ -1,0 +1,447 @@
+/*
+ * attend_cpu.c - the step's attention: the line of tiles is laid out, cut into shares, and walked.
+ *
+ * Decode path: station 7 of 10. Before: worker/step.c. After: attend_out_cpu.c, then worker/exchange_*.c.
+ *
+ * Planning (lean.h) runs on the caller; shares are then claimed by the pool's threads. Cuts do not depend on who
+ * claims what, so neither does the result. Memory: per thread one block (tile.h) and per share two slots, all from create();
+ * the table of groups grows to the largest step seen.
+ *
+ * Masks. A tile that some row does not see wholly has its scores set to -inf there, so that the weight is 0; but
+ * 0 * NaN is NaN, so a masked V must not be multiplied at all: unused slots are multiplied as zeros (a clean
+ * copy), and when a token that only some rows see holds NaN or inf, the tile takes the careful way, row by row.
+ */
+#include "kernels/backend_cpu.h"
+#include "kernels/page_layout.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define SHARE_COST_MIN 2000U /* ns; less is not worth waking a thread for */
+
+static int32_t block_tokens(const fv_attn_item_t *item)
+{
+    return (item->group >= FV_BLOCK_ROWS) ? 1 : (FV_BLOCK_ROWS / item->group);
+}
+
+static fv_tile_query_t group_query(const fv_attn_item_t *item, const fv_lean_group_t *group)
+{
+    fv_tile_query_t query;
+
+    query.policy = item->policy;
+    query.shard = item->shard;
+    query.q_begin = item->position + group->t_begin;
+    query.q_end = item->position + group->t_end;
+    query.kv_end = item->kv_end;
+    query.causal = item->causal;
+    return query;
+}
+
+/* ns, roughly: what one tile streams and what its rows compute. */
+static uint32_t tile_cost(const fv_backend_t *backend, const fv_attn_item_t *item, int32_t n_rows)
+{
+    const fv_tile_ops_t *ops =
+        fv_isa_ops(&backend->isa, item->head_dim_qk, item->head_dim_v, item->kv_dtype);
+    size_t n_elems = (size_t)(item->head_dim_qk + item->head_dim_v) * FV_PAGE_TOKENS;
+    size_t bytes = n_elems * fv_dtype_bytes((fv_dtype_t)item->kv_dtype);
+
+    return (uint32_t)(1U + bytes / 8U + n_elems * (size_t)n_rows / (size_t)ops->macs_per_ns);
+}
+
+static fv_status_t
+reserve_groups(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items)
+{
+    size_t n_groups = 0;
+    fv_lean_group_t *grown = NULL;
+
+    for (size_t i = 0; i < n_items; i++) {
+        FV_RETURN_IF_ERR(fv_cpu_check_attend(&items[i]));
+        n_groups += (size_t)items[i].n_kv_heads *
+                    fv_div_up((uint64_t)items[i].n_tokens, (uint64_t)block_tokens(&items[i]));
+    }
+    if (n_groups <= backend->groups_max) {
+        return FV_OK;
+    }
+    grown = realloc(backend->groups, n_groups * sizeof(*grown));
+    if (grown == NULL) {
+        return fv_fail(FV_ERR_NO_MEMORY, "cpu backend: no memory for a step of %zu row groups",
+                       n_groups);
+    }
+    backend->groups = grown;
+    backend->groups_max = n_groups;
+    return FV_OK;
+}
+
+/* Appends the groups of one item to the line; rows without any tile are answered at once. */
+static fv_status_t plan_item(fv_backend_t *backend, uint32_t item_idx)
+{
+    const fv_attn_item_t *item = &backend->items[item_idx];
+    fv_lean_line_t *line = &backend->line;
+    int32_t step = block_tokens(item);
+
+    for (int32_t h = 0; h < item->n_kv_heads; h++) {
+        for (int32_t t = 0; t < item->n_tokens; t += step) {
+            fv_lean_group_t *group = &backend->groups[line->n_groups];
+            fv_tile_query_t query;
+
+            group->item_idx = item_idx;
+            group->kv_head = h;
+            group->t_begin = t;
+            group->t_end = (item->n_tokens - t < step) ? item->n_tokens : (t + step);
+            query = group_query(item, group);
+            group->tiles = fv_tiles_make(&query);
+            group->n_tiles = fv_tiles_count(&group->tiles);
+            if (group->n_tiles == 0) {
+                fv_cpu_write_empty(item, group);
+                continue;
+            }
+            if (item->pages == NULL) {
+                return fv_fail(FV_ERR_INVALID_ARG,
+                               "kernels: pages: given none, expected %d of KV head %d",
+                               group->n_tiles, h);
+            }
+            group->cost_begin = line->cost;
+            group->tile_cost =
+                tile_cost(backend, item, (group->t_end - group->t_begin) * item->group);
+            line->cost += (uint64_t)group->tile_cost * (uint64_t)group->n_tiles;
+            line->n_groups++;
+        }
+    }
+    return FV_OK;
+}
+
+static void
+load_block(fv_tile_block_t *block, const fv_attn_item_t *item, const fv_lean_group_t *group)
+{
+    size_t dk = (size_t)item->head_dim_qk;
+    size_t head_bytes = dk * fv_dtype_bytes((fv_dtype_t)item->io_dtype);
+    float *q = block->q;
+
+    block->n_rows = (group->t_end - group->t_begin) * item->group;
+    block->head_dim_qk = item->head_dim_qk;
+    block->head_dim_v = item->head_dim_v;
+    block->o_stride = (int32_t)fv_align_up((size_t)item->head_dim_v, 16U);
+    block->kv_dtype = (fv_dtype_t)item->kv_dtype;
+    block->n_q_planes = (item->io_dtype == (int32_t)FV_DTYPE_BF16)  ? 1
+                        : (item->io_dtype == (int32_t)FV_DTYPE_F16) ? 2
+                                                                    : FV_Q_PLANES_MAX;
+    block->score_scale = item->softmax_scale * FV_LOG2E;
+    if (item->logit_softcap > 0.0F) {
+        block->score_scale = FV_LOG2E;
+        block->cap_inner = item->softmax_scale / item->logit_softcap;
+        block->cap_outer = item->logit_softcap;
+    }
+    for (int32_t t = group->t_begin; t < group->t_end; t++) {
+        const uint8_t *token = (const uint8_t *)item->q + (size_t)t * item->q_token_bytes +
+                               (size_t)(group->kv_head * item->group) * head_bytes;
+
+        fv_load_row(q, token, (fv_dtype_t)item->io_dtype, dk * (size_t)item->group);
+        q += dk * (size_t)item->group;
+    }
+    memset(block->o, 0, (size_t)block->n_rows * (size_t)block->o_stride * sizeof(float));
+    for (int32_t r = 0; r < block->n_rows; r++) {
+        block->m[r] = -INFINITY;
+        block->l[r] = 0.0F;
+    }
+}
+
+/* Slots of a tile that a row sees: [0, sink) and [begin, end). */
+typedef struct slot_range {
+    int32_t sink, begin, end;
+} slot_range_t;
+
+static int32_t to_slot(int64_t token, const fv_tile_t *tile)
+{
+    return (int32_t)fv_max64(0, fv_min64(token - tile->begin, tile->n_tokens));
+}
+
+static slot_range_t row_slots(const fv_tile_query_t *query, const fv_tile_t *tile, int64_t position)
+{
+    fv_row_range_t row = fv_row_range(query, position);
+    slot_range_t slots;
+
+    slots.sink = to_slot(row.sink, tile);
+    slots.begin = to_slot(row.begin, tile);
+    slots.end = to_slot(row.end, tile);
+    return slots;
+}
+
+static bool slot_seen(const slot_range_t *slots, int32_t j)
+{
+    return (j < slots->sink) || ((j >= slots->begin) && (j < slots->end));
+}
+
+static void mask_scores(fv_tile_block_t *block,
+                        const fv_tile_query_t *query,
+                        const fv_tile_t *tile,
+                        int32_t group)
+{
+    for (int32_t r = 0; r < block->n_rows; r++) {
+        slot_range_t slots = row_slots(query, tile, query->q_begin + r / group);
+        float *s = block->s + (size_t)r * FV_PAGE_TOKENS;
+
+        for (int32_t j = 0; j < FV_PAGE_TOKENS; j++) {
+            s[j] = slot_seen(&slots, j) ? s[j] : -INFINITY;
+        }
+    }
+}
+
+static bool is_finite_bits(const fv_tile_block_t *block, const uint8_t *v, size_t i)
+{
+    return isfinite(fv_load_element(v, block->kv_dtype, i)) != 0;
+}
+
+/*
+ * Copies V with zeros in the slots that hold no token. Returns whether all tokens are finite. An odd
+ * number of bf16 tokens ends inside a pair, hence element by element.
+ */
+static bool clean_v(fv_tile_block_t *block, const uint8_t *v, int32_t n_tokens)
+{
+    size_t dv = (size_t)block->head_dim_v;
+    size_t n_bytes = dv * FV_PAGE_TOKENS * fv_dtype_bytes(block->kv_dtype);
+    bool finite = true;
+
+    memcpy(block->v_clean, v, n_bytes);
+    for (size_t j = (size_t)n_tokens; j < FV_PAGE_TOKENS; j++) {
+        for (size_t d = 0; d < dv; d++) {
+            fv_store_element(block->v_clean, block->kv_dtype,
+                             fv_page_index(block->kv_dtype, dv, j, d), 0.0F);
+        }
+    }
+    for (size_t i = 0; i < dv * FV_PAGE_TOKENS; i++) {
+        finite = finite && is_finite_bits(block, block->v_clean, i);
+    }
+    return finite;
+}
+
+/* O = alpha O + P V, touching only what each row sees. */
+static void accumulate_seen(fv_tile_block_t *block,
+                            const fv_tile_query_t *query,
+                            const fv_tile_t *tile,
+                            int32_t group,
+                            const uint8_t *v)
+{
+    size_t dv = (size_t)block->head_dim_v;
+
+    for (int32_t r = 0; r < block->n_rows; r++) {
+        slot_range_t slots = row_slots(query, tile, query->q_begin + r / group);
+        float *o = block->o + (size_t)r * (size_t)block->o_stride;
+
+        for (size_t d = 0; d < dv; d++) {
+            o[d] *= block->alpha[r];
+        }
+        for (int32_t j = 0; j < tile->n_tokens; j++) {
+            float p = block->s[(size_t)r * FV_PAGE_TOKENS + (size_t)j];
+
+            for (size_t d = 0; slot_seen(&slots, j) && (d < dv); d++) {
+                o[d] += p * fv_load_element(v, block->kv_dtype,
+                                            fv_page_index(block->kv_dtype, dv, (size_t)j, d));
+            }
+        }
+    }
+}
+
+static void attend_tile(const fv_tile_ops_t *ops,
+                        fv_tile_block_t *block,
+                        const fv_attn_item_t *item,
+                        const fv_tile_query_t *query,
+                        const fv_tile_t *tile,
+                        const uint8_t *page)
+{
+    const uint8_t *v = page + fv_page_v_offset(block->kv_dtype, block->head_dim_qk);
+    bool whole = tile->n_tokens == FV_PAGE_TOKENS;
+
+    ops->scores(block, page);
+    if (item->logit_softcap > 0.0F) {
+        ops->softcap(block);
+    }
+    if (whole && tile->full) {
+        ops->softmax(block);
+        ops->accumulate(block, v);
+        return;
+    }
+    mask_scores(block, query, tile, item->group);
+    ops->softmax(block);
+    if (!clean_v(block, v, tile->n_tokens) && !tile->full) {
+        accumulate_seen(block, query, tile, item->group, block->v_clean);
+        return;
+    }
+    ops->accumulate(block, block->v_clean);
+}
+
+/* Tiles [begin, end) of a group into `block`, from the empty state. */
+static void attend_piece(fv_backend_t *backend,
+                         fv_tile_block_t *block,
+                         const fv_lean_group_t *group,
+                         fv_lean_piece_t piece)
+{
+    const fv_attn_item_t *item = &backend->items[group->item_idx];
+    const fv_tile_ops_t *ops =
+        fv_isa_ops(&backend->isa, item->head_dim_qk, item->head_dim_v, item->kv_dtype);
+    const fv_page_ref_t *pages = item->pages + (size_t)group->kv_head * item->pages_head_stride;
+    size_t page_bytes =
+        fv_page_bytes((fv_dtype_t)item->kv_dtype, item->head_dim_qk, item->head_dim_v);
+    fv_tile_query_t query = group_query(item, group);
+
+    load_block(block, item, group);
+    if (ops->begin != NULL) {
+        ops->begin(block);
+    }
+    for (int32_t i = piece.begin; i < piece.end; i++) {
+        fv_tile_t tile = fv_tile_at(&query, &group->tiles, i);
+        const uint8_t *page = fv_cpu_page(backend, pages[tile.local_page], page_bytes);
+
+        if (page == NULL) {
+            atomic_store_explicit(&backend->bad_page, true, memory_order_relaxed);
+            continue;
+        }
+        attend_tile(ops, block, item, &query, &tile, page);
+    }
+    if (ops->end != NULL) {
+        ops->end();
+    }
+}
+
+/* State a = merge(a, b), unnormalised. */
+static void merge_slot(const fv_tile_block_t *block, fv_cpu_slot_t *a, const fv_cpu_slot_t *b)
+{
+    for (int32_t r = 0; r < block->n_rows; r++) {
+        size_t at = (size_t)r * (size_t)block->o_stride;
+        float m = (b->m[r] > a->m[r]) ? b->m[r] : a->m[r];
+        float base = (m == -INFINITY) ? 0.0F : m;
+        float weight_a = exp2f(a->m[r] - base);
+        float weight_b = exp2f(b->m[r] - base);
+
+        for (int32_t d = 0; d < block->head_dim_v; d++) {
+            a->o[at + (size_t)d] =
+                weight_a * a->o[at + (size_t)d] + weight_b * b->o[at + (size_t)d];
+        }
+        a->l[r] = weight_a * a->l[r] + weight_b * b->l[r];
+        a->m[r] = m;
+    }
+}
+
+/* A share's slot for its piece of a cut group: 0 for a piece that goes on from the share before. */
+static fv_cpu_slot_t *piece_slot(fv_backend_t *backend, int32_t share, fv_lean_piece_t piece)
+{
+    return &backend->slots[2 * share + ((piece.begin == 0) ? 1 : 0)];
+}
+
+/* One more piece of a cut group is done; the last to arrive merges all of them, first tile first. */
+static void
+finish_piece(fv_backend_t *backend, fv_tile_block_t *block, const fv_lean_group_t *group)
+{
+    const fv_lean_line_t *line = &backend->line;
+    int32_t first = fv_lean_share_of(line, group, 0);
+    int32_t last = fv_lean_share_of(line, group, group->n_tiles - 1);
+    int32_t n_pieces = 0;
+    fv_cpu_slot_t *sum = NULL;
+
+    for (int32_t share = first; share <= last; share++) {
+        fv_lean_piece_t piece = fv_lean_piece(line, group, share);
+        n_pieces += (piece.begin < piece.end) ? 1 : 0;
+    }
+    /* acq_rel: the last one sees what the others wrote to their slots */
+    if (atomic_fetch_add_explicit(&backend->arrived[first], 1, memory_order_acq_rel) + 1 !=
+        n_pieces) {
+        return;
+    }
+    for (int32_t share = first; share <= last; share++) {
+        fv_lean_piece_t piece = fv_lean_piece(line, group, share);
+        fv_cpu_slot_t *slot = piece_slot(backend, share, piece);
+
+        if (piece.begin >= piece.end) {
+            continue;
+        }
+        if (sum == NULL) {
+            sum = slot;
+        } else {
+            merge_slot(block, sum, slot);
+        }
+    }
+    FV_ASSERT(sum != NULL);
+    block->o = sum->o;
+    block->m = sum->m;
+    block->l = sum->l;
+    fv_cpu_write_rows(&backend->items[group->item_idx], group, block);
+}
+
+static void attend_share(fv_backend_t *backend, int32_t thread_idx, int32_t share)
+{
+    const fv_lean_line_t *line = &backend->line;
+    uint64_t end = fv_lean_share_begin(line, share + 1);
+
+    for (uint64_t g = fv_lean_first_group(line, share);
+         (g < line->n_groups) && (line->groups[g].cost_begin < end); g++) {
+        const fv_lean_group_t *group = &line->groups[g];
+        fv_lean_piece_t piece = fv_lean_piece(line, group, share);
+        fv_tile_block_t block = backend->blocks[thread_idx];
+        bool whole = (piece.begin == 0) && (piece.end == group->n_tiles);
+
+        if (piece.begin >= piece.end) {
+            continue;
+        }
+        if (!whole) {
+            fv_cpu_slot_t *slot = piece_slot(backend, share, piece);
+            block.o = slot->o;
+            block.m = slot->m;
+            block.l = slot->l;
+        }
+        attend_piece(backend, &block, group, piece);
+        if (whole) {
+            fv_cpu_write_rows(&backend->items[group->item_idx], group, &block);
+        } else {
+            finish_piece(backend, &block, group);
+        }
+    }
+}
+
+static void attend_thread(void *ctx, int32_t thread_idx)
+{
+    fv_backend_t *backend = ctx;
+
+    for (;;) {
+        int32_t share = atomic_fetch_add_explicit(&backend->next_share, 1, memory_order_relaxed);
+
+        if (share >= backend->line.n_shares) {
+            return;
+        }
+        attend_share(backend, thread_idx, share);
+    }
+}
+
+fv_status_t fv_cpu_attend(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items)
+{
+    fv_lean_line_t *line = &backend->line;
+
+    FV_RETURN_IF_ERR(reserve_groups(backend, items, n_items));
+    backend->items = items;
+    line->groups = backend->groups;
+    line->n_groups = 0;
+    line->cost = 0;
+    for (size_t i = 0; i < n_items; i++) {
+        FV_RETURN_IF_ERR(plan_item(backend, (uint32_t)i));
+    }
+    if (line->n_groups == 0) {
+        return FV_OK;
+    }
+    line->n_shares =
+        (int32_t)fv_min64(backend->n_shares_max, (int64_t)fv_div_up(line->cost, SHARE_COST_MIN));
+    for (int32_t i = 0; i < line->n_shares; i++) {
+        atomic_store_explicit(&backend->arrived[i], 0, memory_order_relaxed);
+    }
+    atomic_store_explicit(&backend->next_share, 0, memory_order_relaxed);
+    atomic_store_explicit(&backend->bad_page, false, memory_order_relaxed);
+    if (line->n_shares == 1) {
+        attend_thread(backend, 0);
+    } else {
+        fv_pool_run(backend->pool, attend_thread, backend);
+    }
+    if (atomic_load_explicit(&backend->bad_page, memory_order_relaxed)) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "kernels: pages: a reference lies outside the arena of %zu bytes",
+                       backend->kv_arena_bytes);
+    }
+    return FV_OK;
+}

@@ -1,0 +1,142 @@
+/*
+ * check_cpu.c - descriptors are checked once a call, so that nothing behind has to.
+ */
+#include "kernels/backend_cpu.h"
+
+#include <math.h>
+
+#define TOKENS_MAX ((int64_t)1 << 36) /* pages are counted in 32 bits */
+
+static fv_status_t check(bool ok, const char *field, int64_t given, const char *expected)
+{
+    if (ok) {
+        return FV_OK;
+    }
+    return fv_fail(FV_ERR_INVALID_ARG, "kernels: %s: given %lld, expected %s", field,
+                   (long long)given, expected);
+}
+
+static fv_status_t check_head_dim(const char *field, int32_t given)
+{
+    return check((given >= FV_HEAD_DIM_MIN) && (given <= FV_HEAD_DIM_MAX) && ((given % 8) == 0),
+                 field, given, "a multiple of 8 in 16..256");
+}
+
+static fv_status_t check_dtype(const char *field, int32_t given)
+{
+    return check(fv_dtype_is_valid(given), field, given, "F32, F16 or BF16");
+}
+
+static fv_status_t check_heads(int32_t n_kv_heads)
+{
+    return check((n_kv_heads >= 1) && (n_kv_heads <= FV_HEADS_MAX), "n_kv_heads", n_kv_heads,
+                 "1..1024");
+}
+
+static fv_status_t check_pointer(const char *field, const void *given)
+{
+    return check(given != NULL, field, 0, "a pointer");
+}
+
+fv_status_t fv_cpu_check_append(const fv_append_item_t *item)
+{
+    FV_RETURN_IF_ERR(check_heads(item->n_kv_heads));
+    FV_RETURN_IF_ERR(check_head_dim("head_dim_qk", item->head_dim_qk));
+    FV_RETURN_IF_ERR(check_head_dim("head_dim_v", item->head_dim_v));
+    FV_RETURN_IF_ERR(check_dtype("src_dtype", item->src_dtype));
+    FV_RETURN_IF_ERR(check_dtype("kv_dtype", item->kv_dtype));
+    if (item->n_tokens == 0) {
+        return FV_OK;
+    }
+    FV_RETURN_IF_ERR(check_pointer("k", item->k));
+    FV_RETURN_IF_ERR(check_pointer("v", item->v));
+    return check_pointer("pages", item->pages);
+}
+
+static fv_status_t check_result(const fv_attn_item_t *item)
+{
+    FV_RETURN_IF_ERR(check(item->n_dst >= 0, "n_dst", item->n_dst, "0 or more"));
+    if (item->n_dst == 0) {
+        return check_pointer("out", item->out);
+    }
+    FV_RETURN_IF_ERR(check_pointer("dst", item->dst));
+    FV_RETURN_IF_ERR(check(item->dst[0].row_begin == 0, "dst[0].row_begin",
+                           (int64_t)item->dst[0].row_begin, "0"));
+    for (int32_t i = 1; i < item->n_dst; i++) {
+        FV_RETURN_IF_ERR(check(item->dst[i].row_begin >= item->dst[i - 1].row_begin,
+                               "dst.row_begin", (int64_t)item->dst[i].row_begin, "ascending"));
+    }
+    return FV_OK;
+}
+
+static fv_status_t check_context(const fv_attn_item_t *item)
+{
+    const fv_kv_shard_t *shard = &item->shard;
+
+    FV_RETURN_IF_ERR(check((item->position >= 0) && (item->position <= TOKENS_MAX), "position",
+                           item->position, "0..2^36"));
+    FV_RETURN_IF_ERR(check((item->kv_end >= 0) && (item->kv_end <= TOKENS_MAX), "kv_end",
+                           item->kv_end, "0..2^36"));
+    FV_RETURN_IF_ERR(
+        check((shard->shard_tokens > 0) && ((shard->shard_tokens % FV_PAGE_TOKENS) == 0),
+              "shard.shard_tokens", shard->shard_tokens, "a positive multiple of 64"));
+    FV_RETURN_IF_ERR(check(shard->part < shard->n_parts, "shard.part", shard->part, "< n_parts"));
+    FV_RETURN_IF_ERR(
+        check((item->policy.kind == FV_POLICY_DENSE) || (item->policy.kind == FV_POLICY_WINDOW),
+              "policy.kind", item->policy.kind, "DENSE or WINDOW"));
+    if (item->policy.kind == FV_POLICY_WINDOW) {
+        FV_RETURN_IF_ERR(check(item->policy.window_tokens >= 1, "policy.window_tokens",
+                               item->policy.window_tokens, "1 or more"));
+        FV_RETURN_IF_ERR(check(item->policy.sink_tokens >= 0, "policy.sink_tokens",
+                               item->policy.sink_tokens, "0 or more"));
+    }
+    return FV_OK;
+}
+
+fv_status_t fv_cpu_check_attend(const fv_attn_item_t *item)
+{
+    FV_RETURN_IF_ERR(check(item->n_tokens >= 1, "n_tokens", item->n_tokens, "1 or more"));
+    FV_RETURN_IF_ERR(check_heads(item->n_kv_heads));
+    FV_RETURN_IF_ERR(
+        check((item->group >= 1) && (item->group <= FV_GROUP_MAX), "group", item->group, "1..128"));
+    FV_RETURN_IF_ERR(check_head_dim("head_dim_qk", item->head_dim_qk));
+    FV_RETURN_IF_ERR(check_head_dim("head_dim_v", item->head_dim_v));
+    FV_RETURN_IF_ERR(check_dtype("io_dtype", item->io_dtype));
+    FV_RETURN_IF_ERR(check_dtype("kv_dtype", item->kv_dtype));
+    if (!isfinite(item->softmax_scale) || (item->softmax_scale <= 0.0F)) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "kernels: softmax_scale: given %g, expected a positive finite number",
+                       (double)item->softmax_scale);
+    }
+    if (!isfinite(item->logit_softcap) || (item->logit_softcap < 0.0F)) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "kernels: logit_softcap: given %g, expected 0 or a positive finite number",
+                       (double)item->logit_softcap);
+    }
+    FV_RETURN_IF_ERR(check_pointer("q", item->q));
+    FV_RETURN_IF_ERR(check_context(item));
+    return check_result(item);
+}
+
+fv_status_t fv_cpu_check_merge(const fv_merge_item_t *item)
+{
+    FV_RETURN_IF_ERR(check_head_dim("head_dim_v", item->head_dim_v));
+    FV_RETURN_IF_ERR(check_dtype("io_dtype", item->io_dtype));
+    FV_RETURN_IF_ERR(check(item->n_parts >= 1, "n_parts", item->n_parts, "1 or more"));
+    FV_RETURN_IF_ERR(check(item->row_len >= 1, "row_len", (int64_t)item->row_len, "1 or more"));
+    if (item->n_rows == 0) {
+        return FV_OK;
+    }
+    FV_RETURN_IF_ERR(check_pointer("o", item->o));
+    FV_RETURN_IF_ERR(check_pointer("lse_log2", item->lse_log2));
+    return check_pointer("out", item->out);
+}
+
+fv_status_t fv_cpu_check_copy(const fv_page_copy_t *copy)
+{
+    FV_RETURN_IF_ERR(check_head_dim("head_dim_qk", copy->head_dim_qk));
+    FV_RETURN_IF_ERR(check_head_dim("head_dim_v", copy->head_dim_v));
+    FV_RETURN_IF_ERR(check_dtype("kv_dtype", copy->kv_dtype));
+    return check((copy->n_tokens >= 0) && (copy->n_tokens <= FV_PAGE_TOKENS), "n_tokens",
+                 copy->n_tokens, "0..64");
+}
