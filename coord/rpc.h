@@ -3,8 +3,8 @@
  *
  * Decode path: stations 1 and 10 of 10. After station 1: coord/engine.c. Before station 10: the same.
  *
- * Behind it stands gRPC C core (rpc_server.c: life cycle and completion-queue loop; rpc_call.c: the state machine of
- * one call). Health (grpc.health.v1) and server reflection (v1 and v1alpha) are answered inside the door.
+ * Behind it stands gRPC C core (rpc_server.c: life cycle and completion-queue loop; rpc_event.c and rpc_call.c: the
+ * state machine of one call). Health (grpc.health.v1) and server reflection (v1 and v1alpha) are answered inside the door.
  *
  * Calls. A call is one RPC. Every message delivered by on_message is answered by exactly one
  * fv_call_reply() (or, for a unary call, fv_call_fail()), from any thread, in any order. WatchStatus is
@@ -36,7 +36,7 @@ typedef enum fv_method {
     FV_METHOD_CLOSE_SESSION,
     FV_METHOD_GET_SESSION,
     FV_METHOD_LIST_SESSIONS,
-    FV_METHOD_ATTEND,      /* bidirectional stream */
+    FV_METHOD_ATTEND, /* bidirectional stream */
     FV_METHOD_ATTEND_ONCE,
     FV_METHOD_GET_STATUS,
     FV_METHOD_GET_PLACEMENT,
@@ -50,10 +50,10 @@ typedef enum fv_method {
 typedef struct fv_rpc_config {
     const char *listen[FV_LISTEN_MAX]; /* "host:port", port 0 = any free; "unix:/path" */
     int32_t n_listen;
-    size_t message_bytes_max;      /* of one message; over it: RESOURCE_EXHAUSTED */
-    int32_t stream_inflight_max;   /* messages of one Attend stream not yet answered and sent */
+    size_t message_bytes_max;       /* of one message; over it: RESOURCE_EXHAUSTED */
+    int32_t stream_inflight_max;    /* messages of one Attend stream not yet answered and sent */
     int32_t connection_streams_max; /* concurrent calls per connection */
-    size_t memory_bytes_max;       /* gRPC resource quota */
+    size_t memory_bytes_max;        /* gRPC resource quota */
 } fv_rpc_config_t;
 
 typedef struct fv_rpc_handlers {
@@ -73,7 +73,11 @@ typedef struct fv_rpc_handlers {
     void (*on_closed)(void *ctx, fv_call_t *call);
 } fv_rpc_handlers_t;
 
-/* Binds every address and starts the rpc thread. Errors: FV_ERR_UNAVAILABLE naming the address. */
+/*
+ * Binds every address and starts the rpc thread, with all signals blocked in it and in gRPC's own threads.
+ * Health says NOT_SERVING until fv_rpc_set_serving(). Sets malloc's thresholds for the whole process.
+ * Errors: FV_ERR_UNAVAILABLE naming the address; FV_ERR_INVALID_ARG for a bad address or limit.
+ */
 FV_MUST_CHECK fv_status_t fv_rpc_start(const fv_rpc_config_t *config,
                                        const fv_rpc_handlers_t *handlers,
                                        fv_rpc_t **out);
@@ -86,8 +90,10 @@ const char *fv_rpc_address(const fv_rpc_t *rpc, int32_t i);
 void fv_rpc_set_serving(fv_rpc_t *rpc, bool is_serving);
 
 /*
- * Refuses new calls, waits up to grace_ms for those under way, cancels the rest, joins the thread.
- * Replies may still come from other threads while it waits. Then fv_rpc_destroy() frees it.
+ * Refuses new calls (UNAVAILABLE), waits up to grace_ms for those under way, cancels the rest, joins the thread.
+ * A stream ends (UNAVAILABLE) as soon as what it delivered is answered and sent. Health says NOT_SERVING.
+ * Replies may still come from other threads until it returns, and are ignored. Then fv_rpc_destroy() frees
+ * it; after that only fv_call_unref() may be called.
  */
 void fv_rpc_stop(fv_rpc_t *rpc, uint32_t grace_ms);
 void fv_rpc_destroy(fv_rpc_t *rpc); /* NULL is fine */
@@ -102,8 +108,13 @@ fv_method_t fv_call_method(const fv_call_t *call);
 void *fv_call_user(const fv_call_t *call);
 void fv_call_set_user(fv_call_t *call, void *user);
 
-/* A piece of a reply message. release == NULL: at most a few hundred bytes, copied before return.
- * Else: not copied; release(arg) runs once on some thread when gRPC no longer reads it. */
+/*
+ * A piece of a reply message. release == NULL: at most a few hundred bytes, copied before return.
+ * Else: not copied; release(arg) runs once, on any thread, when gRPC no longer reads it: perhaps before
+ * fv_call_reply() returns, perhaps inside a call of this header for another RPC. So release must not block,
+ * and whoever calls into this header must not hold a lock that a release takes. All have run when
+ * fv_rpc_destroy() returns.
+ */
 typedef struct fv_reply_piece {
     const void *data;
     size_t n_bytes;
@@ -111,9 +122,15 @@ typedef struct fv_reply_piece {
     void *arg;
 } fv_reply_piece_t;
 
-/* Sends one message: the concatenation of the pieces. A unary call thereby ends with OK. */
+/*
+ * Sends one message: the concatenation of the pieces. A unary call thereby ends with OK. Of a WatchStatus at
+ * most one reply waits to be sent: a newer one takes its place, so a slow watcher sees the newest.
+ */
 void fv_call_reply(fv_call_t *call, const fv_reply_piece_t *pieces, size_t n_pieces);
-/* Ends the call with a gRPC status code and text: unary instead of a reply; a stream after its queued messages. */
+/*
+ * Ends the call with a gRPC status code and text: unary instead of a reply; a stream after its queued messages.
+ * The first end counts; replies that come after it are released and dropped.
+ */
 void fv_call_fail(fv_call_t *call, int32_t grpc_code, const char *message);
 
 #endif /* FV_COORD_RPC_H */

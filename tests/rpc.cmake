@@ -1,3 +1,4 @@
 # The gRPC door, driven by a client on the bare C core.
 set(_rpc_support rpc/raw_client.c rpc/echo_server.c)
 fv_add_test(test_rpc_call unit SOURCES rpc/test_rpc_call.c ${_rpc_support} LIBS fv_rpc PkgConfig::GRPC TIMEOUT 120)
+fv_add_test(test_rpc_life unit SOURCES rpc/test_rpc_life.c ${_rpc_support} LIBS fv_rpc PkgConfig::GRPC TIMEOUT 120)

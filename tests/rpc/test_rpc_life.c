@@ -1,0 +1,500 @@
+/*
+ * test_rpc_life.c - the door's own life: start, addresses, stop, clients that vanish, strangers, health, reflection.
+ */
+#include "common/clock.h"
+#include "tests/rpc/echo_server.h"
+#include "tests/rpc/raw_client.h"
+#include "tests/support/test.h"
+
+#include <grpc/status.h>
+
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#define ONCE   "/fovea.v1.Attention/AttendOnce"
+#define ATTEND "/fovea.v1.Attention/Attend"
+
+static uint64_t g_random = 1;
+
+static uint8_t random_byte(void)
+{
+    g_random ^= g_random << 13U;
+    g_random ^= g_random >> 7U;
+    g_random ^= g_random << 17U;
+    return (uint8_t)(g_random >> 32U);
+}
+
+static void check_alive(const char *address)
+{
+    fv_raw_client_t *client = fv_raw_open(address);
+    uint8_t *reply = NULL;
+    size_t n_reply = 0;
+
+    assert_int_equal(fv_raw_unary(client, ONCE, "alive?", 6, &reply, &n_reply), GRPC_STATUS_OK);
+    assert_int_equal(n_reply, 6);
+    free(reply);
+    fv_raw_close(client);
+}
+
+/* ------------------------------------------------------------------ clients that go away */
+
+static void test_client_vanishes_mid_stream(void **state)
+{
+    fv_echo_t echo;
+
+    (void)state;
+    fv_echo_start(&echo, "127.0.0.1:0", FV_ECHO_HOLD);
+    fv_raw_client_t *client = fv_raw_open(fv_rpc_address(echo.rpc, 0));
+    fv_raw_call_t *stream = fv_raw_start(client, ATTEND, 0);
+    fv_raw_call_t *unary = fv_raw_start(client, ONCE, 0);
+    for (int i = 0; i < ECHO_INFLIGHT_MAX; i++) {
+        fv_raw_send(stream, "never answered in time", 22);
+        assert_true(fv_raw_sent(stream, RAW_WAIT_MS));
+    }
+    fv_raw_send(unary, "nor this", 8);
+    assert_true(fv_echo_wait(&echo, &echo.n_delivered, ECHO_INFLIGHT_MAX + 1));
+    fv_raw_cancel(stream); /* a channel lives as long as its calls: drop all of them at once */
+    fv_raw_cancel(unary);
+    fv_raw_free(stream);
+    fv_raw_free(unary);
+    fv_raw_vanish(client);
+    assert_true(fv_echo_wait(&echo, &echo.n_closed, 2)); /* both calls, once each */
+    fv_echo_answer_held(&echo);
+    fv_raw_close(client);
+    fv_echo_set_mode(&echo, FV_ECHO_WORKER);
+    check_alive(fv_rpc_address(echo.rpc, 0));
+    fv_echo_stop(&echo, 2000);
+}
+
+/* ------------------------------------------------------------------ stop */
+
+static void test_stop_finishes_what_runs(void **state)
+{
+    fv_echo_t echo;
+    char text[256];
+    size_t n_reply = 0;
+
+    (void)state;
+    fv_echo_start(&echo, "127.0.0.1:0", FV_ECHO_HOLD);
+    fv_raw_client_t *client = fv_raw_open(fv_rpc_address(echo.rpc, 0));
+    fv_raw_call_t *idle = fv_raw_start(client, ATTEND, 0);
+    fv_raw_call_t *busy = fv_raw_start(client, ATTEND, 0);
+    fv_raw_call_t *unary = fv_raw_start(client, ONCE, 0);
+    fv_raw_send(busy, "b", 1);
+    fv_raw_send(unary, "u", 1);
+    assert_true(fv_echo_wait(&echo, &echo.n_delivered, 2));
+    fv_echo_set_mode(&echo, FV_ECHO_WORKER); /* what is held is answered while we stop */
+    int64_t begin_us = fv_clock_us();
+    fv_rpc_stop(echo.rpc, 15000);
+    assert_true(fv_clock_us() - begin_us < 10000000); /* idle streams do not keep it waiting */
+    uint8_t *reply = fv_raw_receive(busy, &n_reply);
+    assert_non_null(reply);
+    free(reply);
+    assert_int_equal(fv_raw_status(busy, text), GRPC_STATUS_UNAVAILABLE);
+    assert_string_equal(text, "the service is stopping");
+    reply = fv_raw_receive(unary, &n_reply);
+    assert_non_null(reply);
+    free(reply);
+    assert_int_equal(fv_raw_status(unary, NULL), GRPC_STATUS_OK);
+    assert_int_equal(fv_raw_status(idle, NULL), GRPC_STATUS_UNAVAILABLE);
+    fv_raw_free(idle);
+    fv_raw_free(busy);
+    fv_raw_free(unary);
+    fv_raw_close(client);
+    fv_echo_stop(&echo, 0);
+    assert_int_equal(echo.n_closed,
+                     2); /* the idle stream delivered nothing, so it is not reported */
+}
+
+static void test_stop_cancels_after_the_grace(void **state)
+{
+    fv_echo_t echo;
+
+    (void)state;
+    fv_echo_start(&echo, "127.0.0.1:0", FV_ECHO_HOLD);
+    fv_raw_client_t *client = fv_raw_open(fv_rpc_address(echo.rpc, 0));
+    fv_raw_call_t *stream = fv_raw_start(client, ATTEND, 0);
+    fv_raw_call_t *unary = fv_raw_start(client, ONCE, 0);
+    fv_raw_send(stream, "s", 1);
+    fv_raw_send(unary, "u", 1);
+    assert_true(fv_echo_wait(&echo, &echo.n_delivered, 2));
+    int64_t begin_us = fv_clock_us();
+    fv_rpc_stop(echo.rpc, 300);
+    assert_true(fv_clock_us() - begin_us >= 290000);
+    assert_int_equal(fv_raw_status(stream, NULL), GRPC_STATUS_UNAVAILABLE);
+    assert_int_equal(fv_raw_status(unary, NULL), GRPC_STATUS_UNAVAILABLE);
+    fv_raw_free(stream);
+    fv_raw_free(unary);
+    fv_raw_close(client);
+    fv_echo_stop(&echo, 0); /* answers what is held: to calls that are gone */
+    assert_int_equal(echo.n_closed, 2);
+}
+
+/* Many times, with calls in every state: what leaks or hangs, leaks or hangs here. */
+static void test_start_stop_again_and_again(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 12; i++) {
+        fv_echo_t echo;
+        fv_raw_call_t *calls[6];
+        fv_echo_start(&echo, "127.0.0.1:0", (fv_echo_mode_t)(i % 3));
+        fv_raw_client_t *client = fv_raw_open(fv_rpc_address(echo.rpc, 0));
+        for (int j = 0; j < 6; j++) {
+            calls[j] = fv_raw_start(client, ((j % 2) == 0) ? ATTEND : ONCE, 0);
+            if (j < 4) {
+                fv_raw_send(calls[j], "x", 1);
+            }
+        }
+        assert_true(fv_echo_wait(&echo, &echo.n_delivered, i % 5));
+        fv_echo_stop(&echo, (uint32_t)(i % 4) * 10U);
+        for (int j = 0; j < 6; j++) {
+            fv_raw_cancel(calls[j]); /* WAIT_FOR_READY: the last ones may still look for a server */
+            fv_raw_free(calls[j]);
+        }
+        fv_raw_close(client);
+    }
+}
+
+/* ------------------------------------------------------------------ addresses */
+
+static fv_status_t try_start(const char *address, fv_rpc_t **out)
+{
+    static fv_rpc_handlers_t k_none;
+    fv_rpc_config_t config = fv_echo_config(address);
+
+    return fv_rpc_start(&config, &k_none, out);
+}
+
+static void check_refused(const char *address, fv_status_t expected, const char *text)
+{
+    fv_rpc_t *rpc = NULL;
+
+    assert_int_equal(try_start(address, &rpc), expected);
+    assert_null(rpc);
+    if (strstr(fv_error_context(), text) == NULL) {
+        fail_msg("\"%s\" lacks \"%s\"", fv_error_context(), text);
+    }
+}
+
+static void test_bad_addresses(void **state)
+{
+    char long_path[200];
+
+    (void)state;
+    check_refused("nonsense", FV_ERR_INVALID_ARG, "\"nonsense\"");
+    check_refused(":7411", FV_ERR_INVALID_ARG, "HOST:PORT");
+    check_refused("127.0.0.1:", FV_ERR_INVALID_ARG, "65535");
+    check_refused("127.0.0.1:65536", FV_ERR_INVALID_ARG, "65535");
+    check_refused("127.0.0.1:80x", FV_ERR_INVALID_ARG, "65535");
+    check_refused("127.0.0.1:-1", FV_ERR_INVALID_ARG, "65535");
+    check_refused("::1:7411", FV_ERR_INVALID_ARG, "brackets");
+    check_refused("unix:", FV_ERR_INVALID_ARG, "no path");
+    (void)memset(long_path, 'p', sizeof(long_path));
+    memcpy(long_path, "unix:/", 6);
+    long_path[5 + 108] = '\0';
+    check_refused(long_path, FV_ERR_INVALID_ARG, "108 bytes, expected at most 107");
+    check_refused("unix:/no/such/folder/s", FV_ERR_UNAVAILABLE, "unix:/no/such/folder/s");
+    check_refused("192.0.2.1:7411", FV_ERR_UNAVAILABLE, "192.0.2.1:7411"); /* not of this host */
+}
+
+static void test_tcp_port_is_not_shared(void **state)
+{
+    fv_echo_t echo;
+
+    (void)state;
+    fv_echo_start(&echo, "127.0.0.1:0", FV_ECHO_AT_ONCE);
+    const char *address = fv_rpc_address(echo.rpc, 0);
+    assert_int_equal(fv_rpc_n_addresses(echo.rpc), 1);
+    assert_int_equal(strncmp(address, "127.0.0.1:", 10), 0);
+    assert_true(strtol(address + 10, NULL, 10) > 0); /* port 0 resolved */
+    check_refused(address, FV_ERR_UNAVAILABLE, address);
+    check_alive(address);
+    fv_echo_stop(&echo, 2000);
+}
+
+static void test_unix_path_has_one_owner(void **state)
+{
+    char folder[] = "/tmp/fv-rpc-test-XXXXXX";
+    char path[128];
+    char lock[160];
+    char address[160];
+    struct stat named;
+    fv_echo_t echo;
+
+    (void)state;
+    assert_non_null(mkdtemp(folder));
+    (void)snprintf(path, sizeof(path), "%s/s", folder);
+    (void)snprintf(lock, sizeof(lock), "%s.lock", path);
+    (void)snprintf(address, sizeof(address), "unix:%s", path);
+    fv_echo_start(&echo, address, FV_ECHO_AT_ONCE);
+    assert_string_equal(fv_rpc_address(echo.rpc, 0), address);
+    check_refused(address, FV_ERR_UNAVAILABLE, "another server listens there");
+    check_alive(address); /* the first one still has it */
+    fv_echo_stop(&echo, 2000);
+    assert_int_not_equal(stat(path, &named), 0); /* nothing is left behind */
+    assert_int_not_equal(stat(lock, &named), 0);
+
+    /* what a killed server leaves: a socket nobody answers, and a lock file nobody holds */
+    struct sockaddr_un stale = {.sun_family = AF_UNIX};
+    (void)snprintf(stale.sun_path, sizeof(stale.sun_path), "%.100s", path);
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    assert_int_equal(bind(fd, (const struct sockaddr *)&stale, sizeof(stale)), 0);
+    FILE *file = fopen(lock, "w");
+    assert_non_null(file);
+    (void)fclose(file);
+    (void)close(fd);
+    fv_echo_start(&echo, address, FV_ECHO_AT_ONCE);
+    check_alive(address);
+    fv_echo_stop(&echo, 2000);
+
+    /* a stranger's socket without a lock, and a file that is no socket, are left alone */
+    fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    assert_int_equal(bind(fd, (const struct sockaddr *)&stale, sizeof(stale)), 0);
+    assert_int_equal(listen(fd, 1), 0);
+    check_refused(address, FV_ERR_UNAVAILABLE, "another server listens there");
+    (void)close(fd);
+    (void)unlink(path);
+    file = fopen(path, "w");
+    assert_non_null(file);
+    (void)fclose(file);
+    check_refused(address, FV_ERR_UNAVAILABLE, "no socket");
+    assert_int_equal(unlink(path), 0);
+    assert_int_equal(rmdir(folder), 0); /* and no lock file is left */
+}
+
+static void test_bad_limits(void **state)
+{
+    static fv_rpc_handlers_t k_none;
+    fv_rpc_t *rpc = NULL;
+    fv_rpc_config_t config = fv_echo_config("127.0.0.1:0");
+
+    (void)state;
+    config.message_bytes_max = (size_t)1U << 31U;
+    assert_int_equal(fv_rpc_start(&config, &k_none, &rpc), FV_ERR_INVALID_ARG);
+    config = fv_echo_config("127.0.0.1:0");
+    config.memory_bytes_max = config.message_bytes_max - 1U;
+    assert_int_equal(fv_rpc_start(&config, &k_none, &rpc), FV_ERR_INVALID_ARG);
+    config = fv_echo_config("127.0.0.1:0");
+    config.stream_inflight_max = 0;
+    assert_int_equal(fv_rpc_start(&config, &k_none, &rpc), FV_ERR_INVALID_ARG);
+    config = fv_echo_config("127.0.0.1:0");
+    config.n_listen = FV_LISTEN_MAX + 1;
+    assert_int_equal(fv_rpc_start(&config, &k_none, &rpc), FV_ERR_INVALID_ARG);
+    assert_null(rpc);
+}
+
+/* ------------------------------------------------------------------ strangers */
+
+static void throw_bytes(int port, size_t n_bytes, const char *first)
+{
+    struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
+    uint8_t bytes[4096];
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+
+    to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    assert_int_equal(connect(fd, (const struct sockaddr *)&to, sizeof(to)), 0);
+    for (size_t i = 0; i < sizeof(bytes); i++) {
+        bytes[i] = random_byte();
+    }
+    (void)send(fd, first, strlen(first), MSG_NOSIGNAL);
+    (void)send(fd, bytes, (n_bytes < sizeof(bytes)) ? n_bytes : sizeof(bytes), MSG_NOSIGNAL);
+    (void)close(fd);
+}
+
+static void test_random_bytes_on_the_port(void **state)
+{
+    static const char *const k_firsts[] = {"", "GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+                                           "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"};
+    fv_echo_t echo;
+
+    (void)state;
+    fv_echo_start(&echo, "127.0.0.1:0", FV_ECHO_AT_ONCE);
+    int port = (int)strtol(strrchr(fv_rpc_address(echo.rpc, 0), ':') + 1, NULL, 10);
+    for (size_t i = 0; i < 60; i++) {
+        throw_bytes(port, (i * 97U) % 4096U, k_firsts[i % FV_COUNT(k_firsts)]);
+    }
+    check_alive(fv_rpc_address(echo.rpc, 0));
+    assert_int_equal(fv_echo_read(&echo, &echo.n_delivered), 1);
+    fv_echo_stop(&echo, 2000);
+}
+
+/* ------------------------------------------------------------------ health, reflection */
+
+static void check_health(fv_raw_client_t *client, const char *service, int expected)
+{
+    uint8_t request[64] = {0x0a, (uint8_t)strlen(service)};
+    uint8_t *reply = NULL;
+    size_t n_reply = 0;
+
+    memcpy(request + 2, service, strlen(service));
+    assert_int_equal(fv_raw_unary(client, "/grpc.health.v1.Health/Check", request,
+                                  2U + strlen(service), &reply, &n_reply),
+                     GRPC_STATUS_OK);
+    assert_int_equal(n_reply, 2);
+    assert_int_equal(reply[0], 0x08);
+    assert_int_equal(reply[1], expected);
+    free(reply);
+}
+
+static void expect_watched(fv_raw_call_t *watch, int expected)
+{
+    size_t n_reply = 0;
+    uint8_t *reply = fv_raw_receive(watch, &n_reply);
+
+    assert_non_null(reply);
+    assert_int_equal(n_reply, 2);
+    assert_int_equal(reply[1], expected);
+    free(reply);
+}
+
+static void test_health(void **state)
+{
+    fv_echo_t echo;
+
+    (void)state;
+    fv_echo_start(&echo, "127.0.0.1:0", FV_ECHO_AT_ONCE);
+    fv_raw_client_t *client = fv_raw_open(fv_rpc_address(echo.rpc, 0));
+    assert_int_equal(
+        fv_raw_unary(client, "/grpc.health.v1.Health/Check", "\x0a\x01x", 3, NULL, NULL),
+        GRPC_STATUS_NOT_FOUND);
+    assert_int_equal(
+        fv_raw_unary(client, "/grpc.health.v1.Health/Check", "\x0a\x09x", 3, NULL, NULL),
+        GRPC_STATUS_INVALID_ARGUMENT);
+    check_health(client, "", 1);
+    check_health(client, "fovea.v1.Attention", 1);
+    check_health(client, "fovea.v1.Cluster", 1);
+    fv_raw_call_t *watch = fv_raw_start(client, "/grpc.health.v1.Health/Watch", 0);
+    fv_raw_call_t *other = fv_raw_start(client, "/grpc.health.v1.Health/Watch", 0);
+    fv_raw_send(watch, "", 0);
+    fv_raw_send(other, "\x0a\x01x", 3);
+    expect_watched(watch, 1);
+    expect_watched(other, 3); /* SERVICE_UNKNOWN, and the stream goes on */
+    fv_rpc_set_serving(echo.rpc, false);
+    expect_watched(watch, 2);
+    check_health(client, "", 2);
+    fv_rpc_set_serving(echo.rpc, false); /* no change, no message */
+    fv_rpc_set_serving(echo.rpc, true);
+    expect_watched(watch, 1);
+    fv_raw_free(watch); /* gone while it watches */
+    fv_rpc_set_serving(echo.rpc, false);
+    check_health(client, "fovea.v1.Attention", 2);
+    fv_raw_free(other);
+    fv_raw_close(client);
+    fv_echo_stop(&echo, 2000);
+    assert_int_equal(echo.n_closed, 0); /* the handler never saw these calls */
+}
+
+static bool holds(const uint8_t *bytes, size_t n_bytes, const char *text)
+{
+    for (size_t i = 0; i + strlen(text) <= n_bytes; i++) {
+        if (memcmp(bytes + i, text, strlen(text)) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* `field` of ServerReflectionRequest; the reply must hold `expected`. */
+static void
+check_reflection(fv_raw_call_t *call, uint8_t field, const char *value, const char *expected)
+{
+    uint8_t request[160] = {(uint8_t)((field << 3U) | 2U), (uint8_t)strlen(value)};
+    size_t n_reply = 0;
+
+    memcpy(request + 2, value, strlen(value));
+    fv_raw_send(call, request, 2U + strlen(value));
+    uint8_t *reply = fv_raw_receive(call, &n_reply);
+    assert_non_null(reply);
+    assert_true(fv_raw_sent(call, RAW_WAIT_MS));
+    if (!holds(reply, n_reply, expected)) {
+        fail_msg("the answer to field %d \"%s\" lacks \"%s\"", field, value, expected);
+    }
+    free(reply);
+}
+
+static void test_reflection(void **state)
+{
+    static const char *const k_methods[] = {
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"};
+    static const char *const k_services[] = {
+        "fovea.v1.Attention", "fovea.v1.Cluster", "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"};
+    static const char *const k_symbols[] = {"fovea.v1.Attention",
+                                            "fovea.v1.Attention.Attend",
+                                            "fovea.v1.AttendRequest",
+                                            "fovea.v1.AttendRequest.q",
+                                            "fovea.v1.AttendRequest.causal_set",
+                                            "fovea.v1.ModelSpec.Kind",
+                                            "fovea.v1.ModelSpec.LATENT",
+                                            "fovea.v1.DType",
+                                            "fovea.v1.DTYPE_BF16"};
+    static const char *const k_unknown[] = {"fovea.v1.Attention.q",
+                                            "fovea.v1",
+                                            "fovea.v1.",
+                                            "fovea",
+                                            "",
+                                            ".",
+                                            "fovea.v1.DType.DTYPE_BF16",
+                                            "fovea.v1.AttendRequest.q.x",
+                                            "fovea.v2.AttendRequest"};
+    fv_echo_t echo;
+
+    (void)state;
+    fv_echo_start(&echo, "127.0.0.1:0", FV_ECHO_AT_ONCE);
+    fv_raw_client_t *client = fv_raw_open(fv_rpc_address(echo.rpc, 0));
+    for (size_t m = 0; m < FV_COUNT(k_methods); m++) {
+        fv_raw_call_t *call = fv_raw_start(client, k_methods[m], 0);
+        for (size_t i = 0; i < FV_COUNT(k_services); i++) {
+            check_reflection(call, 7, "*", k_services[i]);
+            check_reflection(call, 4, k_services[i], ".proto"); /* a file descriptor comes */
+        }
+        for (size_t i = 0; i < FV_COUNT(k_symbols); i++) {
+            check_reflection(call, 4, k_symbols[i], "attention.proto");
+        }
+        for (size_t i = 0; i < FV_COUNT(k_unknown); i++) {
+            check_reflection(call, 4, k_unknown[i], "symbol: not defined here");
+        }
+        check_reflection(call, 3, "grpc/health/v1/health.proto", "HealthCheckRequest");
+        check_reflection(call, 3, "none.proto", "file: not known here");
+        check_reflection(call, 6, "fovea.v1.AttendRequest", "fovea.v1.AttendRequest");
+        check_reflection(call, 6, "fovea.v1.X", "type: not defined here");
+        check_reflection(call, 5, "", "extension: there are none here");
+        check_reflection(call, 1, "host", "request: asks for nothing");
+        fv_raw_half_close(call);
+        assert_int_equal(fv_raw_status(call, NULL), GRPC_STATUS_OK);
+        fv_raw_free(call);
+    }
+    fv_raw_close(client);
+    fv_echo_stop(&echo, 2000);
+}
+
+int main(void)
+{
+    const char *seed = getenv("FV_SEED");
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_client_vanishes_mid_stream),
+        cmocka_unit_test(test_stop_finishes_what_runs),
+        cmocka_unit_test(test_stop_cancels_after_the_grace),
+        cmocka_unit_test(test_start_stop_again_and_again),
+        cmocka_unit_test(test_bad_addresses),
+        cmocka_unit_test(test_tcp_port_is_not_shared),
+        cmocka_unit_test(test_unix_path_has_one_owner),
+        cmocka_unit_test(test_bad_limits),
+        cmocka_unit_test(test_random_bytes_on_the_port),
+        cmocka_unit_test(test_health),
+        cmocka_unit_test(test_reflection),
+    };
+
+    g_random = (seed != NULL) ? strtoull(seed, NULL, 10) : 20261122U;
+    g_random += (g_random == 0U);
+    (void)printf("FV_SEED=%llu\n", (unsigned long long)g_random);
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
