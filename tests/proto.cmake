@@ -1,3 +1,4 @@
 # proto/ and common/config: wire codec, placement arithmetic, options; fuzz targets.
 fv_add_test(prop_wire_attend property SOURCES property/prop_wire_attend.c fuzz/wire_oracle.c
             LIBS fv_proto fv_proto_gen)
+fv_add_test(test_config unit SOURCES unit/test_config.c LIBS fv_common)

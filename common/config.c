@@ -1,0 +1,410 @@
+/*
+ * config.c - reads the sources in order, and writes a configuration out.
+ */
+#include "common/config.h"
+
+#include "common/config_table.h"
+
+#include <argp.h>
+#include <errno.h>
+#include <ini.h>
+#include <string.h>
+
+#define NAME_BYTES  48
+#define DOC_BYTES   320
+#define WRAP_COLUMN 96
+
+enum {
+    KEY_FIRST = 0x1000, /* + index into fv_options; beyond any character */
+    KEY_CONFIG = 0x2000,
+    KEY_PRINT,
+    KEY_HELP,
+    KEY_VERSION,
+};
+
+/* ------------------------------------------------------------------ file */
+
+typedef struct file_reader {
+    FILE *stream;
+    fv_config_t *config;
+    fv_source_t source; /* its line: the one being read */
+    fv_status_t status; /* of the first bad line */
+    int bad_line;       /* 0: none */
+} file_reader_t;
+
+static void file_fail(file_reader_t *reader, const char *given, const char *expected)
+{
+    if (reader->bad_line == 0) {
+        reader->bad_line = reader->source.line;
+        reader->status = fv_fail(FV_ERR_INVALID_ARG, "%.80s:%d: given %.60s, expected %s",
+                                 reader->source.name, reader->source.line, given, expected);
+    }
+}
+
+/* fgets for inih: counts lines, refuses one that does not fit, and takes indentation away (inih would take an
+ * indented line for a continuation). */
+static char *read_line(char *line, int n_bytes, void *user)
+{
+    file_reader_t *reader = user;
+
+    if (fgets(line, n_bytes, reader->stream) == NULL) {
+        return NULL;
+    }
+    reader->source.line++;
+    size_t n = strlen(line);
+    if ((n + 1U == (size_t)n_bytes) && (line[n - 1U] != '\n') && (feof(reader->stream) == 0)) {
+        file_fail(reader, "a longer line", "fewer characters");
+        int c = 0;
+        while ((c != '\n') && (c != EOF)) {
+            c = fgetc(reader->stream);
+        }
+        n = 0;
+        line[0] = '\0';
+    }
+    size_t indent = strspn(line, " \t");
+    memmove(line, line + indent, n - indent + 1U);
+    return line;
+}
+
+/* Returns 1: good or reported. */
+static int file_entry(void *user, const char *section, const char *name, const char *value)
+{
+    file_reader_t *reader = user;
+    const fv_option_t *option = fv_option_find(name);
+
+    if (section[0] != '\0') {
+        file_fail(reader, "a [section]", "key = value only");
+    } else if (option == NULL) {
+        file_fail(reader, name, "a key that --print-config shows");
+    } else if (reader->bad_line == 0) {
+        reader->status = fv_option_set(option, value, &reader->source, reader->config);
+        reader->bad_line = (reader->status == FV_OK) ? 0 : reader->source.line;
+    }
+    return 1;
+}
+
+static fv_status_t load_file(const char *path, fv_config_t *config)
+{
+    file_reader_t reader = {
+        .config = config, .source = {.kind = FV_SOURCE_FILE, .name = path}, .status = FV_OK};
+
+    reader.stream = fopen(path, "re");
+    if (reader.stream == NULL) {
+        return fv_fail(FV_ERR_NOT_FOUND,
+                       "config: given \"%.160s\", expected a file that can be read", path);
+    }
+    int bad_line = ini_parse_stream(read_line, &reader, file_entry, &reader);
+    bool is_read_error = ferror(reader.stream) != 0;
+    (void)fclose(reader.stream);
+    if (is_read_error) { /* a directory, or a disk that fails */
+        return fv_fail(FV_ERR_NOT_FOUND,
+                       "config: given \"%.160s\", expected a file that can be read", path);
+    }
+    if ((bad_line > 0) && ((reader.bad_line == 0) || (bad_line < reader.bad_line))) {
+        return fv_fail(FV_ERR_INVALID_ARG, "%.120s:%d: expected key = value", path, bad_line);
+    }
+    return (bad_line < 0) ? fv_fail(FV_ERR_NO_MEMORY, "config: no memory to read %.120s", path)
+                          : reader.status;
+}
+
+/* ------------------------------------------------------------------ environment */
+
+/* The value of `name`; NULL when it is not there or empty. */
+static const char *env_value(char *const *env, const char *name)
+{
+    size_t n = strlen(name);
+
+    for (; (env != NULL) && (*env != NULL); env++) {
+        if ((strncmp(*env, name, n) == 0) && ((*env)[n] == '=') && ((*env)[n + 1U] != '\0')) {
+            return *env + n + 1U;
+        }
+    }
+    return NULL;
+}
+
+static fv_status_t load_env(char *const *env, fv_config_t *config)
+{
+    char name[NAME_BYTES];
+
+    for (size_t i = 0; i < fv_n_options; i++) {
+        fv_option_env_name(&fv_options[i], name, sizeof(name));
+        fv_source_t source = {.kind = FV_SOURCE_ENV, .name = name};
+        const char *value = env_value(env, name);
+
+        if (value != NULL) {
+            FV_RETURN_IF_ERR(fv_option_set(&fv_options[i], value, &source, config));
+        }
+    }
+    return FV_OK;
+}
+
+/* ------------------------------------------------------------------ command line */
+
+#define OPTIONS_CAP 64 /* options and group headings */
+
+/* What argp needs, made from the table. */
+typedef struct argp_text {
+    struct argp_option options[OPTIONS_CAP];
+    char names[OPTIONS_CAP][NAME_BYTES];
+    char docs[OPTIONS_CAP][DOC_BYTES];
+    struct argp argp;
+} argp_text_t;
+
+/* The command line is walked twice: first for --config and the actions, then, after the other sources,
+ * for the values. */
+typedef struct command_line {
+    bool is_values;
+    const char *file;
+    fv_config_t *config;
+    fv_status_t status;
+} command_line_t;
+
+static error_t
+set_from_command_line(command_line_t *line, const fv_option_t *option, const char *arg)
+{
+    static const fv_source_t k_source = {.kind = FV_SOURCE_COMMAND_LINE};
+
+    if (!line->is_values) {
+        return 0;
+    }
+    /* a switch without its optional value is on */
+    line->status = fv_option_set(option, (arg != NULL) ? arg : "true", &k_source, line->config);
+    return (line->status == FV_OK) ? 0 : EINVAL;
+}
+
+static error_t refuse(command_line_t *line, const char *given)
+{
+    if (line->status == FV_OK) {
+        line->status =
+            fv_fail(FV_ERR_INVALID_ARG,
+                    "command line: given \"%.80s\", expected options as --help lists them", given);
+    }
+    return EINVAL;
+}
+
+static error_t parse_option(int key, char *arg, struct argp_state *state)
+{
+    command_line_t *line = state->input;
+
+    if ((key >= KEY_FIRST) && (key < KEY_FIRST + (int)fv_n_options)) {
+        return set_from_command_line(line, &fv_options[key - KEY_FIRST], arg);
+    }
+    switch (key) {
+    case KEY_CONFIG:
+        line->file = arg;
+        return 0;
+    case KEY_PRINT:
+        line->config->action = FV_CONFIG_PRINT;
+        return 0;
+    case KEY_VERSION:
+        line->config->action = FV_CONFIG_VERSION;
+        return 0;
+    case KEY_HELP:
+        line->config->action = FV_CONFIG_HELP;
+        return 0;
+    case ARGP_KEY_ARG:
+        return refuse(line, arg);
+    case ARGP_KEY_ERROR:
+        return refuse(line, state->argv[(state->next > 0) ? (state->next - 1) : 0]);
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static size_t add_actions(struct argp_option *o, int group)
+{
+    const struct argp_option actions[] = {
+        {.doc = "Other:", .group = group},
+        {.name = "config",
+         .key = KEY_CONFIG,
+         .arg = "FILE",
+         .group = group,
+         .doc = "Read this file (key = value lines); also FV_CONFIG."},
+        {.name = "print-config",
+         .key = KEY_PRINT,
+         .group = group,
+         .doc = "Print the configuration that results, as such a file, and exit."},
+        {.name = "help", .key = KEY_HELP, .group = group, .doc = "Print this and exit."},
+        {.name = "version",
+         .key = KEY_VERSION,
+         .group = group,
+         .doc = "Print the version and exit."},
+    };
+
+    memcpy(o, actions, sizeof(actions));
+    return sizeof(actions) / sizeof(actions[0]);
+}
+
+/* Made anew each time in memory of its own: it is large for a stack, and there is one thread yet. */
+static argp_text_t *make_argp(void)
+{
+    static argp_text_t text;
+    argp_text_t *t = &text;
+    struct argp_option *o = t->options;
+    int group = 0;
+
+    memset(t, 0, sizeof(*t));
+    for (size_t i = 0; i < fv_n_options; i++) {
+        const fv_option_t *option = &fv_options[i];
+
+        if (option->group != NULL) {
+            group++;
+            (void)snprintf(t->names[OPTIONS_CAP - 1 - group], NAME_BYTES, "%s:", option->group);
+            *o++ = (struct argp_option){.doc = t->names[OPTIONS_CAP - 1 - group], .group = group};
+        }
+        fv_option_long_name(option, t->names[i], NAME_BYTES);
+        (void)snprintf(t->docs[i], DOC_BYTES, "%s [%s]", option->help, option->value);
+        *o++ = (struct argp_option){.name = t->names[i],
+                                    .key = KEY_FIRST + (int)i,
+                                    .arg = option->arg,
+                                    .flags =
+                                        (option->type == FV_OPTION_BOOL) ? OPTION_ARG_OPTIONAL : 0,
+                                    .doc = t->docs[i],
+                                    .group = group};
+    }
+    o += add_actions(o, group + 1);
+    FV_ASSERT(o < &t->options[OPTIONS_CAP]); /* the list ends with an entry of zeros */
+    t->argp = (struct argp){
+        .options = t->options,
+        .parser = parse_option,
+        .doc =
+            "Distributed attention service. Alone it is a whole service in one process; under "
+            "mpirun each rank holds a part of the KV cache.\vEvery option KEY can also be set by "
+            "FV_KEY in the environment and by a line in the file; the command line wins over "
+            "the environment, the environment over the file."};
+    return t;
+}
+
+static fv_status_t walk_command_line(int argc, char *const *argv, command_line_t *line)
+{
+    union {
+        char *const *in;
+        char **out;
+    } words = {.in = argv}; /* ARGP_IN_ORDER: argp leaves them as they are */
+    argp_text_t *text = make_argp();
+    error_t error =
+        argp_parse(&text->argp, argc, words.out,
+                   ARGP_NO_EXIT | ARGP_NO_ERRS | ARGP_NO_HELP | ARGP_IN_ORDER, NULL, line);
+    if ((error != 0) && (line->status == FV_OK)) {
+        (void)refuse(line, "an argument");
+    }
+    return line->status;
+}
+
+/* ------------------------------------------------------------------ all together */
+
+void fv_config_defaults(fv_config_t *out)
+{
+    static const fv_source_t k_source = {.kind = FV_SOURCE_DEFAULT};
+
+    memset(out, 0, sizeof(*out));
+    for (size_t i = 0; i < fv_n_options; i++) {
+        FV_ASSERT(fv_option_set(&fv_options[i], fv_options[i].value, &k_source, out) == FV_OK);
+    }
+}
+
+fv_status_t fv_config_load(int argc, char *const *argv, char *const *env, fv_config_t *out)
+{
+    fv_config_t config;
+    command_line_t line = {.config = &config, .status = FV_OK};
+
+    fv_config_defaults(&config);
+    FV_RETURN_IF_ERR(walk_command_line(argc, argv, &line));
+    if ((config.action != FV_CONFIG_HELP) && (config.action != FV_CONFIG_VERSION)) {
+        const char *file = (line.file != NULL) ? line.file : env_value(env, "FV_CONFIG");
+
+        if (file != NULL) {
+            FV_RETURN_IF_ERR(load_file(file, &config));
+        }
+        FV_RETURN_IF_ERR(load_env(env, &config));
+        line.is_values = true;
+        FV_RETURN_IF_ERR(walk_command_line(argc, argv, &line));
+    }
+    *out = config;
+    return FV_OK;
+}
+
+/* Writes text as comment lines, broken between words. */
+static void print_comment(const char *text, FILE *out)
+{
+    while (*text != '\0') {
+        size_t n = strlen(text);
+
+        if (n > WRAP_COLUMN) {
+            n = WRAP_COLUMN;
+            while ((n > 1U) && (text[n] != ' ')) {
+                n--;
+            }
+        }
+        (void)fprintf(out, "# %.*s\n", (int)n, text);
+        text += n;
+        text += strspn(text, " ");
+    }
+}
+
+void fv_config_print(const fv_config_t *config, FILE *out)
+{
+    char text[DOC_BYTES];
+
+    (void)fprintf(out,
+                  "# fovea.conf - configuration of fovead, as fovead --print-config writes it.\n"
+                  "# The environment (FV_KEY) and the command line (--key) win over this file.\n");
+    for (size_t i = 0; i < fv_n_options; i++) {
+        const fv_option_t *option = &fv_options[i];
+
+        if (option->group != NULL) {
+            (void)fprintf(out, "\n# ---- %s\n", option->group);
+        }
+        (void)fprintf(out, "\n");
+        print_comment(option->help, out);
+        fv_option_expected(option, text, sizeof(text));
+        (void)fprintf(out, "# Expected: %s. Default: %s.\n", text, option->value);
+        fv_option_print(option, config, out);
+    }
+}
+
+void fv_config_print_markdown(FILE *out)
+{
+    char expected[DOC_BYTES];
+    char env[NAME_BYTES];
+    char name[NAME_BYTES];
+
+    (void)fprintf(
+        out, "# Configuration\n\n"
+             "Each option of `fovead` can be set in four places; a later one wins:\n\n"
+             "1. its default,\n"
+             "2. a line `key = value` in the file that `--config FILE` (or `FV_CONFIG`) names,\n"
+             "3. the environment variable,\n"
+             "4. the command line.\n\n"
+             "The key in the file is the option without its dashes and with `_` for `-`. "
+             "`fovead --print-config` writes the configuration that results as such a file; "
+             "`deploy/config/fovea.conf` is that file with all defaults. "
+             "An unknown key, a value out of range or a malformed line stops the start "
+             "with a message that names key, place, what was given and what was expected. "
+             "An empty environment variable counts as unset.\n");
+    for (size_t i = 0; i < fv_n_options; i++) {
+        const fv_option_t *option = &fv_options[i];
+
+        if (option->group != NULL) {
+            (void)fprintf(out,
+                          "\n## %s\n\n"
+                          "| Option | Environment | Default | Expected | What it is |\n"
+                          "|---|---|---|---|---|\n",
+                          option->group);
+        }
+        fv_option_expected(option, expected, sizeof(expected));
+        fv_option_env_name(option, env, sizeof(env));
+        fv_option_long_name(option, name, sizeof(name));
+        (void)fprintf(out, "| `--%s` | `%s` | `%s` | %s | %s |\n", name, env, option->value,
+                      expected, option->help);
+    }
+}
+
+void fv_config_help(const char *program, FILE *out)
+{
+    argp_text_t *text = make_argp();
+    char name[NAME_BYTES];
+
+    (void)snprintf(name, sizeof(name), "%s", program);
+    argp_help(&text->argp, out, ARGP_HELP_SHORT_USAGE | ARGP_HELP_LONG | ARGP_HELP_DOC, name);
+}
