@@ -137,6 +137,9 @@ void fv_sched_next_step(fv_sched_t *sched,
  */
 void fv_sched_step_done(fv_sched_t *sched, const fv_step_plan_t *plan);
 
+/* Empties the queue: every request that waits, linked in order of arrival. For the end of the service. */
+fv_request_t *fv_sched_take_all(fv_sched_t *sched);
+
 /* ------------------------------------------------------------------ views, for status and placement */
 
 fv_session_t *fv_sched_session(const fv_sched_t *sched, const fv_session_id_t *id);

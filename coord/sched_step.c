@@ -21,6 +21,16 @@ void fv_sched_submit(fv_sched_t *sched, fv_request_t *request)
     sched->n_queued++;
 }
 
+fv_request_t *fv_sched_take_all(fv_sched_t *sched)
+{
+    fv_request_t *all = sched->queue_head;
+
+    sched->queue_head = NULL;
+    sched->queue_tail = &sched->queue_head;
+    sched->n_queued = 0;
+    return all;
+}
+
 /* ------------------------------------------------------------------ checks */
 
 static fv_status_t check_tensor(const char *name, size_t given, uint64_t n_tokens, int32_t n_heads,

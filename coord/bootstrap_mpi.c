@@ -1,0 +1,321 @@
+/*
+ * bootstrap_mpi.c - addresses over MPI, then sockets.
+ */
+#define _GNU_SOURCE /* accept4 */
+
+#include "coord/bootstrap.h"
+
+#include "common/clock.h"
+#include "common/frame.h"
+#include "common/log.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <ifaddrs.h>
+#include <mpi.h>
+#include <net/if.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#define JOIN_TIMEOUT_MS 20000
+
+/* What rank 0 tells the others. Plain data, broadcast as bytes. */
+typedef struct fv_meeting {
+    struct sockaddr_storage address;
+    uint32_t address_bytes;
+    uint8_t secret[FV_SECRET_BYTES];
+    int32_t is_ok;
+} fv_meeting_t;
+
+static fv_status_t system_error(const char *what)
+{
+    return fv_fail(FV_ERR_SYSTEM, "%s: %s", what, strerror(errno));
+}
+
+/* True on every rank when all ranks report the same host name. */
+static bool is_one_host(MPI_Comm comm, const char host[64])
+{
+    char first[64];
+    int same = 0;
+    int all_same = 0;
+
+    memcpy(first, host, sizeof(first));
+    (void)MPI_Bcast(first, (int)sizeof(first), MPI_CHAR, 0, comm);
+    same = (strncmp(first, host, sizeof(first)) == 0) ? 1 : 0;
+    (void)MPI_Allreduce(&same, &all_same, 1, MPI_INT, MPI_MIN, comm);
+    return all_same != 0;
+}
+
+/* ------------------------------------------------------------------ where rank 0 listens */
+
+static fv_status_t resolve_host(const char *name, fv_meeting_t *out)
+{
+    struct addrinfo hints = {.ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM};
+    struct addrinfo *list = NULL;
+    int rc = getaddrinfo(name, NULL, &hints, &list);
+
+    if (rc != 0) {
+        return fv_fail(FV_ERR_INVALID_ARG, "control_address: \"%s\": %s", name, gai_strerror(rc));
+    }
+    memcpy(&out->address, list->ai_addr, list->ai_addrlen);
+    out->address_bytes = (uint32_t)list->ai_addrlen;
+    freeaddrinfo(list);
+    return FV_OK;
+}
+
+/* The first address of an interface that is up and not loopback, IPv4 before IPv6. */
+static fv_status_t pick_interface(fv_meeting_t *out)
+{
+    struct ifaddrs *list = NULL;
+    static const int k_families[] = {AF_INET, AF_INET6};
+
+    if (getifaddrs(&list) != 0) {
+        return system_error("getifaddrs");
+    }
+    for (size_t f = 0; (f < 2U) && (out->address_bytes == 0); f++) {
+        for (struct ifaddrs *i = list; i != NULL; i = i->ifa_next) {
+            bool is_usable = (i->ifa_addr != NULL) && ((i->ifa_flags & IFF_UP) != 0) &&
+                             ((i->ifa_flags & IFF_LOOPBACK) == 0) &&
+                             (i->ifa_addr->sa_family == k_families[f]);
+            if (is_usable) {
+                size_t n = (f == 0) ? sizeof(struct sockaddr_in) : sizeof(struct sockaddr_in6);
+                memcpy(&out->address, i->ifa_addr, n);
+                out->address_bytes = (uint32_t)n;
+                break;
+            }
+        }
+    }
+    freeifaddrs(list);
+    if (out->address_bytes == 0) {
+        return fv_fail(FV_ERR_UNAVAILABLE,
+                       "the ranks are on several hosts and this one has no network interface that "
+                       "is up; name one with control_address");
+    }
+    return FV_OK;
+}
+
+static fv_status_t choose_address(bool one_host, const char *control_address, fv_meeting_t *out)
+{
+    bool is_auto = (strcmp(control_address, "auto") == 0);
+    unsigned long long tag = 0;
+
+    if (!is_auto) {
+        return resolve_host(control_address, out);
+    }
+    if (!one_host) {
+        return pick_interface(out);
+    }
+    struct sockaddr_un *un = (struct sockaddr_un *)(void *)&out->address;
+    un->sun_family = AF_UNIX;
+    memcpy(&tag, out->secret, sizeof(tag)); /* abstract: no file to leave behind; the name need only be unique */
+    int n = snprintf(un->sun_path + 1, sizeof(un->sun_path) - 1U, "fovea-%d-%08llx", (int)getpid(),
+                     (tag * 0x9E3779B97F4A7C15ULL) >> 32);
+    out->address_bytes = (uint32_t)(offsetof(struct sockaddr_un, sun_path) + 1U + (size_t)n);
+    return FV_OK;
+}
+
+static fv_status_t listen_at(fv_meeting_t *meeting, int *out_fd)
+{
+    int fd = socket(meeting->address.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    socklen_t n = meeting->address_bytes;
+
+    if (fd < 0) {
+        return system_error("socket");
+    }
+    if ((bind(fd, (struct sockaddr *)&meeting->address, n) != 0) || (listen(fd, 1024) != 0)) {
+        fv_status_t status = system_error("control socket: bind");
+        (void)close(fd);
+        return status;
+    }
+    if (meeting->address.ss_family != AF_UNIX) { /* port 0 was bound: say which it became */
+        n = sizeof(meeting->address);
+        if (getsockname(fd, (struct sockaddr *)&meeting->address, &n) != 0) {
+            fv_status_t status = system_error("getsockname");
+            (void)close(fd);
+            return status;
+        }
+        meeting->address_bytes = n;
+    }
+    *out_fd = fd;
+    return FV_OK;
+}
+
+/* ------------------------------------------------------------------ connections */
+
+/* A host that vanishes is noticed within seconds; figures from the notes on lossy links: not below. */
+static void tune(int fd, int family)
+{
+    static const struct {
+        int level, option, value;
+    } k_options[] = {
+        {IPPROTO_TCP, TCP_NODELAY, 1},     {SOL_SOCKET, SO_KEEPALIVE, 1},
+        {IPPROTO_TCP, TCP_KEEPIDLE, 1},    {IPPROTO_TCP, TCP_KEEPINTVL, 1},
+        {IPPROTO_TCP, TCP_KEEPCNT, 3},     {IPPROTO_TCP, TCP_USER_TIMEOUT, 4000},
+    };
+
+    if (family == AF_UNIX) {
+        return;
+    }
+    for (size_t i = 0; i < sizeof(k_options) / sizeof(k_options[0]); i++) {
+        (void)setsockopt(fd, k_options[i].level, k_options[i].option, &k_options[i].value,
+                         sizeof(k_options[i].value));
+    }
+}
+
+/* Reads one HELLO from a fresh connection. False: not one of ours, or broken; the caller drops it. */
+static bool read_hello(int fd, uint32_t epoch, const uint8_t *secret, fv_ctl_hello_t *out)
+{
+    fv_ctl_header_t header;
+    uint8_t differs = 0;
+
+    if (fv_frame_read(fd, &header, sizeof(header), 2000) != FV_OK) {
+        return false;
+    }
+    if ((header.magic != FV_CTL_MAGIC) || (header.type != FV_CTL_HELLO) ||
+        (header.epoch != epoch) || (header.body_bytes != sizeof(*out)) ||
+        (fv_frame_read(fd, out, sizeof(*out), 2000) != FV_OK)) {
+        return false;
+    }
+    for (size_t i = 0; i < FV_SECRET_BYTES; i++) { /* constant time */
+        differs |= (uint8_t)(secret[i] ^ out->secret[i]);
+    }
+    out->host[sizeof(out->host) - 1U] = '\0';
+    out->backend[sizeof(out->backend) - 1U] = '\0';
+    out->device[sizeof(out->device) - 1U] = '\0';
+    return differs == 0;
+}
+
+static fv_status_t missing_ranks(const int *fds, uint32_t n_ranks)
+{
+    char text[128] = "";
+    size_t n = 0;
+
+    for (uint32_t r = 1; (r < n_ranks) && (n + 8U < sizeof(text)); r++) {
+        if (fds[r] < 0) {
+            n += (size_t)snprintf(text + n, sizeof(text) - n, " %u", r);
+        }
+    }
+    return fv_fail(FV_ERR_TIMED_OUT, "these ranks did not connect within %d s:%s",
+                   JOIN_TIMEOUT_MS / 1000, text);
+}
+
+static fv_status_t accept_all(int listen_fd, const fv_meeting_t *meeting, uint32_t epoch,
+                              uint32_t n_ranks, int *fds, fv_ctl_hello_t *hellos)
+{
+    int64_t deadline_us = fv_clock_us() + (int64_t)JOIN_TIMEOUT_MS * 1000;
+    fv_ctl_hello_t hello;
+
+    for (uint32_t n_joined = 1; n_joined < n_ranks;) {
+        struct pollfd p = {.fd = listen_fd, .events = POLLIN};
+        int64_t left_ms = (deadline_us - fv_clock_us()) / 1000;
+        if ((left_ms <= 0) || (poll(&p, 1, (int)left_ms) == 0)) {
+            return missing_ranks(fds, n_ranks);
+        }
+        int fd = accept4(listen_fd, NULL, NULL, SOCK_CLOEXEC);
+        if (fd < 0) {
+            continue;
+        }
+        tune(fd, meeting->address.ss_family);
+        if (!read_hello(fd, epoch, meeting->secret, &hello) || (hello.rank == 0) ||
+            (hello.rank >= n_ranks) || (fds[hello.rank] >= 0)) {
+            fv_warn("control socket: dropped a connection that is not one of this job's ranks");
+            (void)close(fd);
+            continue;
+        }
+        fds[hello.rank] = fd;
+        hellos[hello.rank] = hello;
+        memset(hellos[hello.rank].secret, 0, FV_SECRET_BYTES);
+        n_joined++;
+    }
+    return FV_OK;
+}
+
+static fv_status_t connect_to(const fv_meeting_t *meeting, uint32_t epoch,
+                              const fv_ctl_hello_t *hello, int *out_fd)
+{
+    int fd = socket(meeting->address.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    fv_ctl_header_t header = {.magic = FV_CTL_MAGIC,
+                              .type = FV_CTL_HELLO,
+                              .epoch = epoch,
+                              .body_bytes = sizeof(*hello)};
+    fv_frame_piece_t pieces[2] = {{&header, sizeof(header)}, {hello, sizeof(*hello)}};
+
+    if (fd < 0) {
+        return system_error("socket");
+    }
+    if (connect(fd, (const struct sockaddr *)&meeting->address, meeting->address_bytes) != 0) {
+        fv_status_t status = system_error("control socket: connect to rank 0");
+        (void)close(fd);
+        return status;
+    }
+    tune(fd, meeting->address.ss_family);
+    fv_status_t status = fv_frame_send(fd, pieces, 2, JOIN_TIMEOUT_MS);
+    if (status != FV_OK) {
+        (void)close(fd);
+        return status;
+    }
+    *out_fd = fd;
+    return FV_OK;
+}
+
+/* ------------------------------------------------------------------ both sides */
+
+static fv_status_t open_meeting(bool one_host, const char *control_address, fv_meeting_t *meeting,
+                                int *listen_fd)
+{
+    if (getrandom(meeting->secret, FV_SECRET_BYTES, 0) != FV_SECRET_BYTES) {
+        return system_error("getrandom");
+    }
+    FV_RETURN_IF_ERR(choose_address(one_host, control_address, meeting));
+    return listen_at(meeting, listen_fd);
+}
+
+fv_status_t fv_bootstrap(void *mpi_comm,
+                         const char *control_address,
+                         uint32_t epoch,
+                         fv_ctl_hello_t *hello,
+                         int *out_fds,
+                         fv_ctl_hello_t *out_hellos)
+{
+    MPI_Comm comm = *(MPI_Comm *)mpi_comm;
+    fv_meeting_t meeting = {0};
+    fv_status_t status = FV_OK;
+    int listen_fd = -1;
+    int rank = 0;
+    int n_ranks = 0;
+
+    (void)MPI_Comm_rank(comm, &rank);
+    (void)MPI_Comm_size(comm, &n_ranks);
+    (void)gethostname(hello->host, sizeof(hello->host) - 1U);
+    bool one_host = is_one_host(comm, hello->host);
+    if (rank == 0) {
+        status = open_meeting(one_host, control_address, &meeting, &listen_fd);
+        meeting.is_ok = (status == FV_OK) ? 1 : 0;
+    }
+    (void)MPI_Bcast(&meeting, (int)sizeof(meeting), MPI_BYTE, 0, comm);
+    if (meeting.is_ok == 0) {
+        return (rank == 0) ? status : fv_fail(FV_ERR_UNAVAILABLE, "rank 0 could not listen");
+    }
+    if (rank != 0) {
+        memcpy(hello->secret, meeting.secret, FV_SECRET_BYTES);
+        status = connect_to(&meeting, epoch, hello, &out_fds[0]);
+        memset(hello->secret, 0, FV_SECRET_BYTES);
+        return status;
+    }
+    for (int r = 0; r < n_ranks; r++) {
+        out_fds[r] = -1;
+    }
+    out_hellos[0] = *hello;
+    status = accept_all(listen_fd, &meeting, epoch, (uint32_t)n_ranks, out_fds, out_hellos);
+    (void)close(listen_fd);
+    return status;
+}

@@ -1,0 +1,51 @@
+/*
+ * engine.h - the coordinator's thread: takes what the RPC door brings, runs steps, answers.
+ *
+ * Decode path: stations 3, 9 and 10 of 10 happen on its thread. Before: coord/rpc_call.c (rpc thread). After: the same.
+ *
+ * The engine owns the clock, the inbox, the requests' memory and the scheduler core. Its thread also computes
+ * rank 0's own share, so a request on one rank costs one hand-over between threads (rpc -> engine): the
+ * engine hands its answer to gRPC itself.
+ *
+ *   rpc thread:    scan, gather tensors into staging, digest           -> inbox (lock-free) + eventfd
+ *   engine thread: commands; then steps while anything waits            -> replies
+ */
+#ifndef FV_COORD_ENGINE_H
+#define FV_COORD_ENGINE_H
+
+#include "common/status.h"
+#include "coord/link.h"
+#include "coord/local.h"
+#include "coord/rpc.h"
+#include "coord/sched.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+typedef struct fv_engine fv_engine_t;
+
+typedef struct fv_engine_config {
+    fv_sched_config_t sched;
+    size_t request_memory_bytes;
+    uint32_t drain_timeout_ms;
+    const fv_local_ops_t *local; /* NULL: dedicated coordinator */
+    void *local_ctx;
+    fv_link_t *link;             /* NULL: one rank */
+    const char *exchange;        /* "none", "mpi" */
+    const fv_ctl_hello_t *ranks; /* [n_ranks] as they introduced themselves; copied */
+} fv_engine_config_t;
+
+/* Starts nothing: fv_engine_handlers() go to fv_rpc_start(), then fv_engine_run(). */
+FV_MUST_CHECK fv_status_t fv_engine_create(const fv_engine_config_t *config, fv_engine_t **out);
+void fv_engine_destroy(fv_engine_t *engine);
+
+fv_rpc_handlers_t fv_engine_handlers(fv_engine_t *engine);
+
+/*
+ * Serves on the calling thread until drained: by signal_fd (a signalfd: any signal it brings; -1: none), or by the Drain
+ * RPC. Stops `rpc` itself, in the right order. Returns FV_OK after a clean drain;
+ * otherwise what broke the service (a lost rank, an exchange that failed), every open request answered UNAVAILABLE.
+ */
+FV_MUST_CHECK fv_status_t fv_engine_run(fv_engine_t *engine, fv_rpc_t *rpc, int signal_fd);
+
+#endif /* FV_COORD_ENGINE_H */

@@ -1,0 +1,206 @@
+/*
+ * engine_inbox.c - the rpc thread's side: a message becomes an entry, tensors go to staging.
+ *
+ * Decode path: station 2 of 10. Before: coord/rpc_call.c. After: coord/sched_step.c, on the engine's thread.
+ *
+ * This is where a request's tensors are copied, once, from gRPC's receive slices into aligned memory; the
+ * crc32c that proves a retry is taken while they are hot.
+ */
+#include "common/clock.h"
+#include "common/digest.h"
+#include "common/log.h"
+#include "coord/engine_internal.h"
+
+#include <string.h>
+#include <unistd.h>
+
+#define ALIGNMENT 64U
+
+static void push(fv_engine_t *engine, fv_entry_t *entry)
+{
+    fv_entry_t *head = atomic_load_explicit(&engine->inbox, memory_order_relaxed);
+
+    do {
+        entry->next = head;
+        /* release: the entry's fields are written before it can be seen */
+    } while (!atomic_compare_exchange_weak_explicit(&engine->inbox, &head, entry,
+                                                    memory_order_seq_cst, memory_order_relaxed));
+    /* seq_cst on both sides of (inbox, is_asleep): either we see the engine asleep and ring, or it sees the entry
+     * when it looks once more before it sleeps. */
+    if (atomic_load_explicit(&engine->is_asleep, memory_order_seq_cst)) {
+        uint64_t one = 1;
+        ssize_t n = write(engine->wake_fd, &one, sizeof(one));
+        (void)n; /* fails only when the counter is full: then it is readable anyway */
+    }
+}
+
+fv_entry_t *fv_engine_take_inbox(fv_engine_t *engine)
+{
+    fv_entry_t *entry = atomic_exchange_explicit(&engine->inbox, NULL, memory_order_seq_cst);
+    fv_entry_t *oldest = NULL;
+
+    while (entry != NULL) {
+        fv_entry_t *next = entry->next;
+        entry->next = oldest;
+        oldest = entry;
+        entry = next;
+    }
+    return oldest;
+}
+
+void fv_entry_release(fv_entry_t *entry)
+{
+    fv_call_unref(entry->call);
+    fv_staging_give(entry);
+}
+
+void fv_job_release(fv_job_t *job)
+{
+    fv_staging_give(job->tensors.out);
+    fv_staging_give(job->tensors.lse);
+    fv_entry_release(&job->entry);
+}
+
+/* ------------------------------------------------------------------ small RPCs */
+
+static void take_small(fv_engine_t *engine, fv_call_t *call, fv_method_t method,
+                       const fv_span_t *spans, size_t n_spans)
+{
+    size_t n_bytes = 0;
+    void *memory = NULL;
+
+    for (size_t i = 0; i < n_spans; i++) {
+        n_bytes += spans[i].n_bytes;
+    }
+    fv_status_t status = fv_staging_take(engine->staging, sizeof(fv_entry_t) + n_bytes, false, &memory);
+    if (status != FV_OK) {
+        fv_reply_error(call, status);
+        return;
+    }
+    fv_entry_t *entry = memory;
+    *entry = (fv_entry_t){.call = call, .method = method, .n_bytes = n_bytes};
+    fv_wire_gather(spans, n_spans, (fv_region_t){.offset = 0, .n_bytes = n_bytes}, entry + 1);
+    fv_call_ref(call);
+    push(engine, entry);
+}
+
+/* ------------------------------------------------------------------ attend */
+
+typedef struct fv_job_layout {
+    size_t items, ctl_items, sessions, digests, q, k, v, n_bytes;
+} fv_job_layout_t;
+
+static size_t place(size_t *end, size_t n_bytes)
+{
+    size_t at = fv_align_up(*end, ALIGNMENT);
+
+    *end = at + n_bytes;
+    return at;
+}
+
+static fv_job_layout_t layout_of(const fv_attend_request_t *head)
+{
+    fv_job_layout_t l = {0};
+    size_t end = sizeof(fv_job_t);
+    size_t n = head->n_items;
+
+    l.items = place(&end, n * sizeof(fv_attend_item_t));
+    l.ctl_items = place(&end, n * sizeof(fv_ctl_item_t));
+    l.sessions = place(&end, n * sizeof(fv_session_t *));
+    l.digests = place(&end, n * sizeof(uint32_t));
+    l.q = place(&end, head->q.n_bytes);
+    l.k = place(&end, head->k.n_bytes);
+    l.v = place(&end, head->v.n_bytes);
+    l.n_bytes = end;
+    return l;
+}
+
+/*
+ * crc32c of each item's K then V bytes. Sizes are not checked against a model yet: an item's slice is its share of
+ * the tokens; when that does not come out even, the request will be refused for its sizes and the digest is not used.
+ */
+static void take_digests(const fv_attend_request_t *head, const fv_attend_item_t *items,
+                         const uint8_t *k, const uint8_t *v, uint32_t *digests)
+{
+    size_t k_token = head->k.n_bytes / head->n_tokens;
+    size_t v_token = head->v.n_bytes / head->n_tokens;
+
+    for (uint32_t i = 0; i < head->n_items; i++) {
+        digests[i] = fv_crc32c(0, k, k_token * items[i].n_tokens);
+        digests[i] = fv_crc32c(digests[i], v, v_token * items[i].n_tokens);
+        k += k_token * items[i].n_tokens;
+        v += v_token * items[i].n_tokens;
+    }
+}
+
+static void take_attend(fv_engine_t *engine, fv_call_t *call, fv_method_t method,
+                        const fv_span_t *spans, size_t n_spans, int64_t received_us,
+                        int64_t deadline_us)
+{
+    fv_attend_request_t head = {0};
+    fv_status_t status =
+        fv_wire_attend_request_scan(spans, n_spans, &head, engine->scan_items, FV_ITEMS_MAX);
+    fv_job_layout_t l = {0};
+    void *memory = NULL;
+
+    if (status == FV_OK) {
+        l = layout_of(&head);
+        status = fv_staging_take(engine->staging, l.n_bytes, false, &memory);
+    }
+    if (status != FV_OK) {
+        fv_reply_refused(call, method, head.request_id, status);
+        return;
+    }
+    uint8_t *base = memory;
+    fv_job_t *job = memory;
+    *job = (fv_job_t){.entry = {.call = call, .method = method}};
+    memcpy(base + l.items, engine->scan_items, head.n_items * sizeof(fv_attend_item_t));
+    fv_wire_gather(spans, n_spans, head.q, base + l.q);
+    fv_wire_gather(spans, n_spans, head.k, base + l.k);
+    fv_wire_gather(spans, n_spans, head.v, base + l.v);
+    if (head.append) {
+        take_digests(&head, engine->scan_items, base + l.k, base + l.v,
+                     (uint32_t *)(void *)(base + l.digests));
+    }
+    job->tensors = (fv_tensors_t){.q = base + l.q, .k = base + l.k, .v = base + l.v};
+    job->request = (fv_request_t){
+        .head = head,
+        .items = (const fv_attend_item_t *)(const void *)(base + l.items),
+        .digests = (const uint32_t *)(const void *)(base + l.digests),
+        .ctl_items = (fv_ctl_item_t *)(void *)(base + l.ctl_items),
+        .sessions = (fv_session_t **)(void *)(base + l.sessions),
+        .received_us = received_us,
+        .deadline_us = deadline_us,
+        .user = job,
+    };
+    fv_call_ref(call);
+    push(engine, &job->entry);
+}
+
+void fv_engine_on_message(void *ctx, fv_call_t *call, fv_method_t method, const fv_span_t *spans,
+                          size_t n_spans, int64_t received_us, int64_t deadline_us)
+{
+    fv_engine_t *engine = ctx;
+    bool is_attend = (method == FV_METHOD_ATTEND) || (method == FV_METHOD_ATTEND_ONCE);
+
+    if (atomic_load(&engine->is_closed)) {
+        fv_status_t status = fv_fail(FV_ERR_UNAVAILABLE, "the service is stopping");
+        if (is_attend) {
+            fv_reply_refused(call, method, 0, status);
+        } else {
+            fv_reply_error(call, status);
+        }
+        return;
+    }
+    if (is_attend) {
+        take_attend(engine, call, method, spans, n_spans, received_us, deadline_us);
+    } else {
+        take_small(engine, call, method, spans, n_spans);
+    }
+}
+
+void fv_engine_on_closed(void *ctx, fv_call_t *call)
+{
+    (void)ctx; /* whoever holds the call asks fv_call_is_closed() when it next looks at it */
+    (void)call;
+}

@@ -1,0 +1,110 @@
+/*
+ * engine_internal.h - the engine's state, shared by engine.c (loop), engine_inbox.c (rpc thread's side),
+ * engine_step.c (a step), engine_command.c (the small RPCs) and engine_view.c (status and placement).
+ */
+#ifndef FV_COORD_ENGINE_INTERNAL_H
+#define FV_COORD_ENGINE_INTERNAL_H
+
+#include "coord/dispatch.h"
+#include "coord/engine.h"
+#include "coord/staging.h"
+
+#include <stdatomic.h>
+
+/* What waits in the inbox: a small RPC with its message, or an attend job. One staging buffer each. */
+typedef struct fv_entry {
+    struct fv_entry *next;
+    fv_call_t *call; /* one reference held */
+    fv_method_t method;
+    size_t n_bytes;  /* small RPC: its message follows the entry */
+} fv_entry_t;
+
+/* An AttendRequest in staging: this struct, its item arrays, then q, k, v, each aligned. */
+typedef struct fv_job {
+    fv_entry_t entry;
+    fv_request_t request;
+    fv_tensors_t tensors;
+    /* tensors.out and tensors.lse are staging buffers of their own: gRPC gives each back when sent. */
+    size_t out_bytes, lse_bytes;
+    fv_timings_t timings;
+} fv_job_t;
+
+typedef struct fv_watcher {
+    struct fv_watcher *next;
+    fv_call_t *call;
+    int64_t due_us, interval_us;
+} fv_watcher_t;
+
+typedef struct fv_rank_stats {
+    uint64_t n_steps, busy_us;
+} fv_rank_stats_t;
+
+struct fv_engine {
+    fv_engine_config_t config;
+    fv_ctl_hello_t *hellos; /* [n_ranks] */
+    fv_sched_t *sched;
+    fv_staging_t *staging;
+    fv_dispatch_t *dispatch;
+    fv_rpc_t *rpc;
+
+    _Atomic(fv_entry_t *) inbox; /* a stack; the engine takes all of it and turns it round */
+    atomic_bool is_asleep;       /* the engine is in, or on its way into, poll() */
+    atomic_bool is_closed;       /* nothing is accepted any more */
+    int wake_fd;
+    fv_attend_item_t *scan_items; /* rpc thread: scratch of FV_ITEMS_MAX */
+
+    fv_watcher_t *watchers;
+    fv_call_t *drain_call; /* to be answered when drained */
+    bool is_draining;
+    int64_t drain_deadline_us;
+    uint64_t n_done_at_drain;
+
+    int64_t start_us;
+    uint64_t n_running, n_done, n_failed, n_steps;
+    fv_rank_stats_t *rank_stats; /* [n_ranks] */
+};
+
+/* engine_inbox.c */
+void fv_engine_on_message(void *ctx, fv_call_t *call, fv_method_t method, const fv_span_t *spans,
+                          size_t n_spans, int64_t received_us, int64_t deadline_us);
+void fv_engine_on_closed(void *ctx, fv_call_t *call);
+fv_entry_t *fv_engine_take_inbox(fv_engine_t *engine); /* oldest first, NULL when empty */
+void fv_entry_release(fv_entry_t *entry);
+void fv_job_release(fv_job_t *job);
+static inline fv_job_t *fv_job_of(fv_request_t *request)
+{
+    return (fv_job_t *)request->user;
+}
+
+/* engine_reply.c */
+void fv_reply_bytes(fv_call_t *call, fv_bytes_t *bytes); /* takes bytes */
+void fv_reply_error(fv_call_t *call, fv_status_t status); /* with this thread's error text */
+/* Answers an attend job with its results or its error, and releases it. */
+void fv_reply_job(fv_engine_t *engine, fv_job_t *job, int64_t now_us);
+/* Answers an attend request that never became a job. */
+void fv_reply_refused(fv_call_t *call, fv_method_t method, uint64_t request_id, fv_status_t status);
+
+/* engine_step.c: runs one step if anything waits; *out_ran says whether. An error ends the service. */
+FV_MUST_CHECK fv_status_t fv_engine_step(fv_engine_t *engine, bool *out_ran);
+
+/* engine_command.c: answers one small RPC. An error ends the service. */
+FV_MUST_CHECK fv_status_t fv_engine_command(fv_engine_t *engine, fv_entry_t *entry);
+/* Sends a command to the ranks of a placement (NULL: all) and waits for their DONE. */
+FV_MUST_CHECK fv_status_t fv_engine_broadcast(fv_engine_t *engine, const fv_placement_t *placement,
+                                              fv_ctl_type_t type, const void *body, size_t n_bytes,
+                                              fv_error_t *out_refusal);
+
+/* Sends the status to the watchers that are due; when the next one is (INT64_MAX: none). */
+int64_t fv_engine_serve_watchers(fv_engine_t *engine, int64_t now_us);
+
+/* engine.c: refuses what is new from now on; timeout_ms 0 = the configured one. */
+void fv_engine_begin_drain(fv_engine_t *engine, uint32_t timeout_ms);
+
+/* engine_view.c */
+FV_MUST_CHECK fv_status_t fv_engine_status(fv_engine_t *engine, fv_cluster_status_t *out);
+FV_MUST_CHECK fv_status_t fv_engine_session_info(fv_engine_t *engine, const fv_session_t *session,
+                                                 fv_session_info_t *out);
+FV_MUST_CHECK fv_status_t fv_engine_placement(fv_engine_t *engine, const fv_session_t *session,
+                                              fv_placement_info_t *out);
+
+#endif /* FV_COORD_ENGINE_INTERNAL_H */

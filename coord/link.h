@@ -1,0 +1,78 @@
+/*
+ * link.h - the coordinator's side of the other ranks: control sockets, and tensors over MPI.
+ *
+ * Decode path: station 5 of 10 (out) and 9 (back). Before: coord/dispatch.c. After: worker/inbox_mpi.c.
+ *
+ * Control messages go over one socket per rank (proto/control.h); tensors go by MPI, gathered from and
+ * scattered to where they lie by MPI datatypes, without a copy of ours. MPI is entered only while a step is
+ * under way; while waiting, every rank's socket is watched, so that a death is noticed at once whoever is awaited.
+ *
+ * Thread: engine. Errors: FV_ERR_RANK_LOST naming the rank, FV_ERR_TIMED_OUT, FV_ERR_PROTOCOL, FV_ERR_MPI; after any of
+ * them the link is unusable and the service must end (a later version repairs in place).
+ */
+#ifndef FV_COORD_LINK_H
+#define FV_COORD_LINK_H
+
+#include "common/status.h"
+#include "proto/control.h"
+
+#include <poll.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct fv_link fv_link_t;
+
+/* A piece of a rank's packed input or output, where it lies in the coordinator's memory. */
+typedef struct fv_segment {
+    void *data; /* inputs are only read */
+    size_t n_bytes;
+} fv_segment_t;
+
+/*
+ * `fds[r]` is the connected control socket of rank r, -1 for the coordinator itself; the link takes
+ * them. `mpi_comm` points to the epoch's MPI_Comm.
+ */
+FV_MUST_CHECK fv_status_t fv_link_create(void *mpi_comm,
+                                         uint32_t n_ranks,
+                                         uint32_t epoch,
+                                         const int *fds,
+                                         uint32_t deadline_ms,
+                                         fv_link_t **out);
+void fv_link_destroy(fv_link_t *link); /* closes the sockets */
+
+/* Sends one command; its DONE is read by fv_link_wait_done(), in order of sending. */
+FV_MUST_CHECK fv_status_t
+fv_link_send(fv_link_t *link, uint32_t rank, fv_ctl_type_t type, const void *body, size_t n_bytes);
+FV_MUST_CHECK fv_status_t fv_link_wait_done(fv_link_t *link, uint32_t rank, fv_ctl_done_t *out);
+
+/*
+ * Begins a step on `rank`: the control message leaves, the tensors are on their way. Borrows everything until
+ * fv_link_step_end().
+ */
+FV_MUST_CHECK fv_status_t fv_link_step_begin(fv_link_t *link,
+                                             uint32_t rank,
+                                             const fv_ctl_step_t *step,
+                                             const fv_ctl_item_t *items,
+                                             const fv_segment_t *inputs,
+                                             size_t n_inputs,
+                                             const fv_segment_t *outputs,
+                                             size_t n_outputs);
+/* Waits until all inputs have left, so that the coordinator's own share can begin without starving MPI. */
+FV_MUST_CHECK fv_status_t fv_link_step_flush(fv_link_t *link);
+/* Waits for the rank's outputs and its DONE. item_errors: one per item of the rank; filled where the rank says so. */
+FV_MUST_CHECK fv_status_t fv_link_step_end(fv_link_t *link,
+                                           uint32_t rank,
+                                           fv_ctl_done_t *out,
+                                           fv_error_t *item_errors,
+                                           size_t n_items);
+
+/* For the engine's poll() while idle: fills one entry per rank, returns how many. */
+size_t fv_link_pollfds(const fv_link_t *link, struct pollfd *out, size_t cap);
+/* Looks at every socket without waiting: FV_ERR_RANK_LOST when one has closed. */
+FV_MUST_CHECK fv_status_t fv_link_check(fv_link_t *link);
+/* The same as a predicate for the exchange's waits; `link` is a fv_link_t. */
+bool fv_link_is_broken(void *link);
+void fv_link_stop(fv_link_t *link); /* tells every rank to leave */
+
+#endif /* FV_COORD_LINK_H */

@@ -1,0 +1,31 @@
+/*
+ * local.h - the coordinator's own rank, as a table of functions.
+ *
+ * coord may not include worker; main binds these to a fv_worker_t. Same meanings as the control messages.
+ * Thread: engine.
+ */
+#ifndef FV_COORD_LOCAL_H
+#define FV_COORD_LOCAL_H
+
+#include "common/status.h"
+#include "proto/control.h"
+#include "proto/step.h"
+
+#include <stddef.h>
+
+typedef struct fv_local_ops {
+    fv_status_t (*model)(void *ctx, const fv_ctl_model_t *message);
+    fv_status_t (*open)(void *ctx, const fv_ctl_open_t *message);
+    fv_status_t (*fork)(void *ctx, const fv_ctl_fork_t *message);
+    fv_status_t (*truncate)(void *ctx, const fv_ctl_truncate_t *message);
+    fv_status_t (*close)(void *ctx, const fv_ctl_close_t *message);
+    fv_status_t (*step)(void *ctx,
+                        const fv_ctl_item_t *items,
+                        const fv_step_io_t *io,
+                        size_t n_items,
+                        fv_ctl_done_t *out_done,
+                        fv_error_t *item_errors);
+    void (*memory)(void *ctx, fv_ctl_memory_t *out);
+} fv_local_ops_t;
+
+#endif /* FV_COORD_LOCAL_H */

@@ -1,0 +1,442 @@
+/*
+ * main.c - fovead: picks this process's role and puts the parts together.
+ *
+ * Alone (no mpirun): one rank, coordinator and worker, no MPI. Under mpirun or srun: rank 0 coordinates and, unless
+ * --dedicated-coordinator, works too; the others work. The only file that knows coord and worker both.
+ *
+ * Exit codes: 0 clean stop, 1 start-up failed, 2 usage or configuration, 3 a rank was lost, 4 failed while serving.
+ */
+#define _GNU_SOURCE
+
+#include "common/config.h"
+#include "common/log.h"
+#include "coord/bootstrap.h"
+#include "coord/engine.h"
+#include "coord/link.h"
+#include "coord/resources.h"
+#include "coord/rpc.h"
+#include "coord/version.h"
+#include "worker/worker.h"
+
+#include <mpi.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+#define EPOCH 1U
+
+enum {
+    EXIT_CLEAN = 0,
+    EXIT_START = 1,
+    EXIT_USAGE = 2,
+    EXIT_RANK_LOST = 3,
+    EXIT_SERVING = 4,
+};
+
+extern char **environ;
+
+/* One process of the job. */
+typedef struct fv_process {
+    fv_config_t config;
+    bool has_mpi;
+    MPI_Comm comm;
+    int rank, n_ranks, n_local_ranks;
+    fv_worker_t *worker; /* NULL: dedicated coordinator */
+    fv_exchange_mpi_t *exchange;
+    fv_ctl_hello_t hello;
+    fv_ctl_hello_t *hellos; /* rank 0: [n_ranks] */
+    int *fds;               /* [n_ranks] */
+    fv_link_t *link;
+} fv_process_t;
+
+static int exit_code_of(fv_status_t status)
+{
+    if (status == FV_OK) {
+        return EXIT_CLEAN;
+    }
+    return ((status == FV_ERR_RANK_LOST) || (status == FV_ERR_TIMED_OUT)) ? EXIT_RANK_LOST
+                                                                           : EXIT_SERVING;
+}
+
+/* ------------------------------------------------------------------ MPI */
+
+static bool is_launched_by_mpi(void)
+{
+    static const char *const k_marks[] = {"OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK"};
+
+    for (size_t i = 0; i < sizeof(k_marks) / sizeof(k_marks[0]); i++) {
+        if (getenv(k_marks[i]) != NULL) { /* NOLINT(concurrency-mt-unsafe): no thread yet */
+            return true;
+        }
+    }
+    return false;
+}
+
+static fv_status_t join_mpi(fv_process_t *p)
+{
+    MPI_Comm local = MPI_COMM_NULL;
+    int provided = 0;
+
+    p->n_ranks = 1;
+    p->n_local_ranks = 1;
+    if (!is_launched_by_mpi()) {
+        return FV_OK; /* embedded: MPI is not entered at all */
+    }
+    if (MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &provided) != MPI_SUCCESS) {
+        return fv_fail(FV_ERR_MPI, "MPI_Init_thread failed");
+    }
+    p->has_mpi = true;
+    p->comm = MPI_COMM_WORLD;
+    (void)MPI_Comm_set_errhandler(p->comm, MPI_ERRORS_RETURN);
+    (void)MPI_Comm_rank(p->comm, &p->rank);
+    (void)MPI_Comm_size(p->comm, &p->n_ranks);
+    if (MPI_Comm_split_type(p->comm, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &local) ==
+        MPI_SUCCESS) {
+        (void)MPI_Comm_size(local, &p->n_local_ranks);
+        (void)MPI_Comm_free(&local);
+    }
+    if (p->n_ranks > 1024) {
+        return fv_fail(FV_ERR_INVALID_ARG, "mpirun -np: given %d ranks, expected at most 1024",
+                       p->n_ranks);
+    }
+    return FV_OK;
+}
+
+/* Every rank learns whether all ranks are fine. */
+static bool all_fine(const fv_process_t *p, bool mine)
+{
+    int local = mine ? 1 : 0;
+    int all = local;
+
+    if (p->has_mpi) {
+        (void)MPI_Allreduce(&local, &all, 1, MPI_INT, MPI_MIN, p->comm);
+    }
+    return all != 0;
+}
+
+/* ------------------------------------------------------------------ the worker */
+
+static const fv_backend_ops_t *backend_named(const char *name)
+{
+    /* auto: the CPU until a build has a GPU backend and the rank sees a GPU */
+    return (strcmp(name, fv_backend_null.name) == 0) ? &fv_backend_null : &fv_backend_cpu;
+}
+
+static bool has_worker(const fv_process_t *p)
+{
+    return (p->rank != 0) || !p->config.dedicated_coordinator;
+}
+
+static fv_status_t start_worker(fv_process_t *p)
+{
+    int32_t n_local_workers = p->n_local_ranks;
+
+    if (p->config.dedicated_coordinator && (p->n_ranks == 1)) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "dedicated_coordinator: given true for one rank, expected at least two");
+    }
+    if (!has_worker(p)) {
+        p->hello = (fv_ctl_hello_t){.rank = (uint32_t)p->rank, .backend = "none"};
+        (void)snprintf(p->hello.device, sizeof(p->hello.device), "coordinator only");
+        return FV_OK;
+    }
+    if (p->n_ranks > 1) {
+        FV_RETURN_IF_ERR(fv_exchange_mpi_create(&p->comm, &p->exchange));
+    }
+    fv_worker_config_t config = {
+        .rank = (uint32_t)p->rank,
+        .n_ranks = (uint32_t)p->n_ranks,
+        .backend = backend_named(p->config.backend),
+        .backend_config = {.n_threads = fv_resolve_threads(p->config.threads, n_local_workers),
+                           .kv_arena_bytes =
+                               fv_resolve_kv_memory(&p->config.kv_memory, n_local_workers),
+                           .isa = p->config.isa},
+        .exchange = (p->n_ranks > 1) ? &fv_exchange_mpi_ops : NULL,
+        .exchange_ctx = p->exchange,
+        .step_deadline_ms = (uint32_t)p->config.step_deadline_ms,
+    };
+    FV_RETURN_IF_ERR(fv_worker_create(&config, &p->worker));
+    fv_worker_hello(p->worker, &p->hello);
+    return FV_OK;
+}
+
+static fv_status_t local_model(void *ctx, const fv_ctl_model_t *message)
+{
+    return fv_worker_model(ctx, message);
+}
+static fv_status_t local_open(void *ctx, const fv_ctl_open_t *message)
+{
+    return fv_worker_open(ctx, message);
+}
+static fv_status_t local_fork(void *ctx, const fv_ctl_fork_t *message)
+{
+    return fv_worker_fork(ctx, message);
+}
+static fv_status_t local_truncate(void *ctx, const fv_ctl_truncate_t *message)
+{
+    return fv_worker_truncate(ctx, message);
+}
+static fv_status_t local_close(void *ctx, const fv_ctl_close_t *message)
+{
+    return fv_worker_close(ctx, message);
+}
+static fv_status_t local_step(void *ctx, const fv_ctl_item_t *items, const fv_step_io_t *io,
+                              size_t n_items, fv_ctl_done_t *out_done, fv_error_t *item_errors)
+{
+    return fv_worker_step(ctx, items, io, n_items, out_done, item_errors);
+}
+static void local_memory(void *ctx, fv_ctl_memory_t *out)
+{
+    fv_worker_memory(ctx, out);
+}
+
+static const fv_local_ops_t k_local_ops = {
+    .model = local_model,
+    .open = local_open,
+    .fork = local_fork,
+    .truncate = local_truncate,
+    .close = local_close,
+    .step = local_step,
+    .memory = local_memory,
+};
+
+/* ------------------------------------------------------------------ start */
+
+static fv_status_t meet(fv_process_t *p)
+{
+    p->hellos = calloc((size_t)p->n_ranks, sizeof(*p->hellos));
+    p->fds = calloc((size_t)p->n_ranks, sizeof(*p->fds));
+    if ((p->hellos == NULL) || (p->fds == NULL)) {
+        return fv_fail(FV_ERR_NO_MEMORY, "%d ranks", p->n_ranks);
+    }
+    if (!p->has_mpi || (p->n_ranks == 1)) {
+        (void)gethostname(p->hello.host, sizeof(p->hello.host) - 1U);
+        p->hellos[0] = p->hello;
+        return FV_OK;
+    }
+    FV_RETURN_IF_ERR(
+        fv_bootstrap(&p->comm, p->config.control_address, EPOCH, &p->hello, p->fds, p->hellos));
+    if (p->rank != 0) {
+        return FV_OK;
+    }
+    FV_RETURN_IF_ERR(fv_link_create(&p->comm, (uint32_t)p->n_ranks, EPOCH, p->fds,
+                                    (uint32_t)p->config.step_deadline_ms, &p->link));
+    if (p->exchange != NULL) {
+        fv_exchange_mpi_on_poll(p->exchange, fv_link_is_broken, p->link);
+    }
+    return FV_OK;
+}
+
+static void print_banner(const fv_process_t *p, const fv_rpc_t *rpc)
+{
+    char text[24];
+    uint64_t kv_bytes = 0;
+
+    fv_info("fovead %s: %d rank%s, exchange %s", FV_VERSION, p->n_ranks,
+            (p->n_ranks == 1) ? "" : "s", (p->n_ranks > 1) ? "mpi" : "none");
+    for (int r = 0; r < p->n_ranks; r++) {
+        const fv_ctl_hello_t *h = &p->hellos[r];
+        kv_bytes += h->memory.kv_bytes_total;
+        fv_info("rank %d on %s: %s (%s), KV %s", r, h->host, h->backend, h->device,
+                fv_format_bytes(h->memory.kv_bytes_total, text));
+    }
+    fv_info("memory: KV cache %s", fv_format_bytes(kv_bytes, text));
+    fv_info("memory: requests in flight at most %s (request_memory)",
+            fv_format_bytes(p->config.request_memory, text));
+    fv_info("memory: gRPC at most %s (grpc_memory)", fv_format_bytes(p->config.grpc_memory, text));
+    for (int32_t i = 0; i < fv_rpc_n_addresses(rpc); i++) {
+        fv_info("listening on %s (no TLS, no authentication)", fv_rpc_address(rpc, i));
+    }
+}
+
+static fv_rpc_config_t rpc_config(const fv_config_t *config)
+{
+    fv_rpc_config_t rpc = {
+        .n_listen = (int32_t)config->listen.n,
+        .message_bytes_max = config->message_max,
+        .stream_inflight_max = config->stream_inflight,
+        .connection_streams_max = config->connection_streams,
+        .memory_bytes_max = config->grpc_memory,
+    };
+
+    for (uint32_t i = 0; i < config->listen.n; i++) {
+        rpc.listen[i] = config->listen.text[i];
+    }
+    return rpc;
+}
+
+static fv_status_t serve(fv_process_t *p, int signal_fd)
+{
+    fv_engine_t *engine = NULL;
+    fv_rpc_t *rpc = NULL;
+    fv_engine_config_t config = {
+        .sched = {.n_ranks = (uint32_t)p->n_ranks,
+                  .sessions_max = (uint32_t)p->config.sessions_max,
+                  .step_tokens_max = (uint32_t)p->config.step_tokens_max,
+                  .shard_tokens = (uint32_t)p->config.shard_tokens,
+                  .cost = fv_plan_cost_cpu()},
+        .request_memory_bytes = p->config.request_memory,
+        .drain_timeout_ms = (uint32_t)p->config.drain_timeout_ms,
+        .local = (p->worker != NULL) ? &k_local_ops : NULL,
+        .local_ctx = p->worker,
+        .link = p->link,
+        .exchange = (p->n_ranks > 1) ? "mpi" : "none",
+        .ranks = p->hellos,
+    };
+
+    FV_RETURN_IF_ERR(fv_engine_create(&config, &engine));
+    fv_rpc_handlers_t handlers = fv_engine_handlers(engine);
+    fv_rpc_config_t listen = rpc_config(&p->config);
+    fv_status_t status = fv_rpc_start(&listen, &handlers, &rpc);
+    if (status != FV_OK) {
+        fv_error("%s", fv_error_context());
+        fv_engine_destroy(engine);
+        return FV_ERR_INVALID_ARG; /* told apart from a failure while serving */
+    }
+    print_banner(p, rpc);
+    status = fv_engine_run(engine, rpc, signal_fd);
+    fv_error_t error = fv_error_capture(status);
+    fv_rpc_destroy(rpc);
+    fv_engine_destroy(engine);
+    return (status == FV_OK) ? FV_OK : fv_fail(status, "%s", error.text);
+}
+
+static int run_coordinator(fv_process_t *p, int signal_fd)
+{
+    fv_status_t status = serve(p, signal_fd);
+    int code = (status == FV_ERR_INVALID_ARG) ? EXIT_START : exit_code_of(status);
+
+    if ((p->link != NULL) && (code != EXIT_RANK_LOST)) {
+        fv_link_stop(p->link);
+    }
+    if (code == EXIT_CLEAN) {
+        fv_info("stopped cleanly");
+    } else if (code != EXIT_START) {
+        fv_error("exit %d: %s", code, fv_error_context());
+    }
+    return code;
+}
+
+static int run_worker(fv_process_t *p)
+{
+    fv_log_thread_name("worker");
+    fv_status_t status = fv_worker_serve(p->worker, p->fds[0], EPOCH, &p->comm);
+
+    if (status == FV_OK) {
+        return EXIT_CLEAN;
+    }
+    fv_error("exit %d: %s", exit_code_of(status), fv_error_context());
+    return exit_code_of(status);
+}
+
+/* ------------------------------------------------------------------ process */
+
+/* For launchers that hide the exit code of a rank (mpirun with recovery does): fovead-run reads it here. */
+static void write_exit_file(int code)
+{
+    const char *path = getenv("FOVEA_EXIT_FILE"); /* NOLINT(concurrency-mt-unsafe) */
+    FILE *file = (path == NULL) ? NULL : fopen(path, "w");
+
+    if (file != NULL) {
+        (void)fprintf(file, "%d\n", code);
+        (void)fclose(file);
+    }
+}
+
+/* Signals mean "drain and stop" to rank 0, which reads them from a descriptor; the others wait to be told. */
+static int take_signals(int rank)
+{
+    sigset_t set;
+
+    (void)signal(SIGPIPE, SIG_IGN);
+    (void)sigemptyset(&set);
+    (void)sigaddset(&set, SIGTERM);
+    (void)sigaddset(&set, SIGINT);
+    (void)sigaddset(&set, SIGUSR1);
+    (void)pthread_sigmask(SIG_BLOCK, &set, NULL);
+    return (rank == 0) ? signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC) : -1;
+}
+
+static int start_and_run(fv_process_t *p)
+{
+    fv_log_level_t level = FV_LOG_INFO;
+
+    fv_status_t status = fv_log_level_parse(p->config.log_level, &level);
+    fv_log_init(level, p->rank);
+    int signal_fd = take_signals(p->rank); /* before any thread, so that all inherit the mask */
+    if (status == FV_OK) {
+        status = start_worker(p);
+    }
+    if (status != FV_OK) {
+        fv_error("%s", fv_error_context());
+    }
+    if (!all_fine(p, status == FV_OK)) {
+        return EXIT_START;
+    }
+    status = meet(p);
+    if (status != FV_OK) {
+        fv_error("%s", fv_error_context());
+        return EXIT_START;
+    }
+    return (p->rank == 0) ? run_coordinator(p, signal_fd) : run_worker(p);
+}
+
+static void finish(fv_process_t *p, int code)
+{
+    if (p->rank == 0) {
+        write_exit_file(code);
+    }
+    if ((code != EXIT_CLEAN) && p->has_mpi) {
+        /* Something is gone: MPI_Finalize would wait for it. The sockets close with the process. */
+        (void)fflush(NULL);
+        _exit(code);
+    }
+    fv_link_destroy(p->link);
+    if ((p->rank != 0) && (p->fds != NULL)) {
+        (void)close(p->fds[0]);
+    }
+    fv_worker_destroy(p->worker);
+    fv_exchange_mpi_destroy(p->exchange);
+    free(p->hellos);
+    free(p->fds);
+    if (p->has_mpi) {
+        (void)MPI_Finalize();
+    }
+}
+
+int main(int argc, char **argv)
+{
+    static fv_process_t process;
+    fv_status_t status = fv_config_load(argc, argv, environ, &process.config);
+
+    if (status != FV_OK) {
+        (void)fprintf(stderr, "fovead: %s\nTry fovead --help.\n", fv_error_context());
+        return EXIT_USAGE;
+    }
+    switch (process.config.action) {
+    case FV_CONFIG_PRINT:
+        fv_config_print(&process.config, stdout);
+        return EXIT_CLEAN;
+    case FV_CONFIG_HELP:
+        fv_config_help("fovead", stdout);
+        return EXIT_CLEAN;
+    case FV_CONFIG_VERSION:
+        (void)printf("fovead %s\n", FV_VERSION);
+        return EXIT_CLEAN;
+    case FV_CONFIG_RUN:
+    default:
+        break;
+    }
+    int code = EXIT_START;
+    status = join_mpi(&process);
+    if (status == FV_OK) {
+        code = start_and_run(&process);
+    } else {
+        (void)fprintf(stderr, "fovead: %s\n", fv_error_context());
+    }
+    finish(&process, code);
+    return code;
+}
