@@ -1,2 +1,6 @@
 # Tests of worker/.
+set(_rig support/worker_rig.c support/worker_rig_step.c support/step_pack.c
+         support/local_exchange.c)
 fv_add_test(test_kv_pool unit SOURCES unit/test_kv_pool.c LIBS fv_worker)
+fv_add_test(prop_worker property SOURCES property/prop_worker.c ${_rig}
+            LIBS fv_worker Threads::Threads TIMEOUT 120)

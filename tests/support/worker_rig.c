@@ -1,0 +1,210 @@
+/*
+ * worker_rig.c - the rig's life: workers, models, sessions and their shadows.
+ */
+#include "tests/support/worker_rig.h"
+
+#include "tests/support/test.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+void fv_rig_create(fv_rig_t *rig,
+                   uint32_t n_ranks,
+                   size_t arena_bytes,
+                   const fv_backend_ops_t *backend,
+                   uint64_t seed)
+{
+    const char *isa = getenv("FV_ISA");
+
+    memset(rig, 0, sizeof(*rig));
+    rig->n_ranks = n_ranks;
+    rig->random.state = seed;
+    rig->hub = fv_local_hub_create(n_ranks);
+    assert_non_null(rig->hub);
+    for (uint32_t r = 0; r < n_ranks; r++) {
+        fv_worker_config_t config = {
+            .rank = r,
+            .n_ranks = n_ranks,
+            .backend = (backend != NULL) ? backend : &fv_backend_cpu,
+            .backend_config = {.n_threads = 1,
+                               .kv_arena_bytes = arena_bytes,
+                               .isa = (isa != NULL) ? isa : "portable"},
+            .exchange = (n_ranks > 1U) ? &fv_local_exchange_ops : NULL,
+            .exchange_ctx = fv_local_hub_ctx(rig->hub, r),
+            .step_deadline_ms = 20000,
+        };
+
+        assert_int_equal(fv_worker_create(&config, &rig->workers[r]), FV_OK);
+    }
+}
+
+void fv_rig_destroy(fv_rig_t *rig)
+{
+    for (uint32_t s = 0; s < FV_RIG_SESSIONS; s++) {
+        if (rig->sessions[s].is_open) {
+            fv_rig_close(rig, s);
+        }
+    }
+    for (uint32_t r = 0; r < rig->n_ranks; r++) {
+        fv_ctl_memory_t memory;
+
+        fv_worker_memory(rig->workers[r], &memory);
+        assert_int_equal(memory.kv_bytes_free, memory.kv_bytes_total);
+        fv_worker_destroy(rig->workers[r]);
+    }
+    fv_local_hub_destroy(rig->hub);
+}
+
+uint32_t fv_rig_model(fv_rig_t *rig, const fv_model_spec_t *spec)
+{
+    fv_ctl_model_t message = {.model_slot = rig->n_models, .spec = *spec};
+
+    assert_true(rig->n_models < FV_RIG_MODELS);
+    for (uint32_t r = 0; r < rig->n_ranks; r++) {
+        assert_int_equal(fv_worker_model(rig->workers[r], &message), FV_OK);
+    }
+    rig->models[rig->n_models] = *spec;
+    assert_int_equal(fv_model_spec_check(&rig->models[rig->n_models]), FV_OK);
+    return rig->n_models++;
+}
+
+void fv_rig_open(fv_rig_t *rig,
+                 uint32_t slot,
+                 uint32_t model,
+                 uint16_t n_head_parts,
+                 uint16_t n_ctx_parts,
+                 uint32_t shard_tokens)
+{
+    fv_rig_session_t *s = &rig->sessions[slot];
+    fv_ctl_open_t message = {.session_slot = slot,
+                             .model_slot = model,
+                             .placement = {.n_head_parts = n_head_parts,
+                                           .n_ctx_parts = n_ctx_parts,
+                                           .shard_tokens = shard_tokens}};
+    uint16_t order[FV_RIG_RANKS];
+
+    for (uint32_t r = 0; r < rig->n_ranks; r++) {
+        order[r] = (uint16_t)r;
+    }
+    for (uint32_t i = 0; i < (uint32_t)n_head_parts * n_ctx_parts;
+         i++) { /* a random choice of ranks */
+        uint32_t j = (uint32_t)fv_random_int(&rig->random, i, (int64_t)rig->n_ranks - 1);
+        uint16_t rank = order[j];
+
+        order[j] = order[i];
+        order[i] = rank;
+        message.placement.ranks[i] = rank;
+    }
+    for (uint32_t r = 0; r < rig->n_ranks; r++) {
+        assert_int_equal(fv_worker_open(rig->workers[r], &message), FV_OK);
+    }
+    *s = (fv_rig_session_t){.is_open = true, .model = model, .placement = message.placement};
+}
+
+static double *copy_doubles(const double *from, size_t n)
+{
+    double *to = malloc((n + 1U) * sizeof(*to));
+
+    assert_non_null(to);
+    if (n > 0U) {
+        memcpy(to, from, n * sizeof(*to));
+    }
+    return to;
+}
+
+void fv_rig_fork(fv_rig_t *rig, uint32_t slot, uint32_t parent, uint64_t at_position)
+{
+    fv_ctl_fork_t message = {
+        .session_slot = slot, .parent_slot = parent, .at_position = at_position};
+    const fv_rig_session_t *p = &rig->sessions[parent];
+    const fv_model_spec_t *spec = &rig->models[p->model];
+    fv_rig_session_t *c = &rig->sessions[slot];
+
+    for (uint32_t r = 0; r < rig->n_ranks; r++) {
+        assert_int_equal(fv_worker_fork(rig->workers[r], &message), FV_OK);
+    }
+    *c = *p;
+    for (uint32_t l = 0; l < FV_RIG_LAYERS; l++) {
+        uint64_t n = (p->layers[l].n_tokens < at_position) ? p->layers[l].n_tokens : at_position;
+        size_t heads = n * (size_t)spec->n_kv_heads;
+
+        c->layers[l].n_tokens = n;
+        c->layers[l].k = copy_doubles(p->layers[l].k, heads * (size_t)spec->head_dim_qk);
+        c->layers[l].v = copy_doubles(p->layers[l].v, heads * (size_t)spec->head_dim_v);
+    }
+}
+
+void fv_rig_truncate(fv_rig_t *rig, uint32_t slot, uint32_t layer, uint64_t position)
+{
+    fv_ctl_truncate_t message = {.session_slot = slot, .layer = layer, .position = position};
+    fv_rig_session_t *s = &rig->sessions[slot];
+
+    for (uint32_t r = 0; r < rig->n_ranks; r++) {
+        assert_int_equal(fv_worker_truncate(rig->workers[r], &message), FV_OK);
+    }
+    for (uint32_t l = 0; l < FV_RIG_LAYERS; l++) {
+        if (((layer == UINT32_MAX) || (layer == l)) && (s->layers[l].n_tokens > position)) {
+            s->layers[l].n_tokens = position;
+        }
+    }
+}
+
+void fv_rig_close(fv_rig_t *rig, uint32_t slot)
+{
+    fv_ctl_close_t message = {.session_slot = slot};
+
+    for (uint32_t r = 0; r < rig->n_ranks; r++) {
+        assert_int_equal(fv_worker_close(rig->workers[r], &message), FV_OK);
+    }
+    for (uint32_t l = 0; l < FV_RIG_LAYERS; l++) {
+        free(rig->sessions[slot].layers[l].k);
+        free(rig->sessions[slot].layers[l].v);
+    }
+    rig->sessions[slot] = (fv_rig_session_t){0};
+}
+
+void fv_rig_check_pages(const fv_rig_t *rig)
+{
+    for (uint32_t s = 0; s < FV_RIG_SESSIONS; s++) {
+        const fv_rig_session_t *session = &rig->sessions[s];
+        const fv_placement_t *p = &session->placement;
+
+        for (uint32_t r = 0; session->is_open && (r < rig->n_ranks); r++) {
+            int32_t cell = fv_placement_cell(p, r);
+            int32_t n_kv_heads = rig->models[session->model].n_kv_heads;
+            uint64_t expected = 0;
+
+            for (uint32_t l = 0; (cell >= 0) && (l < FV_RIG_LAYERS); l++) {
+                int32_t hp = cell / p->n_ctx_parts;
+                int32_t n_heads = fv_placement_head_begin(p, n_kv_heads, hp + 1) -
+                                  fv_placement_head_begin(p, n_kv_heads, hp);
+
+                expected += (uint64_t)n_heads * fv_placement_pages(p, cell % p->n_ctx_parts,
+                                                                   session->layers[l].n_tokens);
+            }
+            assert_int_equal(fv_worker_session_pages(rig->workers[r], s), expected);
+        }
+    }
+}
+
+fv_model_spec_t fv_rig_random_spec(fv_random_t *r)
+{
+    fv_model_spec_t spec = {
+        .name = "rig",
+        .n_layers = FV_RIG_LAYERS,
+        .n_kv_heads = (int32_t)fv_random_int(r, 1, 5),
+        .head_dim_qk = (int32_t)fv_random_int(r, 2, 6) * 8,
+        .head_dim_v = (int32_t)fv_random_int(r, 2, 6) * 8,
+        .kv_dtype = (int32_t)fv_random_int(r, FV_DTYPE_F32, FV_DTYPE_BF16),
+        .logit_softcap = (fv_random_int(r, 0, 3) == 0) ? 5.0F : 0.0F,
+        .n_policies = 2,
+        .policies = {{.kind = FV_POLICY_DENSE},
+                     {.kind = FV_POLICY_WINDOW,
+                      .window_tokens = (int32_t)fv_random_int(r, 1, 150),
+                      .sink_tokens = (int32_t)fv_random_int(r, 0, 5)}},
+    };
+
+    spec.n_q_heads = spec.n_kv_heads * (int32_t)fv_random_int(r, 1, 4);
+    spec.layer_policy[1] = (uint8_t)fv_random_int(r, 0, 1);
+    return spec;
+}

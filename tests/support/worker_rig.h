@@ -1,0 +1,88 @@
+/*
+ * worker_rig.h - several workers in one process, driven and judged as a coordinator would.
+ *
+ * The rig keeps what every session holds as fp64 values (as stored in the cache's dtype), runs each step on all
+ * ranks at once (a thread each; rank 0 unpacked, the others packed) and compares every result with fv_attend_ref().
+ * An item that fails on some rank is cut back on the others, and must have changed nothing.
+ * Checks are cmocka assertions, made on the calling thread.
+ */
+#ifndef FV_TESTS_SUPPORT_WORKER_RIG_H
+#define FV_TESTS_SUPPORT_WORKER_RIG_H
+
+#include "tests/support/local_exchange.h"
+#include "tests/support/random.h"
+#include "worker/worker.h"
+
+#define FV_RIG_RANKS    8
+#define FV_RIG_MODELS   4
+#define FV_RIG_LAYERS   2
+#define FV_RIG_SESSIONS 24
+#define FV_RIG_ITEMS    16
+
+typedef struct fv_rig_layer {
+    uint64_t n_tokens;
+    double *k, *v; /* [n_tokens, Hkv, dk], [n_tokens, Hkv, dv] */
+} fv_rig_layer_t;
+
+typedef struct fv_rig_session {
+    bool is_open;
+    uint32_t model;
+    fv_placement_t placement;
+    fv_rig_layer_t layers[FV_RIG_LAYERS];
+} fv_rig_session_t;
+
+typedef struct fv_rig_item {
+    uint32_t session, layer;
+    uint64_t position, kv_end;
+    uint32_t n_tokens;
+    uint16_t dtype, flags; /* as fv_ctl_item_t */
+    /* by fv_rig_step() */
+    fv_status_t status; /* FV_OK, or of the first rank that failed */
+    fv_ctl_item_t ctl;
+    fv_step_io_t full;
+} fv_rig_item_t;
+
+typedef struct fv_rig {
+    uint32_t n_ranks;
+    fv_local_hub_t *hub;
+    fv_worker_t *workers[FV_RIG_RANKS];
+    uint32_t n_models;
+    fv_model_spec_t models[FV_RIG_MODELS];
+    fv_rig_session_t sessions[FV_RIG_SESSIONS];
+    fv_random_t random;
+    uint64_t n_checked, n_exhausted; /* items */
+} fv_rig_t;
+
+/* `backend` NULL: fv_backend_cpu. FV_ISA chooses its instruction set (default "portable"). */
+void fv_rig_create(fv_rig_t *rig,
+                   uint32_t n_ranks,
+                   size_t arena_bytes,
+                   const fv_backend_ops_t *backend,
+                   uint64_t seed);
+/* Closes what is open, and checks that no page leaked. */
+void fv_rig_destroy(fv_rig_t *rig);
+
+uint32_t fv_rig_model(fv_rig_t *rig, const fv_model_spec_t *spec);
+void fv_rig_open(fv_rig_t *rig,
+                 uint32_t slot,
+                 uint32_t model,
+                 uint16_t n_head_parts,
+                 uint16_t n_ctx_parts,
+                 uint32_t shard_tokens);
+void fv_rig_fork(fv_rig_t *rig, uint32_t slot, uint32_t parent, uint64_t at_position);
+void fv_rig_truncate(fv_rig_t *rig, uint32_t slot, uint32_t layer, uint64_t position);
+void fv_rig_close(fv_rig_t *rig, uint32_t slot);
+
+/* Runs the items, at most FV_RIG_ITEMS, with random tensors as one step and checks everything. */
+void fv_rig_step(fv_rig_t *rig, fv_rig_item_t *items, size_t n_items);
+
+/* Appends n tokens to (slot, layer) and reads with them: causal, fp32, with lse. Returns the item's status. */
+fv_status_t fv_rig_append(fv_rig_t *rig, uint32_t slot, uint32_t layer, uint32_t n_tokens);
+
+/* Every rank holds exactly the pages that placements and lengths say. */
+void fv_rig_check_pages(const fv_rig_t *rig);
+
+/* A random small model: GQA, dims, dtypes, softcap, window. */
+fv_model_spec_t fv_rig_random_spec(fv_random_t *r);
+
+#endif /* FV_TESTS_SUPPORT_WORKER_RIG_H */

@@ -1,0 +1,328 @@
+/*
+ * worker_rig_step.c - one step of the rig: tensors, all ranks at once, the verdict.
+ */
+#include "tests/support/step_pack.h"
+#include "tests/support/test.h"
+#include "tests/support/worker_rig.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* What one rank is given and answers. */
+typedef struct rank_run {
+    fv_rig_t *rig;
+    uint32_t rank;
+    fv_rig_item_t *items;
+    size_t n_items;
+    fv_status_t status;
+    size_t n_mine;
+    size_t index[FV_RIG_ITEMS]; /* of my items among all */
+    fv_error_t errors[FV_RIG_ITEMS];
+    uint8_t *out; /* packed */
+} rank_run_t;
+
+static const fv_model_spec_t *spec_of(const fv_rig_t *rig, const fv_rig_item_t *item)
+{
+    return &rig->models[rig->sessions[item->session].model];
+}
+
+static void *random_tensor(fv_random_t *r, uint16_t dtype, size_t n)
+{
+    void *data = malloc((n + 1U) * sizeof(float));
+
+    assert_non_null(data);
+    for (size_t i = 0; i < n; i++) {
+        fv_store_element(data, (fv_dtype_t)dtype, i, fv_random_unit(r));
+    }
+    return data;
+}
+
+static void make_item(fv_rig_t *rig, fv_rig_item_t *item)
+{
+    const fv_model_spec_t *spec = spec_of(rig, item);
+    size_t e = fv_dtype_bytes((fv_dtype_t)item->dtype);
+    size_t n_q = (size_t)spec->n_q_heads;
+    size_t n_kv = (item->flags & FV_ITEM_APPEND) ? (size_t)spec->n_kv_heads : 0U;
+    size_t dk = (size_t)spec->head_dim_qk;
+    size_t dv = (size_t)spec->head_dim_v;
+    size_t n_out = item->n_tokens * n_q * dv * e;
+
+    item->ctl = (fv_ctl_item_t){.session_slot = item->session,
+                                .layer = item->layer,
+                                .position = item->position,
+                                .kv_end = item->kv_end,
+                                .n_tokens = item->n_tokens,
+                                .dtype = item->dtype,
+                                .flags = item->flags};
+    item->full = (fv_step_io_t){
+        .q = random_tensor(&rig->random, item->dtype, item->n_tokens * n_q * dk),
+        .k = random_tensor(&rig->random, item->dtype, item->n_tokens * n_kv * dk),
+        .v = random_tensor(&rig->random, item->dtype, item->n_tokens * n_kv * dv),
+        .q_token_bytes = n_q * dk * e,
+        .k_token_bytes = n_kv * dk * e,
+        .v_token_bytes = n_kv * dv * e,
+        .out = malloc(n_out),
+        .out_token_bytes = n_q * dv * e,
+        .lse_token_stride = n_q,
+    };
+    assert_non_null(item->full.out);
+    memset(item->full.out, 0xff, n_out); /* NaN: what no rank writes shows */
+    if ((item->flags & FV_ITEM_WANT_LSE) != 0) {
+        item->full.lse = malloc(item->n_tokens * n_q * sizeof(float));
+        assert_non_null(item->full.lse);
+        memset(item->full.lse, 0xff, item->n_tokens * n_q * sizeof(float));
+    }
+    item->status = FV_OK;
+}
+
+/* ------------------------------------------------------------------ ranks */
+
+static void run_unpacked(rank_run_t *run)
+{
+    fv_ctl_item_t ctl[FV_RIG_ITEMS];
+    fv_step_io_t io[FV_RIG_ITEMS];
+    fv_ctl_done_t done;
+
+    for (size_t i = 0; i < run->n_mine; i++) {
+        ctl[i] = run->items[run->index[i]].ctl;
+        io[i] = run->items[run->index[i]].full;
+    }
+    run->status =
+        fv_worker_step(run->rig->workers[run->rank], ctl, io, run->n_mine, &done, run->errors);
+}
+
+static void run_packed(rank_run_t *run)
+{
+    fv_ctl_item_t ctl[FV_RIG_ITEMS];
+    fv_ctl_step_t step = {.n_items = (uint32_t)run->n_mine};
+    fv_ctl_done_t done;
+    uint8_t *in = NULL;
+
+    for (size_t i = 0; i < run->n_mine; i++) {
+        const fv_rig_item_t *item = &run->items[run->index[i]];
+        fv_item_share_t s;
+
+        ctl[i] = item->ctl;
+        (void)fv_item_share(spec_of(run->rig, item), &run->rig->sessions[item->session].placement,
+                            &item->ctl, run->rank, &s);
+        step.in_bytes += fv_share_in_bytes(&s);
+        step.out_bytes += fv_share_out_bytes(&s);
+    }
+    in = aligned_alloc(FV_STEP_ALIGN, step.in_bytes + FV_STEP_ALIGN);
+    run->out = aligned_alloc(FV_STEP_ALIGN, step.out_bytes + FV_STEP_ALIGN);
+    if ((in == NULL) || (run->out == NULL)) {
+        abort();
+    }
+    memset(run->out, 0xff, step.out_bytes);
+    uint8_t *at = in;
+    for (size_t i = 0; i < run->n_mine; i++) {
+        const fv_rig_item_t *item = &run->items[run->index[i]];
+
+        at += fv_pack_input(spec_of(run->rig, item), &run->rig->sessions[item->session].placement,
+                            &item->ctl, run->rank, &item->full, at);
+    }
+    run->status = fv_worker_step_packed(run->rig->workers[run->rank], &step, ctl, in, run->out,
+                                        &done, run->errors);
+    free(in);
+}
+
+static void *run_rank(void *arg)
+{
+    rank_run_t *run = arg;
+
+    if (run->rank == 0U) {
+        run_unpacked(run);
+    } else {
+        run_packed(run);
+    }
+    return NULL;
+}
+
+/* Starts a rank with the items in which it has a share. */
+static void choose_items(rank_run_t *run)
+{
+    for (size_t i = 0; i < run->n_items; i++) {
+        const fv_rig_item_t *item = &run->items[i];
+        fv_item_share_t s;
+
+        if (fv_item_share(spec_of(run->rig, item), &run->rig->sessions[item->session].placement,
+                          &item->ctl, run->rank, &s)) {
+            run->index[run->n_mine++] = i;
+        }
+    }
+}
+
+static void collect(rank_run_t *run)
+{
+    const uint8_t *at = run->out;
+
+    assert_int_equal(run->status, FV_OK);
+    for (size_t i = 0; i < run->n_mine; i++) {
+        fv_rig_item_t *item = &run->items[run->index[i]];
+
+        if (run->errors[i].status != FV_OK) {
+            item->status = (fv_status_t)run->errors[i].status;
+        }
+        if (run->rank != 0U) {
+            at += fv_unpack_output(spec_of(run->rig, item),
+                                   &run->rig->sessions[item->session].placement, &item->ctl,
+                                   run->rank, at, &item->full);
+        }
+    }
+    free(run->out);
+}
+
+/* ------------------------------------------------------------------ the verdict */
+
+static double *grow(double *data, size_t n)
+{
+    double *grown = realloc(data, (n + 1U) * sizeof(*grown));
+
+    assert_non_null(grown);
+    return grown;
+}
+
+/* What the cache holds after the append: the values rounded to its dtype. */
+static void append_shadow(fv_rig_t *rig, const fv_rig_item_t *item)
+{
+    const fv_model_spec_t *spec = spec_of(rig, item);
+    fv_rig_layer_t *layer = &rig->sessions[item->session].layers[item->layer];
+    size_t k_len = (size_t)spec->n_kv_heads * (size_t)spec->head_dim_qk;
+    size_t v_len = (size_t)spec->n_kv_heads * (size_t)spec->head_dim_v;
+    float stored = 0.0F;
+
+    assert_int_equal(layer->n_tokens, item->position);
+    layer->k = grow(layer->k, item->kv_end * k_len);
+    layer->v = grow(layer->v, item->kv_end * v_len);
+    for (size_t i = 0; i < item->n_tokens * k_len; i++) {
+        fv_store_element(&stored, (fv_dtype_t)spec->kv_dtype, 0,
+                         fv_load_element(item->full.k, (fv_dtype_t)item->dtype, i));
+        layer->k[item->position * k_len + i] =
+            (double)fv_load_element(&stored, (fv_dtype_t)spec->kv_dtype, 0);
+    }
+    for (size_t i = 0; i < item->n_tokens * v_len; i++) {
+        fv_store_element(&stored, (fv_dtype_t)spec->kv_dtype, 0,
+                         fv_load_element(item->full.v, (fv_dtype_t)item->dtype, i));
+        layer->v[item->position * v_len + i] =
+            (double)fv_load_element(&stored, (fv_dtype_t)spec->kv_dtype, 0);
+    }
+    layer->n_tokens = item->kv_end;
+}
+
+static void assert_near(double given, double expected, double tolerance)
+{
+    bool same_inf = isinf(expected) && (given == expected);
+
+    if (!same_inf && !(fabs(given - expected) <= tolerance)) {
+        fail_msg("given %.9g, expected %.9g, tolerance %.3g", given, expected, tolerance);
+    }
+}
+
+static void check_item(fv_rig_t *rig, const fv_rig_item_t *item)
+{
+    static const double tolerances[] = {0.0, 2e-5, 1e-3, 8e-3}; /* by dtype of out; |v| <= 1 */
+    const fv_model_spec_t *spec = spec_of(rig, item);
+    const fv_rig_layer_t *layer = &rig->sessions[item->session].layers[item->layer];
+    size_t n_rows = (size_t)item->n_tokens * (size_t)spec->n_q_heads;
+    size_t n_q = n_rows * (size_t)spec->head_dim_qk;
+    size_t n_out = n_rows * (size_t)spec->head_dim_v;
+    double *q = grow(NULL, n_q);
+    double *out = grow(NULL, n_out);
+    double *lse = grow(NULL, n_rows);
+
+    for (size_t i = 0; i < n_q; i++) {
+        q[i] = (double)fv_load_element(item->full.q, (fv_dtype_t)item->dtype, i);
+    }
+    fv_attend_ref(&(fv_attend_ref_params_t){
+        .n_tokens = item->n_tokens,
+        .position = (int64_t)item->position,
+        .kv_end = (int64_t)item->kv_end,
+        .n_kv_heads = spec->n_kv_heads,
+        .group = fv_model_group(spec),
+        .head_dim_qk = spec->head_dim_qk,
+        .head_dim_v = spec->head_dim_v,
+        .softmax_scale = (double)spec->softmax_scale,
+        .logit_softcap = (double)spec->logit_softcap,
+        .causal = (item->flags & FV_ITEM_CAUSAL) != 0,
+        .policy = spec->policies[spec->layer_policy[item->layer]],
+        .q = q,
+        .k = layer->k,
+        .v = layer->v,
+        .out = out,
+        .lse = lse,
+    });
+    for (size_t i = 0; i < n_out; i++) {
+        assert_near((double)fv_load_element(item->full.out, (fv_dtype_t)item->dtype, i), out[i],
+                    tolerances[item->dtype]);
+    }
+    for (size_t i = 0; (item->full.lse != NULL) && (i < n_rows); i++) {
+        assert_near((double)item->full.lse[i], lse[i], 2e-5);
+    }
+    free(q);
+    free(out);
+    free(lse);
+    rig->n_checked++;
+}
+
+static void settle_item(fv_rig_t *rig, const fv_rig_item_t *item)
+{
+    if (item->status == FV_OK) {
+        if ((item->flags & FV_ITEM_APPEND) != 0) {
+            append_shadow(rig, item);
+        }
+        check_item(rig, item);
+    } else {
+        assert_int_equal(item->status, FV_ERR_EXHAUSTED);
+        rig->n_exhausted++;
+        fv_rig_truncate(rig, item->session, item->layer, item->position);
+    }
+    free((void *)(uintptr_t)item->full.q);
+    free((void *)(uintptr_t)item->full.k);
+    free((void *)(uintptr_t)item->full.v);
+    free(item->full.out);
+    free(item->full.lse);
+}
+
+void fv_rig_step(fv_rig_t *rig, fv_rig_item_t *items, size_t n_items)
+{
+    static rank_run_t runs[FV_RIG_RANKS]; /* large, and steps do not nest */
+    pthread_t threads[FV_RIG_RANKS];
+
+    for (size_t i = 0; i < n_items; i++) {
+        make_item(rig, &items[i]);
+    }
+    for (uint32_t r = 0; r < rig->n_ranks; r++) {
+        runs[r] = (rank_run_t){.rig = rig, .rank = r, .items = items, .n_items = n_items};
+        choose_items(&runs[r]);
+    }
+    for (uint32_t r = 0; r < rig->n_ranks; r++) {
+        assert_int_equal(pthread_create(&threads[r], NULL, run_rank, &runs[r]), 0);
+    }
+    for (uint32_t r = 0; r < rig->n_ranks; r++) {
+        assert_int_equal(pthread_join(threads[r], NULL), 0);
+    }
+    for (uint32_t r = 0; r < rig->n_ranks; r++) {
+        collect(&runs[r]);
+    }
+    for (size_t i = 0; i < n_items; i++) {
+        settle_item(rig, &items[i]);
+    }
+    fv_rig_check_pages(rig);
+}
+
+fv_status_t fv_rig_append(fv_rig_t *rig, uint32_t slot, uint32_t layer, uint32_t n_tokens)
+{
+    uint64_t n = rig->sessions[slot].layers[layer].n_tokens;
+    fv_rig_item_t item = {.session = slot,
+                          .layer = layer,
+                          .position = n,
+                          .kv_end = n + n_tokens,
+                          .n_tokens = n_tokens,
+                          .dtype = FV_DTYPE_F32,
+                          .flags = FV_ITEM_CAUSAL | FV_ITEM_APPEND | FV_ITEM_WANT_LSE};
+
+    fv_rig_step(rig, &item, 1);
+    return item.status;
+}
