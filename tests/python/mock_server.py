@@ -20,11 +20,12 @@ from dataclasses import dataclass, field
 import fovea
 import grpc
 import numpy as np
-import oracle
 from fovea._pb import attention_pb2 as pb
 from google.protobuf import message_factory
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+
+import oracle
 
 PAGE_TOKENS = 64
 CODE = grpc.StatusCode

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import fovea
 import numpy as np
 
-# (relative to the largest |v|) per wire or cache dtype, whichever is coarser
-TOLERANCE = {"f32": 2e-5, "f16": 2e-3, "bf16": 1.6e-2}
+# of an answer, by wire dtype, relative to the largest |out|: rounding of the output, and fp32 accumulation
+TOLERANCE = {"f32": 2e-5, "f16": 1e-3, "bf16": 8e-3}
 
 
 @dataclass(frozen=True)
