@@ -1,0 +1,137 @@
+/*
+ * main.c - the `fovea` command-line tool: global options, then a subcommand.
+ */
+#include "client/cli.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const struct {
+    const char *name;
+    fv_command_fn_t run;
+    const char *help;
+} k_commands[] = {
+    {"status", fv_cmd_status, "ranks, memory, load (--watch, --json)"},
+    {"sessions", fv_cmd_sessions, "open sessions and their KV memory"},
+    {"placement", fv_cmd_placement, "draw which rank holds which heads and tokens of a session"},
+    {"models", fv_cmd_models, "`models register`: register a model, print its id"},
+    {"open", fv_cmd_open, "open a session, print its id"},
+    {"fork", fv_cmd_fork, "fork a session (copy on write), print the new id"},
+    {"truncate", fv_cmd_truncate, "drop the tokens of a session from a position on"},
+    {"close", fv_cmd_close, "close sessions"},
+    {"attend", fv_cmd_attend, "attention of .npy files: q, k, v to out, lse"},
+    {"bench", fv_cmd_bench, "quick latency and throughput of a running service"},
+    {"drain", fv_cmd_drain, "finish what runs, then stop the service"},
+};
+
+#define N_COMMANDS (sizeof(k_commands) / sizeof(k_commands[0]))
+
+typedef struct fv_main {
+    fv_cli_t cli;
+    int command_at; /* index of the subcommand in argv; 0 = none */
+} fv_main_t;
+
+const char *argp_program_bug_address = "the project's issue tracker";
+
+static const struct argp_option k_options[] = {
+    {"address", 'a', "ADDRESS", 0,
+     "Where the service listens: host:port or unix:/path "
+     "(default: $FOVEA_ADDRESS, else " FV_CLI_ADDRESS_DEFAULT ")",
+     0},
+    {"timeout", 't', "SECONDS", 0, "Of connecting (default 5) and of each call (default 30)", 0},
+    {0},
+};
+
+static error_t parse(int key, char *arg, struct argp_state *state)
+{
+    fv_main_t *m = state->input;
+
+    switch (key) {
+    case 'a':
+        m->cli.address = arg;
+        return 0;
+    case 't': {
+        double seconds = fv_cli_real(state, "--timeout", arg);
+        if ((seconds < 0.001) || (seconds > 1e9)) {
+            argp_error(state, "--timeout: given \"%s\", expected 0.001..1e9 seconds", arg);
+        }
+        m->cli.timeout_ms = (int64_t)(seconds * 1000.0);
+        return 0;
+    }
+    case ARGP_KEY_ARG: /* the subcommand; the rest of the line is its own */
+        m->command_at = state->next - 1;
+        state->next = state->argc;
+        return 0;
+    case ARGP_KEY_NO_ARGS:
+        argp_usage(state);
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+/* Appends the list of commands and the exit codes to --help. */
+static char *help_filter(int key, const char *text, void *input)
+{
+    size_t n_bytes = 4096;
+    char *out = NULL;
+    int n = 0;
+
+    (void)input;
+    if (key != ARGP_KEY_HELP_POST_DOC) {
+        return (char *)(uintptr_t)text; /* argp's signature is not const-correct */
+    }
+    out = malloc(n_bytes);
+    if (out == NULL) {
+        return NULL;
+    }
+    n = snprintf(out, n_bytes, "Commands (each has its own --help):\n");
+    for (size_t i = 0; (i < N_COMMANDS) && (n > 0) && ((size_t)n < n_bytes); i++) {
+        n += snprintf(out + n, n_bytes - (size_t)n, "  %-10s %s\n", k_commands[i].name,
+                      k_commands[i].help);
+    }
+    if ((n > 0) && ((size_t)n < n_bytes)) {
+        (void)snprintf(out + n, n_bytes - (size_t)n,
+                       "\nExit codes: 0 success; 1 the service refused, failed or could not be "
+                       "reached; 2 wrong usage.\n");
+    }
+    return out;
+}
+
+static const struct argp k_argp = {
+    .options = k_options,
+    .parser = parse,
+    .args_doc = "COMMAND [ARGUMENTS]",
+    .doc = "Inspect and use a Fovea attention service.\v",
+    .help_filter = help_filter,
+};
+
+static int run_command(fv_main_t *m, int argc, char **argv)
+{
+    char name[64];
+
+    for (size_t i = 0; i < N_COMMANDS; i++) {
+        if (strcmp(argv[0], k_commands[i].name) == 0) {
+            (void)snprintf(name, sizeof(name), "fovea %s", k_commands[i].name);
+            argv[0] = name; /* what its messages and its --help call it */
+            return k_commands[i].run(&m->cli, argc, argv);
+        }
+    }
+    (void)fprintf(stderr, "fovea: unknown command \"%s\"; see fovea --help\n", argv[0]);
+    return FV_EXIT_USAGE;
+}
+
+int main(int argc, char **argv)
+{
+    const char *env = getenv("FOVEA_ADDRESS"); /* NOLINT(concurrency-mt-unsafe): one thread yet */
+    fv_main_t m = {
+        .cli = {.address = ((env != NULL) && (env[0] != '\0')) ? env : FV_CLI_ADDRESS_DEFAULT}};
+
+    argp_program_version = fovea_version();
+    argp_err_exit_status = FV_EXIT_USAGE;
+    if (argp_parse(&k_argp, argc, argv, ARGP_IN_ORDER, NULL, &m) != 0) {
+        return FV_EXIT_USAGE;
+    }
+    return run_command(&m, argc - m.command_at, argv + m.command_at);
+}
