@@ -346,27 +346,27 @@ static void write_exit_file(int code)
     }
 }
 
-/* Signals mean "drain and stop" to rank 0, which reads them from a descriptor; the others wait to be told. */
-static int take_signals(int rank)
+/*
+ * Signals mean "drain and stop" to rank 0, which reads them from a descriptor; the others wait to be told. Blocked
+ * before any thread exists, MPI's included, so that all inherit the mask.
+ */
+static void block_signals(sigset_t *out_set)
 {
-    sigset_t set;
-
     (void)signal(SIGPIPE, SIG_IGN);
-    (void)sigemptyset(&set);
-    (void)sigaddset(&set, SIGTERM);
-    (void)sigaddset(&set, SIGINT);
-    (void)sigaddset(&set, SIGUSR1);
-    (void)pthread_sigmask(SIG_BLOCK, &set, NULL);
-    return (rank == 0) ? signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC) : -1;
+    (void)sigemptyset(out_set);
+    (void)sigaddset(out_set, SIGTERM);
+    (void)sigaddset(out_set, SIGINT);
+    (void)sigaddset(out_set, SIGUSR1);
+    (void)pthread_sigmask(SIG_BLOCK, out_set, NULL);
 }
 
-static int start_and_run(fv_process_t *p)
+static int start_and_run(fv_process_t *p, const sigset_t *signals)
 {
     fv_log_level_t level = FV_LOG_INFO;
 
     fv_status_t status = fv_log_level_parse(p->config.log_level, &level);
     fv_log_init(level, p->rank);
-    int signal_fd = take_signals(p->rank); /* before any thread, so that all inherit the mask */
+    int signal_fd = (p->rank == 0) ? signalfd(-1, signals, SFD_NONBLOCK | SFD_CLOEXEC) : -1;
     if (status == FV_OK) {
         status = start_worker(p);
     }
@@ -431,9 +431,11 @@ int main(int argc, char **argv)
         break;
     }
     int code = EXIT_START;
+    sigset_t signals;
+    block_signals(&signals);
     status = join_mpi(&process);
     if (status == FV_OK) {
-        code = start_and_run(&process);
+        code = start_and_run(&process, &signals);
     } else {
         (void)fprintf(stderr, "fovead: %s\n", fv_error_context());
     }
