@@ -220,12 +220,13 @@ static void assert_near(double given, double expected, double tolerance)
     }
 }
 
-static void check_item(fv_rig_t *rig, const fv_rig_item_t *item)
+/* The oracle for token t of the item alone: a row depends on its own position only. */
+static void check_token(const fv_rig_t *rig, const fv_rig_item_t *item, size_t t)
 {
     static const double tolerances[] = {0.0, 2e-5, 1e-3, 8e-3}; /* by dtype of out; |v| <= 1 */
     const fv_model_spec_t *spec = spec_of(rig, item);
     const fv_rig_layer_t *layer = &rig->sessions[item->session].layers[item->layer];
-    size_t n_rows = (size_t)item->n_tokens * (size_t)spec->n_q_heads;
+    size_t n_rows = (size_t)spec->n_q_heads;
     size_t n_q = n_rows * (size_t)spec->head_dim_qk;
     size_t n_out = n_rows * (size_t)spec->head_dim_v;
     double *q = grow(NULL, n_q);
@@ -233,11 +234,11 @@ static void check_item(fv_rig_t *rig, const fv_rig_item_t *item)
     double *lse = grow(NULL, n_rows);
 
     for (size_t i = 0; i < n_q; i++) {
-        q[i] = (double)fv_load_element(item->full.q, (fv_dtype_t)item->dtype, i);
+        q[i] = (double)fv_load_element(item->full.q, (fv_dtype_t)item->dtype, t * n_q + i);
     }
     fv_attend_ref(&(fv_attend_ref_params_t){
-        .n_tokens = item->n_tokens,
-        .position = (int64_t)item->position,
+        .n_tokens = 1,
+        .position = (int64_t)(item->position + t),
         .kv_end = (int64_t)item->kv_end,
         .n_kv_heads = spec->n_kv_heads,
         .group = fv_model_group(spec),
@@ -254,15 +255,31 @@ static void check_item(fv_rig_t *rig, const fv_rig_item_t *item)
         .lse = lse,
     });
     for (size_t i = 0; i < n_out; i++) {
-        assert_near((double)fv_load_element(item->full.out, (fv_dtype_t)item->dtype, i), out[i],
-                    tolerances[item->dtype]);
+        assert_near((double)fv_load_element(item->full.out, (fv_dtype_t)item->dtype, t * n_out + i),
+                    out[i], tolerances[item->dtype]);
     }
     for (size_t i = 0; (item->full.lse != NULL) && (i < n_rows); i++) {
-        assert_near((double)item->full.lse[i], lse[i], 2e-5);
+        assert_near((double)item->full.lse[t * n_rows + i], lse[i], 2e-5);
     }
     free(q);
     free(out);
     free(lse);
+}
+
+/* Every value must have been written; a few tokens, the first and the last among them, are judged. */
+static void check_item(fv_rig_t *rig, const fv_rig_item_t *item)
+{
+    const fv_model_spec_t *spec = spec_of(rig, item);
+    size_t n_out = (size_t)item->n_tokens * (size_t)(spec->n_q_heads * spec->head_dim_v);
+
+    for (size_t i = 0; i < n_out; i++) {
+        assert_false(isnan(fv_load_element(item->full.out, (fv_dtype_t)item->dtype, i)));
+    }
+    check_token(rig, item, 0);
+    check_token(rig, item, item->n_tokens - 1U);
+    for (int i = 0; (i < 6) && (item->n_tokens > 2U); i++) {
+        check_token(rig, item, (size_t)fv_random_int(&rig->random, 1, (int64_t)item->n_tokens - 2));
+    }
     rig->n_checked++;
 }
 
