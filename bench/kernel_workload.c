@@ -1,0 +1,254 @@
+/*
+ * kernel_workload.c - see kernel_workload.h.
+ */
+#include "bench/kernel_workload.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#define SETS_MAX 512
+
+double fv_bench_now(void)
+{
+    struct timespec t;
+
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+void fv_bench_die(const char *what)
+{
+    (void)fprintf(stderr, "bench_kernels: %s: %s\n", what, fv_error_context());
+    exit(1);
+}
+
+void *fv_bench_alloc(size_t n_bytes)
+{
+    void *memory = calloc(1, n_bytes);
+
+    if (memory == NULL) {
+        fv_bench_die("no memory");
+    }
+    return memory;
+}
+
+/* ------------------------------------------------------------------ workload */
+
+static void choose_lengths(fv_workload_t *w)
+{
+    const fv_bench_case_t *c = w->spec;
+    int64_t shares = (int64_t)c->n_items * (c->n_items + 1) / 2;
+
+    for (int32_t i = 0; i < c->n_items; i++) {
+        int64_t n = c->ragged ? (c->kv_end * c->n_items * (i + 1) / shares) : c->kv_end;
+        double rows = (double)(c->n_kv_heads * c->group);
+        /* token t of the item sees kv_end - n_tokens + t + 1 tokens */
+        double seen =
+            (double)c->n_tokens * (double)n - 0.5 * (double)c->n_tokens * (double)(c->n_tokens - 1);
+
+        w->kv_end[i] = n;
+        w->kv_bytes += (double)c->n_kv_heads * (double)n * 2.0 * c->head_dim *
+                       (double)fv_dtype_bytes((fv_dtype_t)c->kv_dtype);
+        w->flops += 2.0 * rows * seen * 2.0 * c->head_dim;
+        w->pages_max =
+            (size_t)fv_max64((int64_t)w->pages_max, (n + FV_PAGE_TOKENS - 1) / FV_PAGE_TOKENS);
+    }
+}
+
+static fv_page_ref_t *table(const fv_workload_t *w, size_t set, int32_t item, int32_t head)
+{
+    size_t i = (set * (size_t)w->spec->n_items + (size_t)item) * (size_t)w->spec->n_kv_heads;
+
+    return w->pages + (i + (size_t)head) * w->pages_max;
+}
+
+static uint32_t page_units(const fv_bench_case_t *c)
+{
+    return (uint32_t)(2U * (size_t)c->head_dim * FV_PAGE_TOKENS *
+                      fv_dtype_bytes((fv_dtype_t)c->kv_dtype) / FV_PAGE_UNIT);
+}
+
+/* Hands out pages in the order a pool would: page by page, all heads of an item in turn. */
+static void place_pages(fv_workload_t *w)
+{
+    const fv_bench_case_t *c = w->spec;
+    uint32_t next = 0;
+
+    for (size_t set = 0; set < w->n_sets; set++) {
+        for (int32_t i = 0; i < c->n_items; i++) {
+            for (size_t p = 0; p < w->pages_max; p++) {
+                for (int32_t h = 0;
+                     (h < c->n_kv_heads) && ((int64_t)p * FV_PAGE_TOKENS < w->kv_end[i]); h++) {
+                    table(w, set, i, h)[p] = next;
+                    next += page_units(c);
+                }
+            }
+        }
+    }
+}
+
+static void append_all(fv_workload_t *w)
+{
+    const fv_bench_case_t *c = w->spec;
+
+    for (size_t set = 0; set < w->n_sets; set++) {
+        for (int32_t i = 0; i < c->n_items; i++) {
+            for (int32_t h = 0; h < c->n_kv_heads; h++) {
+                size_t e = fv_dtype_bytes((fv_dtype_t)c->io_dtype);
+                fv_append_item_t item = {
+                    .n_kv_heads = 1,
+                    .head_dim_qk = c->head_dim,
+                    .head_dim_v = c->head_dim,
+                    .src_dtype = c->io_dtype,
+                    .kv_dtype = c->kv_dtype,
+                    .k = w->head->k,
+                    .v = w->head->v,
+                    .k_token_bytes = (size_t)c->head_dim * e,
+                    .v_token_bytes = (size_t)c->head_dim * e,
+                    .n_tokens = (uint64_t)w->kv_end[i],
+                    .pages = table(w, set, i, h),
+                };
+                if (fv_backend_cpu.append(w->backend, &item, 1) != FV_OK) {
+                    fv_bench_die("append");
+                }
+            }
+        }
+    }
+}
+
+void fv_workload_create(fv_workload_t *w,
+                        const fv_bench_case_t *c,
+                        const fv_backend_config_t *config,
+                        size_t kv_memory_bytes)
+{
+    fv_rng_t rng = {20261122};
+    fv_attn_spec_t spec = {.n_tokens = 1,
+                           .n_kv_heads = 1,
+                           .group = 1,
+                           .head_dim_qk = c->head_dim,
+                           .head_dim_v = c->head_dim,
+                           .io_dtype = c->io_dtype,
+                           .kv_dtype = c->kv_dtype,
+                           .causal = true,
+                           .tame = true,
+                           .seed = 1};
+    fv_backend_config_t sized = *config;
+    size_t n_elems = (size_t)c->n_tokens * (size_t)(c->n_kv_heads * c->group) * (size_t)c->head_dim;
+
+    memset(w, 0, sizeof(*w));
+    w->spec = c;
+    choose_lengths(w);
+    w->n_sets = (c->n_tokens > 16) ? 1U : (size_t)((double)kv_memory_bytes / w->kv_bytes);
+    w->n_sets = (w->n_sets < 1U) ? 1U : (w->n_sets > SETS_MAX) ? SETS_MAX : w->n_sets;
+    spec.kv_end = (int64_t)w->pages_max * FV_PAGE_TOKENS;
+    spec.position = spec.kv_end - 1;
+    w->head = fv_attn_case_create(&spec);
+    w->pages = fv_bench_alloc(w->n_sets * (size_t)(c->n_items * c->n_kv_heads) * w->pages_max *
+                              sizeof(*w->pages));
+    place_pages(w);
+    sized.kv_arena_bytes = (size_t)(c->n_items * c->n_kv_heads) * w->n_sets * w->pages_max *
+                           page_units(c) * FV_PAGE_UNIT;
+    if (fv_backend_cpu.create(&sized, &w->backend) != FV_OK) {
+        fv_bench_die("create");
+    }
+    append_all(w);
+    w->item_bytes = n_elems * fv_dtype_bytes((fv_dtype_t)c->io_dtype);
+    w->q = fv_bench_alloc(w->item_bytes * (size_t)c->n_items);
+    w->out = fv_bench_alloc(w->item_bytes * (size_t)c->n_items);
+    for (size_t i = 0; i < n_elems * (size_t)c->n_items; i++) {
+        fv_store_element(w->q, (fv_dtype_t)c->io_dtype, i, fv_rng_normal(&rng));
+    }
+}
+
+void fv_workload_destroy(fv_workload_t *w)
+{
+    fv_backend_cpu.destroy(w->backend);
+    fv_attn_case_destroy(w->head);
+    free(w->pages);
+    free(w->q);
+    free(w->out);
+}
+
+double fv_workload_step(fv_workload_t *w, size_t set)
+{
+    const fv_bench_case_t *c = w->spec;
+    size_t token_bytes = w->item_bytes / (size_t)c->n_tokens;
+    fv_attn_item_t items[FV_BENCH_ITEMS_MAX];
+    double begin = 0.0;
+
+    memset(items, 0, sizeof(items));
+    for (int32_t i = 0; i < c->n_items; i++) {
+        fv_attn_item_t *item = &items[i];
+
+        item->n_tokens = c->n_tokens;
+        item->n_kv_heads = c->n_kv_heads;
+        item->group = c->group;
+        item->head_dim_qk = c->head_dim;
+        item->head_dim_v = c->head_dim;
+        item->io_dtype = c->io_dtype;
+        item->kv_dtype = c->kv_dtype;
+        item->softmax_scale = 1.0F / sqrtf((float)c->head_dim);
+        item->causal = true;
+        item->shard = (fv_kv_shard_t){.shard_tokens = FV_PAGE_TOKENS, .n_parts = 1, .part = 0};
+        item->kv_end = w->kv_end[i];
+        item->position = w->kv_end[i] - c->n_tokens;
+        item->q = w->q + w->item_bytes * (size_t)i;
+        item->q_token_bytes = token_bytes;
+        item->pages = table(w, set, i, 0);
+        item->pages_head_stride = w->pages_max;
+        item->out = w->out + w->item_bytes * (size_t)i;
+        item->out_token_bytes = token_bytes;
+    }
+    begin = fv_bench_now();
+    if (fv_backend_cpu.attend(w->backend, items, (size_t)c->n_items) != FV_OK) {
+        fv_bench_die("attend");
+    }
+    return fv_bench_now() - begin;
+}
+
+/* ------------------------------------------------------------------ verification */
+
+/* All heads of one token of one item against the oracle: every KV head holds the same K and V. */
+static bool verify_token(const fv_workload_t *w, int32_t item, int32_t t)
+{
+    const fv_bench_case_t *c = w->spec;
+    fv_attn_case_t check = *w->head; /* borrows its K and V */
+    size_t token_bytes = w->item_bytes / (size_t)c->n_tokens;
+    size_t at = w->item_bytes * (size_t)item + token_bytes * (size_t)t;
+    size_t n_bad = 0;
+    double q_norm = 0.0;
+
+    check.spec.group = c->n_kv_heads * c->group;
+    check.n_q_heads = check.spec.group;
+    check.spec.kv_end = w->kv_end[item];
+    check.spec.position = w->kv_end[item] - c->n_tokens + t;
+    check.q = w->q + at;
+    check.out_ref = NULL;
+    check.lse_ref = NULL;
+    for (int32_t d = 0; d < c->head_dim; d++) {
+        q_norm +=
+            1.7 * 1.7; /* bound for a query of deviation 1: the case's own query was one row */
+    }
+    check.logit_bound = fmax(check.logit_bound, sqrt(q_norm) * 2.0);
+    fv_attn_case_solve(&check);
+    n_bad = fv_attn_case_check(&check, w->out + at, NULL, c->name);
+    free(check.out_ref);
+    free(check.lse_ref);
+    return n_bad == 0;
+}
+
+bool fv_workload_verify(fv_workload_t *w)
+{
+    const fv_bench_case_t *c = w->spec;
+    bool ok = true;
+
+    (void)fv_workload_step(w, w->n_sets - 1U);
+    ok = verify_token(w, 0, 0);
+    if ((c->n_items > 1) || (c->n_tokens > 1)) {
+        ok = verify_token(w, c->n_items - 1, c->n_tokens - 1) && ok;
+    }
+    return ok;
+}
