@@ -282,6 +282,10 @@ static fv_status_t walk_command_line(int argc, char *const *argv, command_line_t
         char **out;
     } words = {.in = argv}; /* ARGP_IN_ORDER: argp leaves them as they are */
     argp_text_t *text = make_argp();
+
+    if (argc < 1) { /* argp reads the program's name */
+        return FV_OK;
+    }
     error_t error =
         argp_parse(&text->argp, argc, words.out,
                    ARGP_NO_EXIT | ARGP_NO_ERRS | ARGP_NO_HELP | ARGP_IN_ORDER, NULL, line);
