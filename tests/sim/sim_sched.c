@@ -1,0 +1,564 @@
+/*
+ * sim_sched.c - the scheduler core with N workers in one process, virtual time, random order of events.
+ *
+ * Goal:   whatever clients do in whatever order, each request gets exactly one answer, lengths are those of a simple model
+ *         of the service, the coordinator's view of every rank's memory is exact, a rank never has to refuse, and
+ *         when all is closed all memory is free again.
+ * Method: real workers (page tables, pools, forks, copy on write) over a backend that moves no data; each seed is
+ *         a story of random commands, requests, retries, cancellations, deadlines and rank failures. The laws are
+ *         checked after every event. FV_SEED repeats one story, FV_SIM_STORIES sets how many.
+ */
+#include "coord/sched.h"
+#include "tests/support/random.h"
+#include "tests/support/sched_case.h"
+#include "tests/support/test.h"
+#include "worker/worker.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define N_RANKS_MAX    5
+#define N_SESSIONS_MAX 12
+#define N_LAYERS       2
+#define N_LOG_MAX      256
+#define N_EVENTS       200
+
+/* The model of the service: what one layer of one session holds. */
+typedef struct model_layer {
+    uint64_t n_tokens;
+    struct {
+        uint64_t position;
+        uint32_t n_tokens, digest;
+    } log[N_LOG_MAX];
+    uint32_t n_log;
+} model_layer_t;
+
+typedef struct model_session {
+    bool is_open;
+    fv_session_id_t id;
+    model_layer_t layers[N_LAYERS];
+} model_session_t;
+
+typedef struct story {
+    fv_random_t random;
+    fv_sched_t *sched;
+    uint32_t n_ranks;
+    fv_worker_t *workers[N_RANKS_MAX];
+    fv_model_spec_t specs[2];
+    char model_ids[2][FV_MODEL_ID_BYTES];
+    model_session_t sessions[N_SESSIONS_MAX];
+    uint64_t n_ids;
+    int64_t now_us;
+    uint32_t n_waiting; /* submitted, not yet answered */
+    uint64_t n_served, n_refused, n_exhausted;
+} story_t;
+
+static fv_status_t no_exchange(void *ctx,
+                               const fv_exchange_message_t *sends,
+                               size_t n_sends,
+                               const fv_exchange_message_t *recvs,
+                               size_t n_recvs,
+                               uint32_t deadline_ms)
+{
+    (void)ctx;
+    (void)sends;
+    (void)n_sends;
+    (void)deadline_ms;
+    for (size_t i = 0; i < n_recvs; i++) {
+        memset(recvs[i].data, 0, recvs[i].n_bytes);
+    }
+    return FV_OK;
+}
+
+static const fv_exchange_ops_t k_no_exchange = {.name = "none", .all_to_all = no_exchange};
+
+static int64_t pick(story_t *s, int64_t low, int64_t high)
+{
+    return fv_random_int(&s->random, low, high);
+}
+
+/* ------------------------------------------------------------------ the laws */
+
+static void check_memory(story_t *s)
+{
+    for (uint32_t r = 0; r < s->n_ranks; r++) {
+        fv_ctl_memory_t actual;
+        fv_worker_memory(s->workers[r], &actual);
+        const fv_ctl_memory_t *mirror = fv_sched_rank(s->sched, r);
+        assert_int_equal(mirror->kv_bytes_free, actual.kv_bytes_free);
+        assert_int_equal(mirror->n_slabs_free, actual.n_slabs_free);
+    }
+}
+
+static void check_lengths(story_t *s)
+{
+    for (int i = 0; i < N_SESSIONS_MAX; i++) {
+        const model_session_t *m = &s->sessions[i];
+        if (m->is_open) {
+            const fv_session_t *session = fv_sched_session(s->sched, &m->id);
+            assert_non_null(session);
+            for (int layer = 0; layer < N_LAYERS; layer++) {
+                assert_int_equal(session->layers[layer].n_tokens, m->layers[layer].n_tokens);
+            }
+        }
+    }
+}
+
+/* ------------------------------------------------------------------ commands */
+
+static void refresh(story_t *s, uint32_t rank)
+{
+    fv_ctl_memory_t memory;
+
+    fv_worker_memory(s->workers[rank], &memory);
+    fv_sched_rank_memory(s->sched, rank, &memory);
+}
+
+#define TELL(s, placement, call, message)                                                 \
+    do {                                                                                  \
+        for (int cell_ = 0; cell_ < (placement)->n_head_parts * (placement)->n_ctx_parts; \
+             cell_++) {                                                                   \
+            uint32_t rank_ = (placement)->ranks[cell_];                                   \
+            assert_int_equal(call((s)->workers[rank_], (message)), FV_OK);                \
+            refresh((s), rank_);                                                          \
+        }                                                                                 \
+    } while (0)
+
+static fv_session_id_t fresh_id(story_t *s)
+{
+    fv_session_id_t id = {{0}};
+
+    s->n_ids++;
+    memcpy(id.bytes, &s->n_ids, sizeof(s->n_ids));
+    return id;
+}
+
+static model_session_t *pick_session(story_t *s, bool is_open)
+{
+    int first = (int)pick(s, 0, N_SESSIONS_MAX - 1);
+
+    for (int i = 0; i < N_SESSIONS_MAX; i++) {
+        model_session_t *m = &s->sessions[(first + i) % N_SESSIONS_MAX];
+        if (m->is_open == is_open) {
+            return m;
+        }
+    }
+    return NULL;
+}
+
+static void do_open(story_t *s)
+{
+    model_session_t *m = pick_session(s, false);
+    fv_open_request_t request = {.max_tokens_hint = (uint64_t)pick(s, 0, 2000)};
+    fv_ctl_open_t message;
+
+    if (m == NULL) {
+        return;
+    }
+    memcpy(request.model_id, s->model_ids[pick(s, 0, 1)], FV_MODEL_ID_BYTES);
+    request.sharding = (fv_sharding_t){.mode = (int32_t)pick(s, 0, 2), .is_set = 1};
+    memset(m, 0, sizeof(*m));
+    m->id = fresh_id(s);
+    assert_int_equal(fv_sched_open(s->sched, &request, &m->id, 0, &message), FV_OK);
+    TELL(s, &message.placement, fv_worker_open, &message);
+    m->is_open = true;
+}
+
+static uint64_t longest(const model_session_t *m)
+{
+    return (m->layers[0].n_tokens > m->layers[1].n_tokens) ? m->layers[0].n_tokens
+                                                           : m->layers[1].n_tokens;
+}
+
+static void model_cut(model_layer_t *layer, uint64_t position)
+{
+    if (layer->n_tokens <= position) {
+        return;
+    }
+    layer->n_tokens = position;
+    while ((layer->n_log > 0) &&
+           (layer->log[layer->n_log - 1].position + layer->log[layer->n_log - 1].n_tokens >
+            position)) {
+        layer->n_log--;
+    }
+}
+
+static void do_fork(story_t *s)
+{
+    model_session_t *parent = pick_session(s, true);
+    model_session_t *child = pick_session(s, false);
+    fv_ctl_fork_t message;
+    fv_placement_t placement;
+
+    if ((parent == NULL) || (child == NULL)) {
+        return;
+    }
+    uint64_t at = (uint64_t)pick(s, 0, (int64_t)longest(parent) + 2);
+    fv_session_id_t id = fresh_id(s);
+    fv_status_t status = fv_sched_fork(s->sched, &parent->id, at, &id, 0, &message, &placement);
+    assert_int_equal(status, (at <= longest(parent)) ? FV_OK : FV_ERR_OUT_OF_RANGE);
+    if (status == FV_OK) {
+        *child = *parent;
+        child->id = id;
+        model_cut(&child->layers[0], at);
+        model_cut(&child->layers[1], at);
+        TELL(s, &placement, fv_worker_fork, &message);
+    }
+}
+
+static void do_truncate(story_t *s)
+{
+    model_session_t *m = pick_session(s, true);
+    fv_ctl_truncate_t message;
+    fv_placement_t placement;
+
+    if (m != NULL) {
+        uint64_t at = (uint64_t)pick(s, 0, (int64_t)longest(m));
+        assert_int_equal(fv_sched_truncate(s->sched, &m->id, at, &message, &placement), FV_OK);
+        model_cut(&m->layers[0], at);
+        model_cut(&m->layers[1], at);
+        TELL(s, &placement, fv_worker_truncate, &message);
+    }
+}
+
+static void do_close(story_t *s)
+{
+    model_session_t *m = pick_session(s, true);
+    fv_ctl_close_t message;
+    fv_placement_t placement;
+
+    if (m != NULL) {
+        assert_int_equal(fv_sched_close(s->sched, &m->id, &message, &placement), FV_OK);
+        TELL(s, &placement, fv_worker_close, &message);
+        m->is_open = false;
+    }
+}
+
+/* ------------------------------------------------------------------ requests */
+
+/* A random item: usually the next append, else a retry, a wrong position, or other bytes. */
+static void add_item(story_t *s, fv_case_request_t *r, const model_session_t *m)
+{
+    const model_layer_t *layer = &m->layers[r->request.head.layer];
+    int64_t dice = pick(s, 0, 9);
+
+    if ((dice < 2) && (layer->n_log > 0)) {
+        uint32_t i = (uint32_t)pick(s, 0, layer->n_log - 1);
+        fv_case_add(r, m->id, layer->log[i].position, layer->log[i].n_tokens,
+                    layer->log[i].digest + ((dice == 1) ? 1U : 0U));
+    } else if (dice == 2) {
+        fv_case_add(r, m->id, (uint64_t)pick(s, 0, (int64_t)layer->n_tokens + 3),
+                    (uint32_t)pick(s, 1, 4), 7);
+    } else {
+        uint32_t n = (pick(s, 0, 2) == 0) ? (uint32_t)pick(s, 1, 400) : 1U;
+        fv_case_add(r, m->id, layer->n_tokens, n, (uint32_t)pick(s, 1, 1 << 30));
+    }
+}
+
+static void do_submit(story_t *s)
+{
+    fv_case_request_t *r = fv_case_request((uint32_t)pick(s, 0, N_LAYERS - 1), pick(s, 0, 9) != 0);
+    int64_t n_items = pick(s, 1, 3);
+    const fv_session_t *first = NULL;
+
+    for (int64_t i = 0; i < n_items; i++) {
+        const model_session_t *m = pick_session(s, true);
+        const fv_session_t *session = (m == NULL) ? NULL : fv_sched_session(s->sched, &m->id);
+        bool fits = (first == NULL) || ((session != NULL) && (session != first) &&
+                                        (session->model_slot == first->model_slot));
+        if ((session != NULL) &&
+            (fits || (pick(s, 0, 9) == 0))) { /* seldom: a request to be refused */
+            first = (first == NULL) ? session : first;
+            add_item(s, r, m);
+        }
+    }
+    if (first == NULL) {
+        free(r);
+        return;
+    }
+    fv_case_sizes(r, fv_sched_model(s->sched, first->model_slot));
+    r->is_cancelled = pick(s, 0, 19) == 0;
+    r->request.deadline_us = (pick(s, 0, 9) == 0) ? (s->now_us + pick(s, 0, 500)) : INT64_MAX;
+    fv_sched_submit(s->sched, &r->request);
+    s->n_waiting++;
+}
+
+static model_layer_t *model_layer_of(story_t *s, const fv_session_id_t *id, uint32_t layer)
+{
+    for (int i = 0; i < N_SESSIONS_MAX; i++) {
+        if (s->sessions[i].is_open &&
+            (memcmp(s->sessions[i].id.bytes, id->bytes, sizeof(id->bytes)) == 0)) {
+            return &s->sessions[i].layers[layer];
+        }
+    }
+    return NULL;
+}
+
+/* What the model says of an item: appended, repeated, or to be refused. */
+static int expected_of_item(const model_layer_t *layer, const fv_case_request_t *r, uint32_t i)
+{
+    const fv_attend_item_t *item = &r->items[i];
+
+    if (item->position > layer->n_tokens) {
+        return FV_ERR_OUT_OF_RANGE;
+    }
+    if (!r->request.head.append || (item->position == layer->n_tokens)) {
+        return FV_OK;
+    }
+    for (uint32_t k = 0; k < layer->n_log; k++) {
+        if ((layer->log[k].position == item->position) &&
+            (layer->log[k].n_tokens == item->n_tokens) && (layer->log[k].digest == r->digests[i])) {
+            return FV_OK;
+        }
+    }
+    return FV_ERR_PRECONDITION;
+}
+
+static void check_refusal(story_t *s, fv_case_request_t *r)
+{
+    int status = r->request.error.status;
+    bool is_explained = (status == FV_ERR_EXHAUSTED) || (status == FV_ERR_NOT_FOUND) ||
+                        (status == FV_ERR_INVALID_ARG) ||
+                        ((status == FV_ERR_CANCELLED) && r->is_cancelled) ||
+                        ((status == FV_ERR_DEADLINE) && (s->now_us >= r->request.deadline_us));
+
+    for (uint32_t i = 0; (i < r->request.head.n_items) && !is_explained; i++) {
+        model_layer_t *layer = model_layer_of(s, &r->items[i].session, r->request.head.layer);
+        is_explained = (layer != NULL) && (expected_of_item(layer, r, i) == status);
+    }
+    if (!is_explained) {
+        fail_msg("refused without a reason: %s", r->request.error.text);
+    }
+    s->n_exhausted += (status == FV_ERR_EXHAUSTED) ? 1U : 0U;
+    s->n_refused++;
+}
+
+/* The ranks' part of a step; rank `broken` (or none) fails its first item. */
+static void run_ranks(story_t *s, const fv_step_plan_t *plan, uint32_t broken)
+{
+    static uint8_t zeros[1 << 20];
+
+    for (uint32_t rank = 0; rank < s->n_ranks; rank++) {
+        static fv_ctl_item_t items[256];
+        static fv_step_io_t io[256];
+        static fv_request_t *origins[256];
+        static fv_error_t errors[256];
+        fv_ctl_done_t done;
+        size_t n = 0;
+        for (fv_request_t *r = plan->joined; r != NULL; r = r->next) {
+            for (uint32_t i = 0; i < r->head.n_items; i++) {
+                fv_item_share_t share;
+                if (fv_item_share(r->spec, &r->sessions[i]->placement, &r->ctl_items[i], rank,
+                                  &share)) {
+                    assert_true(n < FV_COUNT(items));
+                    items[n] = r->ctl_items[i];
+                    io[n] = (fv_step_io_t){.q = zeros, .k = zeros, .v = zeros, .out = zeros};
+                    origins[n++] = r;
+                }
+            }
+        }
+        if (n == 0) {
+            continue;
+        }
+        memset(errors, 0, sizeof(errors));
+        assert_int_equal(fv_worker_step(s->workers[rank], items, io, n, &done, errors), FV_OK);
+        for (size_t i = 0; i < n; i++) {
+            if (errors[i].status != FV_OK) {
+                fail_msg("rank %u had to refuse: %s", rank, errors[i].text);
+            }
+        }
+        fv_sched_rank_memory(s->sched, rank, &done.memory);
+        if (rank == broken) {
+            origins[0]->error.status = FV_ERR_INTERNAL;
+        }
+    }
+}
+
+/* A request that failed on a rank is cut back on all of them, as the engine does. */
+static void undo(story_t *s, const fv_request_t *r)
+{
+    for (uint32_t i = 0; i < r->head.n_items; i++) {
+        fv_ctl_truncate_t cut = {.session_slot = r->ctl_items[i].session_slot,
+                                 .layer = r->ctl_items[i].layer,
+                                 .position = r->ctl_items[i].position};
+        if ((r->ctl_items[i].flags & FV_ITEM_APPEND) != 0) {
+            TELL(s, &r->sessions[i]->placement, fv_worker_truncate, &cut);
+        }
+    }
+}
+
+static void apply_to_model(story_t *s, const fv_case_request_t *r)
+{
+    for (uint32_t i = 0; i < r->request.head.n_items; i++) {
+        model_layer_t *layer = model_layer_of(s, &r->items[i].session, r->request.head.layer);
+        assert_non_null(layer);
+        assert_int_equal(expected_of_item(layer, r, i), FV_OK);
+        bool appends = (r->ctl_items[i].flags & FV_ITEM_APPEND) != 0;
+        assert_int_equal(appends,
+                         r->request.head.append && (r->items[i].position == layer->n_tokens));
+        if (appends) {
+            assert_true(layer->n_log < N_LOG_MAX);
+            layer->log[layer->n_log].position = r->items[i].position;
+            layer->log[layer->n_log].n_tokens = r->items[i].n_tokens;
+            layer->log[layer->n_log++].digest = r->digests[i];
+            layer->n_tokens += r->items[i].n_tokens;
+        }
+    }
+    s->n_served++;
+}
+
+static void free_list(story_t *s, fv_request_t *r)
+{
+    while (r != NULL) {
+        fv_request_t *next = r->next;
+        s->n_waiting--;
+        free(fv_case_of(r));
+        r = next;
+    }
+}
+
+static bool do_step(story_t *s)
+{
+    fv_step_plan_t plan;
+    bool fails = pick(s, 0, 19) == 0;
+
+    fv_sched_next_step(s->sched, s->now_us, fv_case_is_cancelled, &plan);
+    for (fv_request_t *r = plan.finished; r != NULL; r = r->next) {
+        check_refusal(s, fv_case_of(r));
+    }
+    run_ranks(s, &plan, fails ? (uint32_t)pick(s, 0, s->n_ranks - 1) : UINT32_MAX);
+    for (fv_request_t *r = plan.joined; r != NULL; r = r->next) {
+        if (r->error.status != FV_OK) {
+            undo(s, r);
+        } else {
+            apply_to_model(s, fv_case_of(r));
+        }
+    }
+    fv_sched_step_done(s->sched, &plan);
+    bool ran = (plan.joined != NULL) || (plan.finished != NULL);
+    free_list(s, plan.finished);
+    free_list(s, plan.joined);
+    return ran;
+}
+
+/* ------------------------------------------------------------------ stories */
+
+static void begin(story_t *s, uint64_t seed)
+{
+    memset(s, 0, sizeof(*s));
+    s->random.state = seed;
+    s->n_ranks = (uint32_t)pick(s, 1, N_RANKS_MAX);
+    s->sched = fv_case_sched(s->n_ranks, 0, 0);
+    for (uint32_t r = 0; r < s->n_ranks; r++) {
+        fv_worker_config_t config = {
+            .rank = r,
+            .n_ranks = s->n_ranks,
+            .backend = &fv_backend_null,
+            .backend_config = {.n_threads = 1, .kv_arena_bytes = (size_t)pick(s, 1, 8) << 18},
+            .exchange = &k_no_exchange,
+        };
+        assert_int_equal(fv_worker_create(&config, &s->workers[r]), FV_OK);
+        refresh(s, r);
+    }
+    for (int i = 0; i < 2; i++) {
+        static fv_ctl_model_t message;
+        fv_register_response_t response;
+        bool is_new = false;
+        s->specs[i] = fv_case_spec((i == 0) ? "small" : "large");
+        s->specs[i].n_kv_heads = (i == 0) ? 2 : 4;
+        s->specs[i].head_dim_qk = (i == 0) ? 16 : 64;
+        assert_int_equal(fv_sched_register(s->sched, &s->specs[i], &response, &is_new, &message),
+                         FV_OK);
+        memcpy(s->model_ids[i], response.model_id, FV_MODEL_ID_BYTES);
+        for (uint32_t r = 0; r < s->n_ranks; r++) {
+            assert_int_equal(fv_worker_model(s->workers[r], &message), FV_OK);
+            refresh(s, r);
+        }
+    }
+}
+
+static void end(story_t *s)
+{
+    while (do_step(s)) {
+        check_memory(s);
+    }
+    assert_int_equal(s->n_waiting, 0); /* exactly one answer each */
+    while (pick_session(s, true) != NULL) {
+        do_close(s);
+    }
+    for (uint32_t r = 0; r < s->n_ranks; r++) {
+        fv_ctl_memory_t memory;
+        fv_worker_memory(s->workers[r], &memory);
+        assert_int_equal(memory.kv_bytes_free, memory.kv_bytes_total);
+        fv_worker_destroy(s->workers[r]);
+    }
+    fv_sched_destroy(s->sched);
+}
+
+static void tell_story(story_t *s)
+{
+    for (int event = 0; event < N_EVENTS; event++) {
+        int64_t dice = pick(s, 0, 99);
+        s->now_us += pick(s, 0, 200);
+        if (dice < 8) {
+            do_open(s);
+        } else if (dice < 12) {
+            do_fork(s);
+        } else if (dice < 16) {
+            do_truncate(s);
+        } else if (dice < 20) {
+            do_close(s);
+        } else if (dice < 70) {
+            do_submit(s);
+        } else {
+            (void)do_step(s);
+        }
+        check_memory(s);
+        check_lengths(s);
+    }
+}
+
+static void test_stories(void **state)
+{
+    const char *text = getenv("FV_SIM_STORIES");
+    int n_stories = (text != NULL) ? atoi(text) : 1000;
+    uint64_t first = fv_random_seed(1);
+    uint64_t n_served = 0;
+    uint64_t n_refused = 0;
+    uint64_t n_exhausted = 0;
+    story_t *s = malloc(sizeof(*s));
+
+    (void)state;
+    assert_non_null(s);
+    if (getenv("FV_SEED") != NULL) {
+        n_stories = 1;
+    }
+    for (int i = 0; i < n_stories; i++) {
+        if ((i % 100) == 0) {
+            print_message("story %d (FV_SEED=%llu)\n", i,
+                          (unsigned long long)(first + (uint64_t)i));
+        }
+        begin(s, first + (uint64_t)i);
+        tell_story(s);
+        end(s);
+        n_served += s->n_served;
+        n_refused += s->n_refused;
+        n_exhausted += s->n_exhausted;
+    }
+    free(s);
+    print_message("%llu served, %llu refused, %llu of them for want of memory\n",
+                  (unsigned long long)n_served, (unsigned long long)n_refused,
+                  (unsigned long long)n_exhausted);
+    if (n_stories >= 100) { /* the stories must have something to tell */
+        assert_true((n_served > 1000) && (n_refused > 1000) && (n_exhausted > 10));
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_stories),
+    };
+
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
