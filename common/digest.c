@@ -10,7 +10,8 @@
 
 uint32_t fv_crc32c(uint32_t crc, const void *data, size_t n_bytes)
 {
-    unsigned char *p = (unsigned char *)(uintptr_t)data; /* ISA-L reads only, but forgot the const */
+    unsigned char *p =
+        (unsigned char *)(uintptr_t)data; /* ISA-L reads only, but forgot the const */
 
     crc = ~crc; /* crc32_iscsi leaves the customary inversions to its caller */
     while (n_bytes > 0) {

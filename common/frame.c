@@ -62,8 +62,7 @@ static void advance(struct iovec *iov, size_t n_iov, size_t *first, size_t n_byt
     }
 }
 
-fv_status_t
-fv_frame_send(int fd, const fv_frame_piece_t *pieces, size_t n_pieces, int timeout_ms)
+fv_status_t fv_frame_send(int fd, const fv_frame_piece_t *pieces, size_t n_pieces, int timeout_ms)
 {
     struct iovec iov[PIECES_MAX];
     int64_t deadline_us = deadline_of(timeout_ms);

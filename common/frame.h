@@ -24,8 +24,10 @@ typedef struct fv_frame_piece {
 } fv_frame_piece_t;
 
 /* Sends the pieces one after the other, all of them or an error. timeout_ms < 0: no limit. At most 8 pieces. */
-FV_MUST_CHECK fv_status_t
-fv_frame_send(int fd, const fv_frame_piece_t *pieces, size_t n_pieces, int timeout_ms);
+FV_MUST_CHECK fv_status_t fv_frame_send(int fd,
+                                        const fv_frame_piece_t *pieces,
+                                        size_t n_pieces,
+                                        int timeout_ms);
 
 /* Reads exactly n_bytes. timeout_ms < 0: no limit. */
 FV_MUST_CHECK fv_status_t fv_frame_read(int fd, void *out, size_t n_bytes, int timeout_ms);

@@ -49,8 +49,9 @@ void fv_log_write(fv_log_level_t level, const char *fmt, ...)
     (void)clock_gettime(CLOCK_REALTIME, &now);
     (void)localtime_r(&now.tv_sec, &tm);
     size_t n = strftime(line, sizeof(line), "%H:%M:%S", &tm);
-    n += (size_t)snprintf(line + n, sizeof(line) - n, ".%03ld %-5s rank %d %s: ",
-                          now.tv_nsec / 1000000, k_names[level], g_rank, t_thread);
+    n += (size_t)snprintf(line + n, sizeof(line) - n,
+                          ".%03ld %-5s rank %d %s: ", now.tv_nsec / 1000000, k_names[level], g_rank,
+                          t_thread);
     va_start(ap, fmt);
     int m = vsnprintf(line + n, sizeof(line) - n - 1U, fmt, ap);
     va_end(ap);

@@ -28,11 +28,11 @@ void fv_log_thread_name(const char *name); /* of the calling thread; keeps the p
 __attribute__((format(printf, 2, 3))) void fv_log_write(fv_log_level_t level, const char *fmt, ...);
 
 /* The level test is inline: a silent level costs one load and a branch. */
-#define fv_log(level, ...)                   \
-    do {                                     \
-        if ((level) <= fv_log_level_now) {   \
+#define fv_log(level, ...)                      \
+    do {                                        \
+        if ((level) <= fv_log_level_now) {      \
             fv_log_write((level), __VA_ARGS__); \
-        }                                    \
+        }                                       \
     } while (0)
 #define fv_error(...) fv_log(FV_LOG_ERROR, __VA_ARGS__)
 #define fv_warn(...)  fv_log(FV_LOG_WARN, __VA_ARGS__)

@@ -58,15 +58,15 @@ typedef struct fv_sharding {
 typedef struct fv_model_spec {
     char name[FV_MODEL_NAME_BYTES];
     int32_t n_layers;
-    int32_t n_q_heads;     /* Hq */
-    int32_t n_kv_heads;    /* Hkv */
-    int32_t head_dim_qk;   /* dk */
-    int32_t head_dim_v;    /* dv, resolved */
-    int32_t kv_dtype;      /* fv_dtype_t of the cache */
-    float softmax_scale;   /* resolved: never 0 */
-    float logit_softcap;   /* 0 = off */
-    int32_t kind;          /* fv_model_kind_t */
-    int32_t n_policies;    /* >= 1; policies[0] is dense */
+    int32_t n_q_heads;   /* Hq */
+    int32_t n_kv_heads;  /* Hkv */
+    int32_t head_dim_qk; /* dk */
+    int32_t head_dim_v;  /* dv, resolved */
+    int32_t kv_dtype;    /* fv_dtype_t of the cache */
+    float softmax_scale; /* resolved: never 0 */
+    float logit_softcap; /* 0 = off */
+    int32_t kind;        /* fv_model_kind_t */
+    int32_t n_policies;  /* >= 1; policies[0] is dense */
     fv_policy_t policies[FV_POLICIES_MAX];
     uint8_t layer_policy[FV_LAYERS_MAX]; /* index into policies */
     fv_sharding_t sharding;

@@ -17,30 +17,30 @@ extern "C" {
  * no table (fv_status_grpc()); values below -100 are the inside's own and reach clients as UNAVAILABLE
  * (worker or cluster lost) or INTERNAL.
  */
-#define FV_STATUS_LIST(X)                                           \
-    X(FV_OK, 0, "ok")                                               \
-    X(FV_INPROGRESS, 1, "in progress")                              \
-    X(FV_ERR_CANCELLED, -1, "cancelled")                            \
-    X(FV_ERR_UNKNOWN, -2, "unknown")                                \
-    X(FV_ERR_INVALID_ARG, -3, "invalid argument")                   \
-    X(FV_ERR_DEADLINE, -4, "deadline exceeded")                     \
-    X(FV_ERR_NOT_FOUND, -5, "not found")                            \
-    X(FV_ERR_ALREADY_EXISTS, -6, "already exists")                  \
-    X(FV_ERR_PERMISSION, -7, "permission denied")                   \
-    X(FV_ERR_EXHAUSTED, -8, "resource exhausted")                   \
-    X(FV_ERR_PRECONDITION, -9, "failed precondition")               \
-    X(FV_ERR_ABORTED, -10, "aborted")                               \
-    X(FV_ERR_OUT_OF_RANGE, -11, "out of range")                     \
-    X(FV_ERR_UNIMPLEMENTED, -12, "unimplemented")                   \
-    X(FV_ERR_INTERNAL, -13, "internal")                             \
-    X(FV_ERR_UNAVAILABLE, -14, "unavailable")                       \
-    X(FV_ERR_DATA_LOSS, -15, "data loss")                           \
-    X(FV_ERR_UNAUTHENTICATED, -16, "unauthenticated")               \
-    X(FV_ERR_NO_MEMORY, -101, "out of host memory")                 \
-    X(FV_ERR_SYSTEM, -102, "system call failed")                    \
-    X(FV_ERR_MPI, -103, "MPI error")                                \
-    X(FV_ERR_RANK_LOST, -104, "a rank was lost")                    \
-    X(FV_ERR_TIMED_OUT, -105, "a rank did not answer in time")      \
+#define FV_STATUS_LIST(X)                                      \
+    X(FV_OK, 0, "ok")                                          \
+    X(FV_INPROGRESS, 1, "in progress")                         \
+    X(FV_ERR_CANCELLED, -1, "cancelled")                       \
+    X(FV_ERR_UNKNOWN, -2, "unknown")                           \
+    X(FV_ERR_INVALID_ARG, -3, "invalid argument")              \
+    X(FV_ERR_DEADLINE, -4, "deadline exceeded")                \
+    X(FV_ERR_NOT_FOUND, -5, "not found")                       \
+    X(FV_ERR_ALREADY_EXISTS, -6, "already exists")             \
+    X(FV_ERR_PERMISSION, -7, "permission denied")              \
+    X(FV_ERR_EXHAUSTED, -8, "resource exhausted")              \
+    X(FV_ERR_PRECONDITION, -9, "failed precondition")          \
+    X(FV_ERR_ABORTED, -10, "aborted")                          \
+    X(FV_ERR_OUT_OF_RANGE, -11, "out of range")                \
+    X(FV_ERR_UNIMPLEMENTED, -12, "unimplemented")              \
+    X(FV_ERR_INTERNAL, -13, "internal")                        \
+    X(FV_ERR_UNAVAILABLE, -14, "unavailable")                  \
+    X(FV_ERR_DATA_LOSS, -15, "data loss")                      \
+    X(FV_ERR_UNAUTHENTICATED, -16, "unauthenticated")          \
+    X(FV_ERR_NO_MEMORY, -101, "out of host memory")            \
+    X(FV_ERR_SYSTEM, -102, "system call failed")               \
+    X(FV_ERR_MPI, -103, "MPI error")                           \
+    X(FV_ERR_RANK_LOST, -104, "a rank was lost")               \
+    X(FV_ERR_TIMED_OUT, -105, "a rank did not answer in time") \
     X(FV_ERR_PROTOCOL, -106, "bad message between coordinator and worker")
 
 typedef enum fv_status {

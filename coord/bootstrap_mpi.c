@@ -3,16 +3,16 @@
  */
 #define _GNU_SOURCE /* accept4 */
 
-#include "coord/bootstrap.h"
-
 #include "common/clock.h"
 #include "common/frame.h"
 #include "common/log.h"
+#include "coord/bootstrap.h"
+
+#include <mpi.h>
 
 #include <arpa/inet.h>
 #include <errno.h>
 #include <ifaddrs.h>
-#include <mpi.h>
 #include <net/if.h>
 #include <netdb.h>
 #include <netinet/in.h>
@@ -116,7 +116,8 @@ static fv_status_t choose_address(bool one_host, const char *control_address, fv
     }
     struct sockaddr_un *un = (struct sockaddr_un *)(void *)&out->address;
     un->sun_family = AF_UNIX;
-    memcpy(&tag, out->secret, sizeof(tag)); /* abstract: no file to leave behind; the name need only be unique */
+    memcpy(&tag, out->secret,
+           sizeof(tag)); /* abstract: no file to leave behind; the name need only be unique */
     int n = snprintf(un->sun_path + 1, sizeof(un->sun_path) - 1U, "fovea-%d-%08llx", (int)getpid(),
                      (tag * 0x9E3779B97F4A7C15ULL) >> 32);
     out->address_bytes = (uint32_t)(offsetof(struct sockaddr_un, sun_path) + 1U + (size_t)n);
@@ -157,9 +158,9 @@ static void tune(int fd, int family)
     static const struct {
         int level, option, value;
     } k_options[] = {
-        {IPPROTO_TCP, TCP_NODELAY, 1},     {SOL_SOCKET, SO_KEEPALIVE, 1},
-        {IPPROTO_TCP, TCP_KEEPIDLE, 1},    {IPPROTO_TCP, TCP_KEEPINTVL, 1},
-        {IPPROTO_TCP, TCP_KEEPCNT, 3},     {IPPROTO_TCP, TCP_USER_TIMEOUT, 4000},
+        {IPPROTO_TCP, TCP_NODELAY, 1},  {SOL_SOCKET, SO_KEEPALIVE, 1},
+        {IPPROTO_TCP, TCP_KEEPIDLE, 1}, {IPPROTO_TCP, TCP_KEEPINTVL, 1},
+        {IPPROTO_TCP, TCP_KEEPCNT, 3},  {IPPROTO_TCP, TCP_USER_TIMEOUT, 4000},
     };
 
     if (family == AF_UNIX) {
@@ -208,8 +209,12 @@ static fv_status_t missing_ranks(const int *fds, uint32_t n_ranks)
                    JOIN_TIMEOUT_MS / 1000, text);
 }
 
-static fv_status_t accept_all(int listen_fd, const fv_meeting_t *meeting, uint32_t epoch,
-                              uint32_t n_ranks, int *fds, fv_ctl_hello_t *hellos)
+static fv_status_t accept_all(int listen_fd,
+                              const fv_meeting_t *meeting,
+                              uint32_t epoch,
+                              uint32_t n_ranks,
+                              int *fds,
+                              fv_ctl_hello_t *hellos)
 {
     int64_t deadline_us = fv_clock_us() + (int64_t)JOIN_TIMEOUT_MS * 1000;
     fv_ctl_hello_t hello;
@@ -239,14 +244,12 @@ static fv_status_t accept_all(int listen_fd, const fv_meeting_t *meeting, uint32
     return FV_OK;
 }
 
-static fv_status_t connect_to(const fv_meeting_t *meeting, uint32_t epoch,
-                              const fv_ctl_hello_t *hello, int *out_fd)
+static fv_status_t
+connect_to(const fv_meeting_t *meeting, uint32_t epoch, const fv_ctl_hello_t *hello, int *out_fd)
 {
     int fd = socket(meeting->address.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    fv_ctl_header_t header = {.magic = FV_CTL_MAGIC,
-                              .type = FV_CTL_HELLO,
-                              .epoch = epoch,
-                              .body_bytes = sizeof(*hello)};
+    fv_ctl_header_t header = {
+        .magic = FV_CTL_MAGIC, .type = FV_CTL_HELLO, .epoch = epoch, .body_bytes = sizeof(*hello)};
     fv_frame_piece_t pieces[2] = {{&header, sizeof(header)}, {hello, sizeof(*hello)}};
 
     if (fd < 0) {
@@ -269,8 +272,8 @@ static fv_status_t connect_to(const fv_meeting_t *meeting, uint32_t epoch,
 
 /* ------------------------------------------------------------------ both sides */
 
-static fv_status_t open_meeting(bool one_host, const char *control_address, fv_meeting_t *meeting,
-                                int *listen_fd)
+static fv_status_t
+open_meeting(bool one_host, const char *control_address, fv_meeting_t *meeting, int *listen_fd)
 {
     if (getrandom(meeting->secret, FV_SECRET_BYTES, 0) != FV_SECRET_BYTES) {
         return system_error("getrandom");

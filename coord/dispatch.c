@@ -160,8 +160,11 @@ typedef struct fv_item_place {
     fv_item_share_t share;
 } fv_item_place_t;
 
-static fv_rows_t rows_of(const fv_item_place_t *at, const uint8_t *base, int32_t n_heads,
-                         int32_t heads_per_kv, int32_t dim)
+static fv_rows_t rows_of(const fv_item_place_t *at,
+                         const uint8_t *base,
+                         int32_t n_heads,
+                         int32_t heads_per_kv,
+                         int32_t dim)
 {
     size_t head_bytes = (size_t)dim * fv_dtype_bytes(at->request->head.dtype);
     fv_rows_t rows = {
@@ -203,8 +206,8 @@ static fv_status_t list_inputs(fv_dispatch_t *d, const fv_item_place_t *at, fv_r
 }
 
 /* Merged rows [row_begin, row_end) of elements of row_bytes: contiguous within a token's local heads. */
-static fv_status_t list_output_rows(const fv_item_place_t *at, fv_rank_work_t *work, uint8_t *base,
-                                    size_t row_bytes)
+static fv_status_t
+list_output_rows(const fv_item_place_t *at, fv_rank_work_t *work, uint8_t *base, size_t row_bytes)
 {
     const fv_model_spec_t *spec = at->request->spec;
     uint64_t group = (uint64_t)fv_model_group(spec);
@@ -233,13 +236,12 @@ static fv_status_t list_outputs(fv_dispatch_t *d, const fv_item_place_t *at, fv_
     size_t e = fv_dtype_bytes(at->request->head.dtype);
     const fv_item_share_t *share = &at->share;
 
-    FV_RETURN_IF_ERR(list_output_rows(at, work, at->tensors->out,
-                                      (size_t)at->request->spec->head_dim_v * e));
+    FV_RETURN_IF_ERR(
+        list_output_rows(at, work, at->tensors->out, (size_t)at->request->spec->head_dim_v * e));
     FV_RETURN_IF_ERR(add_output(work, next_pad(d),
                                 fv_align_up(share->out_bytes, FV_STEP_ALIGN) - share->out_bytes));
     if (share->lse_bytes > 0) {
-        FV_RETURN_IF_ERR(
-            list_output_rows(at, work, (uint8_t *)at->tensors->lse, sizeof(float)));
+        FV_RETURN_IF_ERR(list_output_rows(at, work, (uint8_t *)at->tensors->lse, sizeof(float)));
     }
     return add_output(work, next_pad(d),
                       fv_align_up(share->lse_bytes, FV_STEP_ALIGN) - share->lse_bytes);
@@ -277,7 +279,8 @@ static fv_step_io_t view_of(const fv_item_place_t *at)
 static fv_status_t
 add_item(fv_dispatch_t *d, fv_request_t *request, uint32_t i, fv_item_place_t *at)
 {
-    for (int32_t cell = 0; cell < at->placement->n_head_parts * at->placement->n_ctx_parts; cell++) {
+    for (int32_t cell = 0; cell < at->placement->n_head_parts * at->placement->n_ctx_parts;
+         cell++) {
         uint32_t rank = at->placement->ranks[cell];
         fv_rank_work_t *work = &d->works[rank];
         if (!fv_item_share(request->spec, at->placement, at->item, rank, &at->share)) {

@@ -35,7 +35,8 @@ typedef struct fv_rank_work {
     fv_error_t *errors; /* of the items, filled when the rank answers */
     size_t n_items, items_cap;
     fv_step_io_t *io; /* the coordinator's own rank: unpacked views */
-    fv_segment_t *inputs, *outputs; /* the other ranks: packed order (proto/step.h), pads included */
+    fv_segment_t *inputs,
+        *outputs; /* the other ranks: packed order (proto/step.h), pads included */
     size_t n_inputs, inputs_cap, n_outputs, outputs_cap;
     size_t in_bytes, out_bytes;
 } fv_rank_work_t;
@@ -43,16 +44,19 @@ typedef struct fv_rank_work {
 typedef struct fv_dispatch fv_dispatch_t;
 
 /* own_rank: the rank whose work gets unpacked views instead of segments. */
-FV_MUST_CHECK fv_status_t fv_dispatch_create(uint32_t n_ranks, uint32_t own_rank, fv_dispatch_t **out);
+FV_MUST_CHECK fv_status_t fv_dispatch_create(uint32_t n_ranks,
+                                             uint32_t own_rank,
+                                             fv_dispatch_t **out);
 void fv_dispatch_destroy(fv_dispatch_t *dispatch);
 
 /*
  * Builds every rank's work for the joined requests. tensors_of(request) says where a request's tensors lie.
  * Errors: FV_ERR_NO_MEMORY.
  */
-FV_MUST_CHECK fv_status_t fv_dispatch_build(fv_dispatch_t *dispatch,
-                                            const fv_step_plan_t *plan,
-                                            const fv_tensors_t *(*tensors_of)(fv_request_t *request));
+FV_MUST_CHECK fv_status_t
+fv_dispatch_build(fv_dispatch_t *dispatch,
+                  const fv_step_plan_t *plan,
+                  const fv_tensors_t *(*tensors_of)(fv_request_t *request));
 
 /* The ranks with work in the last build, ascending; and their work. */
 size_t fv_dispatch_ranks(const fv_dispatch_t *dispatch, const uint32_t **out);

@@ -78,9 +78,8 @@ void fv_engine_destroy(fv_engine_t *engine)
 
 fv_rpc_handlers_t fv_engine_handlers(fv_engine_t *engine)
 {
-    return (fv_rpc_handlers_t){.ctx = engine,
-                               .on_message = fv_engine_on_message,
-                               .on_closed = fv_engine_on_closed};
+    return (fv_rpc_handlers_t){
+        .ctx = engine, .on_message = fv_engine_on_message, .on_closed = fv_engine_on_closed};
 }
 
 /* ------------------------------------------------------------------ drain */

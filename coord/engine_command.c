@@ -65,8 +65,11 @@ static uint32_t rank_at(const fv_placement_t *placement, uint32_t i)
     return (placement == NULL) ? i : placement->ranks[i];
 }
 
-fv_status_t fv_engine_broadcast(fv_engine_t *engine, const fv_placement_t *placement,
-                                fv_ctl_type_t type, const void *body, size_t n_bytes,
+fv_status_t fv_engine_broadcast(fv_engine_t *engine,
+                                const fv_placement_t *placement,
+                                fv_ctl_type_t type,
+                                const void *body,
+                                size_t n_bytes,
                                 fv_error_t *out_refusal)
 {
     uint32_t n = rank_count(engine, placement);
@@ -156,8 +159,8 @@ static fv_status_t do_register(fv_engine_t *engine, const fv_entry_t *entry)
         fv_info("model %s \"%s\": %d layers, %d/%d heads, d %d/%d, %s cache", response.model_id,
                 spec.name, spec.n_layers, spec.n_q_heads, spec.n_kv_heads, spec.head_dim_qk,
                 spec.head_dim_v, fv_dtype_str(spec.kv_dtype));
-        FV_RETURN_IF_ERR(fv_engine_broadcast(engine, NULL, FV_CTL_MODEL, &message,
-                                             sizeof(message), &refusal));
+        FV_RETURN_IF_ERR(
+            fv_engine_broadcast(engine, NULL, FV_CTL_MODEL, &message, sizeof(message), &refusal));
         if (refusal.status != FV_OK) { /* ranks and coordinator no longer agree: not to be served */
             return fv_fail(FV_ERR_INTERNAL, "a rank refused a model: %s", refusal.text);
         }
@@ -181,8 +184,10 @@ static fv_status_t take_back(fv_engine_t *engine, const fv_session_id_t *id)
                                &ignored);
 }
 
-static fv_status_t finish_new_session(fv_engine_t *engine, const fv_entry_t *entry,
-                                      const fv_session_id_t *id, const fv_error_t *refusal,
+static fv_status_t finish_new_session(fv_engine_t *engine,
+                                      const fv_entry_t *entry,
+                                      const fv_session_id_t *id,
+                                      const fv_error_t *refusal,
                                       fv_status_t (*encode)(const fv_session_id_t *, fv_bytes_t *))
 {
     fv_bytes_t bytes = {0};
@@ -243,15 +248,15 @@ static fv_status_t do_fork(fv_engine_t *engine, const fv_entry_t *entry)
     }
     if (status == FV_OK) {
         status = fv_sched_fork(engine->sched, &request.session,
-                               request.has_position ? request.position : UINT64_MAX, &id,
-                               unix_ms(), &message, &placement);
+                               request.has_position ? request.position : UINT64_MAX, &id, unix_ms(),
+                               &message, &placement);
     }
     if (status != FV_OK) {
         fv_reply_error(entry->call, status);
         return FV_OK;
     }
-    FV_RETURN_IF_ERR(fv_engine_broadcast(engine, &placement, FV_CTL_FORK, &message,
-                                         sizeof(message), &refusal));
+    FV_RETURN_IF_ERR(
+        fv_engine_broadcast(engine, &placement, FV_CTL_FORK, &message, sizeof(message), &refusal));
     return finish_new_session(engine, entry, &id, &refusal, fv_wire_fork_response_encode);
 }
 
@@ -295,8 +300,8 @@ static fv_status_t do_close(fv_engine_t *engine, const fv_entry_t *entry)
         fv_reply_error(entry->call, status);
         return FV_OK;
     }
-    FV_RETURN_IF_ERR(fv_engine_broadcast(engine, &placement, FV_CTL_CLOSE, &message,
-                                         sizeof(message), &refusal));
+    FV_RETURN_IF_ERR(
+        fv_engine_broadcast(engine, &placement, FV_CTL_CLOSE, &message, sizeof(message), &refusal));
     if (refusal.status != FV_OK) {
         return fv_fail(FV_ERR_INTERNAL, "a rank refused to close a session: %s", refusal.text);
     }
@@ -304,8 +309,8 @@ static fv_status_t do_close(fv_engine_t *engine, const fv_entry_t *entry)
     return FV_OK;
 }
 
-static fv_status_t known_session(const fv_engine_t *engine, const fv_session_id_t *id,
-                                 const fv_session_t **out)
+static fv_status_t
+known_session(const fv_engine_t *engine, const fv_session_id_t *id, const fv_session_t **out)
 {
     *out = fv_sched_session(engine->sched, id);
     if (*out == NULL) {
@@ -339,15 +344,16 @@ static fv_status_t do_get(fv_engine_t *engine, const fv_entry_t *entry)
 }
 
 /* The page token is the opened_seq of the last session shown, in decimal. */
-static fv_status_t list_sessions(fv_engine_t *engine, const fv_list_request_t *request,
-                                 fv_list_response_t *out)
+static fv_status_t
+list_sessions(fv_engine_t *engine, const fv_list_request_t *request, fv_list_response_t *out)
 {
     char *end = NULL;
     uint64_t after = strtoull(request->page_token, &end, 10);
     uint32_t page_size = (request->page_size == 0) ? LIST_DEFAULT : request->page_size;
 
     if ((*end != '\0') || (request->page_size > LIST_MAX)) {
-        return fv_fail(FV_ERR_INVALID_ARG, "%s: given \"%s\" and %u, expected a next_page_token and 0..%u",
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "%s: given \"%s\" and %u, expected a next_page_token and 0..%u",
                        (*end != '\0') ? "page_token" : "page_size", request->page_token,
                        request->page_size, LIST_MAX);
     }

@@ -63,8 +63,11 @@ void fv_job_release(fv_job_t *job)
 
 /* ------------------------------------------------------------------ small RPCs */
 
-static void take_small(fv_engine_t *engine, fv_call_t *call, fv_method_t method,
-                       const fv_span_t *spans, size_t n_spans)
+static void take_small(fv_engine_t *engine,
+                       fv_call_t *call,
+                       fv_method_t method,
+                       const fv_span_t *spans,
+                       size_t n_spans)
 {
     size_t n_bytes = 0;
     void *memory = NULL;
@@ -72,7 +75,8 @@ static void take_small(fv_engine_t *engine, fv_call_t *call, fv_method_t method,
     for (size_t i = 0; i < n_spans; i++) {
         n_bytes += spans[i].n_bytes;
     }
-    fv_status_t status = fv_staging_take(engine->staging, sizeof(fv_entry_t) + n_bytes, false, &memory);
+    fv_status_t status =
+        fv_staging_take(engine->staging, sizeof(fv_entry_t) + n_bytes, false, &memory);
     if (status != FV_OK) {
         fv_reply_error(call, status);
         return;
@@ -119,8 +123,11 @@ static fv_job_layout_t layout_of(const fv_attend_request_t *head)
  * crc32c of each item's K then V bytes. Sizes are not checked against a model yet: an item's slice is its share of
  * the tokens; when that does not come out even, the request will be refused for its sizes and the digest is not used.
  */
-static void take_digests(const fv_attend_request_t *head, const fv_attend_item_t *items,
-                         const uint8_t *k, const uint8_t *v, uint32_t *digests)
+static void take_digests(const fv_attend_request_t *head,
+                         const fv_attend_item_t *items,
+                         const uint8_t *k,
+                         const uint8_t *v,
+                         uint32_t *digests)
 {
     size_t k_token = head->k.n_bytes / head->n_tokens;
     size_t v_token = head->v.n_bytes / head->n_tokens;
@@ -133,8 +140,12 @@ static void take_digests(const fv_attend_request_t *head, const fv_attend_item_t
     }
 }
 
-static void take_attend(fv_engine_t *engine, fv_call_t *call, fv_method_t method,
-                        const fv_span_t *spans, size_t n_spans, int64_t received_us,
+static void take_attend(fv_engine_t *engine,
+                        fv_call_t *call,
+                        fv_method_t method,
+                        const fv_span_t *spans,
+                        size_t n_spans,
+                        int64_t received_us,
                         int64_t deadline_us)
 {
     fv_attend_request_t head = {0};
@@ -177,8 +188,13 @@ static void take_attend(fv_engine_t *engine, fv_call_t *call, fv_method_t method
     push(engine, &job->entry);
 }
 
-void fv_engine_on_message(void *ctx, fv_call_t *call, fv_method_t method, const fv_span_t *spans,
-                          size_t n_spans, int64_t received_us, int64_t deadline_us)
+void fv_engine_on_message(void *ctx,
+                          fv_call_t *call,
+                          fv_method_t method,
+                          const fv_span_t *spans,
+                          size_t n_spans,
+                          int64_t received_us,
+                          int64_t deadline_us)
 {
     fv_engine_t *engine = ctx;
     bool is_attend = (method == FV_METHOD_ATTEND) || (method == FV_METHOD_ATTEND_ONCE);

@@ -16,7 +16,7 @@ typedef struct fv_entry {
     struct fv_entry *next;
     fv_call_t *call; /* one reference held */
     fv_method_t method;
-    size_t n_bytes;  /* small RPC: its message follows the entry */
+    size_t n_bytes; /* small RPC: its message follows the entry */
 } fv_entry_t;
 
 /* An AttendRequest in staging: this struct, its item arrays, then q, k, v, each aligned. */
@@ -65,8 +65,13 @@ struct fv_engine {
 };
 
 /* engine_inbox.c */
-void fv_engine_on_message(void *ctx, fv_call_t *call, fv_method_t method, const fv_span_t *spans,
-                          size_t n_spans, int64_t received_us, int64_t deadline_us);
+void fv_engine_on_message(void *ctx,
+                          fv_call_t *call,
+                          fv_method_t method,
+                          const fv_span_t *spans,
+                          size_t n_spans,
+                          int64_t received_us,
+                          int64_t deadline_us);
 void fv_engine_on_closed(void *ctx, fv_call_t *call);
 fv_entry_t *fv_engine_take_inbox(fv_engine_t *engine); /* oldest first, NULL when empty */
 void fv_entry_release(fv_entry_t *entry);
@@ -77,7 +82,7 @@ static inline fv_job_t *fv_job_of(fv_request_t *request)
 }
 
 /* engine_reply.c */
-void fv_reply_bytes(fv_call_t *call, fv_bytes_t *bytes); /* takes bytes */
+void fv_reply_bytes(fv_call_t *call, fv_bytes_t *bytes);  /* takes bytes */
 void fv_reply_error(fv_call_t *call, fv_status_t status); /* with this thread's error text */
 /* Answers an attend job with its results or its error, and releases it. */
 void fv_reply_job(fv_engine_t *engine, fv_job_t *job, int64_t now_us);
@@ -90,8 +95,11 @@ FV_MUST_CHECK fv_status_t fv_engine_step(fv_engine_t *engine, bool *out_ran);
 /* engine_command.c: answers one small RPC. An error ends the service. */
 FV_MUST_CHECK fv_status_t fv_engine_command(fv_engine_t *engine, fv_entry_t *entry);
 /* Sends a command to the ranks of a placement (NULL: all) and waits for their DONE. */
-FV_MUST_CHECK fv_status_t fv_engine_broadcast(fv_engine_t *engine, const fv_placement_t *placement,
-                                              fv_ctl_type_t type, const void *body, size_t n_bytes,
+FV_MUST_CHECK fv_status_t fv_engine_broadcast(fv_engine_t *engine,
+                                              const fv_placement_t *placement,
+                                              fv_ctl_type_t type,
+                                              const void *body,
+                                              size_t n_bytes,
                                               fv_error_t *out_refusal);
 
 /* Sends the status to the watchers that are due; when the next one is (INT64_MAX: none). */
@@ -102,9 +110,11 @@ void fv_engine_begin_drain(fv_engine_t *engine, uint32_t timeout_ms);
 
 /* engine_view.c */
 FV_MUST_CHECK fv_status_t fv_engine_status(fv_engine_t *engine, fv_cluster_status_t *out);
-FV_MUST_CHECK fv_status_t fv_engine_session_info(fv_engine_t *engine, const fv_session_t *session,
+FV_MUST_CHECK fv_status_t fv_engine_session_info(fv_engine_t *engine,
+                                                 const fv_session_t *session,
                                                  fv_session_info_t *out);
-FV_MUST_CHECK fv_status_t fv_engine_placement(fv_engine_t *engine, const fv_session_t *session,
+FV_MUST_CHECK fv_status_t fv_engine_placement(fv_engine_t *engine,
+                                              const fv_session_t *session,
                                               fv_placement_info_t *out);
 
 #endif /* FV_COORD_ENGINE_INTERNAL_H */

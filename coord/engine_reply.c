@@ -32,8 +32,11 @@ void fv_reply_error(fv_call_t *call, fv_status_t status)
 }
 
 /* A failure: on a stream it is a message of its own and the stream goes on; a unary call ends with it. */
-static void reply_failure(fv_call_t *call, fv_method_t method, uint64_t request_id,
-                          const fv_error_t *error, const fv_timings_t *timings)
+static void reply_failure(fv_call_t *call,
+                          fv_method_t method,
+                          uint64_t request_id,
+                          const fv_error_t *error,
+                          const fv_timings_t *timings)
 {
     uint8_t head[FV_WIRE_HEAD_BYTES];
     size_t n_before_lse = 0;
@@ -85,8 +88,7 @@ static void reply_results(fv_job_t *job)
                                          .arg = job->tensors.lse};
         job->tensors.lse = NULL; /* lent */
     }
-    pieces[n++] =
-        (fv_reply_piece_t){.data = head + n_before_lse, .n_bytes = n_head - n_before_lse};
+    pieces[n++] = (fv_reply_piece_t){.data = head + n_before_lse, .n_bytes = n_head - n_before_lse};
     pieces[n++] = (fv_reply_piece_t){.data = job->tensors.out,
                                      .n_bytes = job->out_bytes,
                                      .release = fv_staging_give,

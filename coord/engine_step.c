@@ -181,8 +181,7 @@ static fv_status_t undo_failed(fv_engine_t *engine, const fv_step_plan_t *plan)
                                      .position = r->ctl_items[i].position};
             if ((r->ctl_items[i].flags & FV_ITEM_APPEND) != 0) {
                 FV_RETURN_IF_ERR(fv_engine_broadcast(engine, &r->sessions[i]->placement,
-                                                     FV_CTL_TRUNCATE, &cut, sizeof(cut),
-                                                     &refusal));
+                                                     FV_CTL_TRUNCATE, &cut, sizeof(cut), &refusal));
             }
         }
     }

@@ -65,8 +65,8 @@ fv_status_t fv_engine_status(fv_engine_t *engine, fv_cluster_status_t *out)
     return FV_OK;
 }
 
-fv_status_t fv_engine_session_info(fv_engine_t *engine, const fv_session_t *session,
-                                   fv_session_info_t *out)
+fv_status_t
+fv_engine_session_info(fv_engine_t *engine, const fv_session_t *session, fv_session_info_t *out)
 {
     const fv_placement_t *p = &session->placement;
     fv_session_info_t info = {
@@ -95,8 +95,8 @@ fv_status_t fv_engine_session_info(fv_engine_t *engine, const fv_session_t *sess
 }
 
 /* The blocks of the longest layer that context part cp owns. */
-static void list_ranges(const fv_placement_t *p, int32_t cp, uint64_t n_tokens,
-                        fv_placement_share_t *share)
+static void
+list_ranges(const fv_placement_t *p, int32_t cp, uint64_t n_tokens, fv_placement_share_t *share)
 {
     uint64_t begin = (p->n_ctx_parts == 1) ? 0 : ((uint64_t)cp * p->shard_tokens);
     uint64_t stride = (uint64_t)p->n_ctx_parts * p->shard_tokens;
@@ -113,7 +113,9 @@ static void list_ranges(const fv_placement_t *p, int32_t cp, uint64_t n_tokens,
     }
 }
 
-static void fill_share(const fv_engine_t *engine, const fv_session_t *session, int32_t cell,
+static void fill_share(const fv_engine_t *engine,
+                       const fv_session_t *session,
+                       int32_t cell,
                        fv_placement_share_t *out)
 {
     const fv_placement_t *p = &session->placement;
@@ -141,8 +143,8 @@ static const char *mode_of(const fv_placement_t *p)
     return (p->n_head_parts > 1) ? "heads" : ((p->n_ctx_parts > 1) ? "context" : "one rank");
 }
 
-fv_status_t fv_engine_placement(fv_engine_t *engine, const fv_session_t *session,
-                                fv_placement_info_t *out)
+fv_status_t
+fv_engine_placement(fv_engine_t *engine, const fv_session_t *session, fv_placement_info_t *out)
 {
     const fv_placement_t *p = &session->placement;
     fv_placement_info_t info = {

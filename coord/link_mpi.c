@@ -3,14 +3,14 @@
  */
 #define _GNU_SOURCE /* POLLRDHUP */
 
-#include "coord/link.h"
-
 #include "common/clock.h"
 #include "common/frame.h"
 #include "common/log.h"
+#include "coord/link.h"
+
+#include <mpi.h>
 
 #include <limits.h>
-#include <mpi.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,7 +28,7 @@ struct fv_link {
     MPI_Comm comm;
     uint32_t n_ranks, epoch, deadline_ms;
     uint64_t next_seq;
-    fv_peer_t *peers; /* [n_ranks] */
+    fv_peer_t *peers;     /* [n_ranks] */
     struct pollfd *watch; /* [n_ranks], fd -1 for the coordinator itself */
     /* scratch of one datatype */
     int *lengths;
@@ -120,8 +120,11 @@ bool fv_link_is_broken(void *link)
 
 /* ------------------------------------------------------------------ control messages */
 
-static fv_status_t send_message(fv_link_t *link, uint32_t rank, fv_ctl_type_t type,
-                                const fv_frame_piece_t *body, size_t n_body)
+static fv_status_t send_message(fv_link_t *link,
+                                uint32_t rank,
+                                fv_ctl_type_t type,
+                                const fv_frame_piece_t *body,
+                                size_t n_body)
 {
     fv_frame_piece_t pieces[4];
     size_t body_bytes = 0;
@@ -174,8 +177,7 @@ static fv_status_t wait_readable(fv_link_t *link, uint32_t rank, int64_t deadlin
 
 static fv_status_t read_from(fv_link_t *link, uint32_t rank, void *out, size_t n_bytes)
 {
-    fv_status_t status =
-        fv_frame_read(link->peers[rank].fd, out, n_bytes, (int)link->deadline_ms);
+    fv_status_t status = fv_frame_read(link->peers[rank].fd, out, n_bytes, (int)link->deadline_ms);
 
     if (status == FV_ERR_RANK_LOST) {
         return fv_fail(status, "rank %u is gone: its control socket closed", rank);
@@ -183,8 +185,11 @@ static fv_status_t read_from(fv_link_t *link, uint32_t rank, void *out, size_t n
     return status;
 }
 
-static fv_status_t read_done(fv_link_t *link, uint32_t rank, fv_ctl_done_t *out,
-                             fv_error_t *item_errors, size_t n_items)
+static fv_status_t read_done(fv_link_t *link,
+                             uint32_t rank,
+                             fv_ctl_done_t *out,
+                             fv_error_t *item_errors,
+                             size_t n_items)
 {
     fv_ctl_header_t header;
     int64_t deadline_us = fv_clock_us() + (int64_t)link->deadline_ms * 1000;
@@ -216,8 +221,7 @@ fv_status_t fv_link_wait_done(fv_link_t *link, uint32_t rank, fv_ctl_done_t *out
 void fv_link_stop(fv_link_t *link)
 {
     for (uint32_t r = 0; r < link->n_ranks; r++) {
-        if ((link->peers[r].fd >= 0) &&
-            (send_message(link, r, FV_CTL_STOP, NULL, 0) != FV_OK)) {
+        if ((link->peers[r].fd >= 0) && (send_message(link, r, FV_CTL_STOP, NULL, 0) != FV_OK)) {
             fv_warn("stop: %s", fv_error_context());
         }
     }
@@ -274,7 +278,8 @@ make_type(fv_link_t *link, const fv_segment_t *segments, size_t n_segments, MPI_
         link->lengths[i] = (int)segments[i].n_bytes;
         (void)MPI_Get_address(segments[i].data, &link->addresses[i]);
     }
-    int rc = MPI_Type_create_hindexed((int)n_segments, link->lengths, link->addresses, MPI_BYTE, out);
+    int rc =
+        MPI_Type_create_hindexed((int)n_segments, link->lengths, link->addresses, MPI_BYTE, out);
     if (rc == MPI_SUCCESS) {
         rc = MPI_Type_commit(out);
     }
@@ -299,7 +304,8 @@ fv_status_t fv_link_step_begin(fv_link_t *link,
 
     if (step->out_bytes > 0) { /* posted first, so that the answer finds its place */
         FV_RETURN_IF_ERR(make_type(link, outputs, n_outputs, &type));
-        int rc = MPI_Irecv(MPI_BOTTOM, 1, type, (int)rank, FV_TAG_OUTPUT, link->comm, &peer->output);
+        int rc =
+            MPI_Irecv(MPI_BOTTOM, 1, type, (int)rank, FV_TAG_OUTPUT, link->comm, &peer->output);
         (void)MPI_Type_free(&type);
         if (rc != MPI_SUCCESS) {
             return mpi_error("MPI_Irecv", rc);

@@ -19,6 +19,7 @@
 #include "worker/worker.h"
 
 #include <mpi.h>
+
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -58,7 +59,7 @@ static int exit_code_of(fv_status_t status)
         return EXIT_CLEAN;
     }
     return ((status == FV_ERR_RANK_LOST) || (status == FV_ERR_TIMED_OUT)) ? EXIT_RANK_LOST
-                                                                           : EXIT_SERVING;
+                                                                          : EXIT_SERVING;
 }
 
 /* ------------------------------------------------------------------ MPI */
@@ -183,8 +184,12 @@ static fv_status_t local_close(void *ctx, const fv_ctl_close_t *message)
 {
     return fv_worker_close(ctx, message);
 }
-static fv_status_t local_step(void *ctx, const fv_ctl_item_t *items, const fv_step_io_t *io,
-                              size_t n_items, fv_ctl_done_t *out_done, fv_error_t *item_errors)
+static fv_status_t local_step(void *ctx,
+                              const fv_ctl_item_t *items,
+                              const fv_step_io_t *io,
+                              size_t n_items,
+                              fv_ctl_done_t *out_done,
+                              fv_error_t *item_errors)
 {
     return fv_worker_step(ctx, items, io, n_items, out_done, item_errors);
 }

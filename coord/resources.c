@@ -64,8 +64,7 @@ uint64_t fv_resolve_kv_memory(const fv_memory_limit_t *limit, int32_t n_local_ra
     uint64_t n_bytes = limit->bytes;
 
     if (limit->percent > 0) {
-        n_bytes =
-            fv_memory_available() / 100U * (uint64_t)limit->percent / (uint64_t)n_local_ranks;
+        n_bytes = fv_memory_available() / 100U * (uint64_t)limit->percent / (uint64_t)n_local_ranks;
     }
     n_bytes = n_bytes / MIB * MIB;
     return (n_bytes < MIB) ? MIB : n_bytes;

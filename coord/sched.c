@@ -72,8 +72,8 @@ const fv_ctl_memory_t *fv_sched_rank(const fv_sched_t *sched, uint32_t rank)
 static void add_warning(fv_register_response_t *response, const char *text)
 {
     if (response->n_warnings < 4U) {
-        (void)snprintf(response->warnings[response->n_warnings],
-                       sizeof(response->warnings[0]), "%s", text);
+        (void)snprintf(response->warnings[response->n_warnings], sizeof(response->warnings[0]),
+                       "%s", text);
         response->n_warnings++;
     }
 }
@@ -100,8 +100,9 @@ fv_status_t fv_sched_register(fv_sched_t *sched,
     (void)snprintf(response.model_id, sizeof(response.model_id), "m%016" PRIx64,
                    fv_crc64(spec, sizeof(*spec)));
     if ((spec->sharding.mode == FV_SHARDING_HEADS) && (spec->n_kv_heads == 1)) {
-        add_warning(&response, "sharding.mode: HEADS cannot split one KV head; every session of this "
-                               "model lives on one rank (CONTEXT would spread it)");
+        add_warning(&response,
+                    "sharding.mode: HEADS cannot split one KV head; every session of this "
+                    "model lives on one rank (CONTEXT would spread it)");
     }
     int32_t known = find_model(sched, response.model_id);
     if (known >= 0) {
@@ -139,9 +140,8 @@ void fv_sched_account(fv_sched_t *sched, fv_session_t *session, int32_t cell, ui
     }
 }
 
-static fv_status_t find_session(const fv_sched_t *sched,
-                                const fv_session_id_t *id,
-                                fv_session_t **out)
+static fv_status_t
+find_session(const fv_sched_t *sched, const fv_session_id_t *id, fv_session_t **out)
 {
     fv_session_t *session = fv_session_find(sched->sessions, id);
 
@@ -202,9 +202,8 @@ fv_status_t fv_sched_open(fv_sched_t *sched,
     session->placement = placement;
     memcpy(session->reason, reason, sizeof(session->reason));
     account_opening(sched, session, request->max_tokens_hint);
-    *out_message = (fv_ctl_open_t){.session_slot = session->slot,
-                                   .model_slot = session->model_slot,
-                                   .placement = placement};
+    *out_message = (fv_ctl_open_t){
+        .session_slot = session->slot, .model_slot = session->model_slot, .placement = placement};
     return FV_OK;
 }
 
@@ -248,9 +247,8 @@ fv_status_t fv_sched_fork(fv_sched_t *sched,
             sched, child, cell,
             fv_session_cell_bytes(child, &sched->models[child->model_slot].spec, cell));
     }
-    *out_message = (fv_ctl_fork_t){.session_slot = child->slot,
-                                   .parent_slot = parent->slot,
-                                   .at_position = at_position};
+    *out_message = (fv_ctl_fork_t){
+        .session_slot = child->slot, .parent_slot = parent->slot, .at_position = at_position};
     *out_placement = child->placement;
     return FV_OK;
 }
@@ -274,7 +272,8 @@ fv_status_t fv_sched_truncate(fv_sched_t *sched,
         fv_layer_t *layer = &session->layers[i];
         if (layer->n_tokens > position) {
             fv_layer_truncate(layer, position);
-            layer->tail_shared = session->is_forked; /* the new last page may be an old, shared one */
+            layer->tail_shared =
+                session->is_forked; /* the new last page may be an old, shared one */
         }
     }
     for (int32_t cell = 0; cell < n_cells(&session->placement); cell++) {

@@ -51,9 +51,10 @@ typedef struct fv_sched_config {
 typedef struct fv_request {
     fv_attend_request_t head;
     const fv_attend_item_t *items; /* [head.n_items] */
-    const uint32_t *digests;       /* [head.n_items] crc32c of the item's K then V; unused without append */
-    fv_ctl_item_t *ctl_items;      /* [head.n_items] filled by the core when it joins a step */
-    fv_session_t **sessions;       /* [head.n_items] likewise */
+    const uint32_t
+        *digests; /* [head.n_items] crc32c of the item's K then V; unused without append */
+    fv_ctl_item_t *ctl_items; /* [head.n_items] filled by the core when it joins a step */
+    fv_session_t **sessions;  /* [head.n_items] likewise */
     int64_t received_us, deadline_us;
     void *user;
 
@@ -73,7 +74,8 @@ typedef struct fv_step_plan {
 } fv_step_plan_t;
 
 FV_MUST_CHECK fv_status_t fv_sched_create(const fv_sched_config_t *config, fv_sched_t **out);
-void fv_sched_destroy(fv_sched_t *sched); /* NULL is fine; requests still queued stay the caller's */
+void fv_sched_destroy(
+    fv_sched_t *sched); /* NULL is fine; requests still queued stay the caller's */
 
 /* A rank's state: at start from its HELLO, then from every DONE. */
 void fv_sched_rank_memory(fv_sched_t *sched, uint32_t rank, const fv_ctl_memory_t *memory);

@@ -17,9 +17,9 @@ struct fv_sched {
     fv_planner_t *planner;
     fv_model_t models[FV_MODELS_MAX];
     uint32_t n_models;
-    fv_ctl_memory_t *ranks;   /* [n_ranks] mirror of each rank's free memory */
-    uint64_t *pages_needed;   /* [n_ranks] scratch of one request */
-    uint32_t *touched_ranks;  /* [n_ranks] scratch: the ranks with pages_needed > 0 */
+    fv_ctl_memory_t *ranks;  /* [n_ranks] mirror of each rank's free memory */
+    uint64_t *pages_needed;  /* [n_ranks] scratch of one request */
+    uint32_t *touched_ranks; /* [n_ranks] scratch: the ranks with pages_needed > 0 */
     fv_request_t *queue_head, **queue_tail;
     uint32_t n_queued;
     uint64_t next_step_id, next_mark;

@@ -9,8 +9,9 @@
 #include <inttypes.h>
 #include <string.h>
 
-#define POSITION_MAX   ((uint64_t)1 << 36) /* keeps local page numbers in 31 bits */
-#define STEP_BYTES_MAX ((uint64_t)1 << 30) /* tensors of one step, unless one request alone has more */
+#define POSITION_MAX ((uint64_t)1 << 36) /* keeps local page numbers in 31 bits */
+#define STEP_BYTES_MAX \
+    ((uint64_t)1 << 30) /* tensors of one step, unless one request alone has more */
 
 void fv_sched_submit(fv_sched_t *sched, fv_request_t *request)
 {
@@ -33,11 +34,14 @@ fv_request_t *fv_sched_take_all(fv_sched_t *sched)
 
 /* ------------------------------------------------------------------ checks */
 
-static fv_status_t check_tensor(const char *name, size_t given, uint64_t n_tokens, int32_t n_heads,
-                                int32_t head_dim, fv_dtype_t dtype)
+static fv_status_t check_tensor(const char *name,
+                                size_t given,
+                                uint64_t n_tokens,
+                                int32_t n_heads,
+                                int32_t head_dim,
+                                fv_dtype_t dtype)
 {
-    uint64_t expected =
-        n_tokens * (uint64_t)n_heads * (uint64_t)head_dim * fv_dtype_bytes(dtype);
+    uint64_t expected = n_tokens * (uint64_t)n_heads * (uint64_t)head_dim * fv_dtype_bytes(dtype);
 
     if (given == expected) {
         return FV_OK;
@@ -57,13 +61,12 @@ static fv_status_t check_tensors(const fv_request_t *request)
     FV_RETURN_IF_ERR(check_tensor("q", head->q.n_bytes, head->n_tokens, spec->n_q_heads,
                                   spec->head_dim_qk, head->dtype));
     if (!head->append && ((head->k.n_bytes | head->v.n_bytes) != 0)) {
-        return fv_fail(FV_ERR_INVALID_ARG,
-                       "%s: given %zu bytes, expected none with append = false",
+        return fv_fail(FV_ERR_INVALID_ARG, "%s: given %zu bytes, expected none with append = false",
                        (head->k.n_bytes != 0) ? "k" : "v",
                        (head->k.n_bytes != 0) ? head->k.n_bytes : head->v.n_bytes);
     }
-    FV_RETURN_IF_ERR(check_tensor("k", head->k.n_bytes, n_kv, spec->n_kv_heads, spec->head_dim_qk,
-                                  head->dtype));
+    FV_RETURN_IF_ERR(
+        check_tensor("k", head->k.n_bytes, n_kv, spec->n_kv_heads, spec->head_dim_qk, head->dtype));
     return check_tensor("v", head->v.n_bytes, n_kv, spec->n_kv_heads, spec->head_dim_v,
                         head->dtype);
 }
@@ -136,8 +139,7 @@ static fv_status_t check_position(const fv_request_t *request, uint32_t i, fv_ct
         out->flags |= FV_ITEM_APPEND;
         return FV_OK;
     }
-    const fv_append_record_t *record =
-        fv_layer_find_record(layer, item->position, item->n_tokens);
+    const fv_append_record_t *record = fv_layer_find_record(layer, item->position, item->n_tokens);
     if ((record != NULL) && (record->digest == request->digests[i])) {
         return FV_OK; /* a retry: nothing is appended, the same answer is computed */
     }
@@ -197,8 +199,7 @@ count_pages(fv_sched_t *sched, const fv_request_t *request, uint32_t i, uint32_t
         int32_t hp = cell / p->n_ctx_parts;
         uint64_t n_pages =
             fv_placement_pages(p, cp, end) - fv_placement_pages(p, cp, item->position);
-        if (session->layers[item->layer].tail_shared &&
-            ((item->position % FV_PAGE_TOKENS) != 0) &&
+        if (session->layers[item->layer].tail_shared && ((item->position % FV_PAGE_TOKENS) != 0) &&
             (fv_placement_part_of(p, item->position) == cp)) {
             n_pages++; /* the shared partial page is copied first */
         }
@@ -256,8 +257,8 @@ static fv_status_t admit(fv_sched_t *sched, fv_request_t *request)
     }
     for (uint32_t i = 0; i < request->head.n_items; i++) {
         if ((request->ctl_items[i].flags & FV_ITEM_APPEND) != 0) {
-            FV_RETURN_IF_ERR(fv_layer_reserve_record(
-                &request->sessions[i]->layers[request->head.layer]));
+            FV_RETURN_IF_ERR(
+                fv_layer_reserve_record(&request->sessions[i]->layers[request->head.layer]));
         }
     }
     return reserve_memory(sched, request);
@@ -294,8 +295,8 @@ typedef enum fv_verdict {
     FV_VERDICT_REFUSE,
 } fv_verdict_t;
 
-static fv_verdict_t judge(fv_sched_t *sched, fv_request_t *request, const fv_step_plan_t *plan,
-                          uint64_t n_bytes)
+static fv_verdict_t
+judge(fv_sched_t *sched, fv_request_t *request, const fv_step_plan_t *plan, uint64_t n_bytes)
 {
     fv_status_t status = resolve(sched, request);
 

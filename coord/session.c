@@ -12,8 +12,8 @@ struct fv_session_table {
     uint32_t mask; /* n_cells - 1, a power of two at least twice sessions_max */
     uint64_t next_seq;
     fv_session_t *first, *last; /* in order of opening */
-    fv_session_t **cells;   /* [mask + 1], NULL = empty; linear probing, backward-shift deletion */
-    uint32_t *free_slots;   /* stack */
+    fv_session_t **cells; /* [mask + 1], NULL = empty; linear probing, backward-shift deletion */
+    uint32_t *free_slots; /* stack */
     uint32_t n_free_slots;
 };
 
@@ -226,10 +226,9 @@ void fv_layer_truncate(fv_layer_t *layer, uint64_t position)
         return;
     }
     layer->n_tokens = position;
-    while ((layer->n_records > 0) &&
-           (layer->records[layer->n_records - 1U].position +
-                layer->records[layer->n_records - 1U].n_tokens >
-            position)) {
+    while ((layer->n_records > 0) && (layer->records[layer->n_records - 1U].position +
+                                          layer->records[layer->n_records - 1U].n_tokens >
+                                      position)) {
         layer->n_records--;
     }
 }
@@ -255,7 +254,8 @@ fv_status_t fv_layer_fork(const fv_layer_t *parent, uint64_t at, fv_layer_t *chi
     return FV_OK;
 }
 
-uint64_t fv_session_cell_bytes(const fv_session_t *session, const fv_model_spec_t *spec, int32_t cell)
+uint64_t
+fv_session_cell_bytes(const fv_session_t *session, const fv_model_spec_t *spec, int32_t cell)
 {
     const fv_placement_t *p = &session->placement;
     int32_t hp = cell / p->n_ctx_parts;

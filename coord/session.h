@@ -26,8 +26,8 @@ typedef struct fv_append_record {
 } fv_append_record_t;
 
 typedef struct fv_layer {
-    uint64_t n_tokens;   /* committed */
-    uint64_t step_mark;  /* the last step that a request of this layer joined or waited for */
+    uint64_t n_tokens;     /* committed */
+    uint64_t step_mark;    /* the last step that a request of this layer joined or waited for */
     uint64_t request_mark; /* the last request that was checked here: finds an item given twice */
     fv_append_record_t *records; /* ascending position; owned */
     uint32_t n_records, records_cap;
@@ -39,7 +39,7 @@ typedef struct fv_session {
     bool has_parent, is_forked; /* is_forked: it was a fork's parent or child */
     uint32_t slot, model_slot;
     uint64_t created_unix_ms;
-    uint64_t opened_seq; /* order of opening: pages of ListSessions */
+    uint64_t opened_seq;            /* order of opening: pages of ListSessions */
     struct fv_session *next, *prev; /* in order of opening */
     fv_placement_t placement;
     char reason[FV_PLAN_REASON_BYTES];
@@ -86,6 +86,7 @@ void fv_layer_truncate(fv_layer_t *layer, uint64_t position);
 FV_MUST_CHECK fv_status_t fv_layer_fork(const fv_layer_t *parent, uint64_t at, fv_layer_t *child);
 
 /* Bytes of whole pages that the session holds on one cell of its placement. */
-uint64_t fv_session_cell_bytes(const fv_session_t *session, const fv_model_spec_t *spec, int32_t cell);
+uint64_t
+fv_session_cell_bytes(const fv_session_t *session, const fv_model_spec_t *spec, int32_t cell);
 
 #endif /* FV_COORD_SESSION_H */

@@ -34,10 +34,10 @@ typedef enum fv_ctl_type {
     FV_CTL_TRUNCATE,  /* fv_ctl_truncate_t */
     FV_CTL_CLOSE,     /* fv_ctl_close_t */
     FV_CTL_STEP,      /* fv_ctl_step_t, then n_items fv_ctl_item_t */
-    FV_CTL_DONE,      /* worker -> coordinator: fv_ctl_done_t, then n_items fv_error_t (failed steps only) */
-    FV_CTL_PING,      /* coordinator -> worker, no body; answered by PONG */
-    FV_CTL_PONG,      /* fv_ctl_memory_t */
-    FV_CTL_STOP,      /* no body: finish and leave */
+    FV_CTL_DONE, /* worker -> coordinator: fv_ctl_done_t, then n_items fv_error_t (failed steps only) */
+    FV_CTL_PING, /* coordinator -> worker, no body; answered by PONG */
+    FV_CTL_PONG, /* fv_ctl_memory_t */
+    FV_CTL_STOP, /* no body: finish and leave */
 } fv_ctl_type_t;
 
 typedef struct fv_ctl_header {
@@ -61,7 +61,8 @@ typedef struct fv_ctl_memory {
 #define FV_SECRET_BYTES 16
 
 typedef struct fv_ctl_hello {
-    uint8_t secret[FV_SECRET_BYTES]; /* of the job, handed out over MPI: proves the rank belongs to it */
+    uint8_t secret
+        [FV_SECRET_BYTES]; /* of the job, handed out over MPI: proves the rank belongs to it */
     uint32_t rank;
     uint32_t n_threads;
     char host[64];
@@ -92,7 +93,7 @@ typedef struct fv_ctl_fork {
 
 typedef struct fv_ctl_truncate {
     uint32_t session_slot;
-    uint32_t layer; /* UINT32_MAX = every layer */
+    uint32_t layer;    /* UINT32_MAX = every layer */
     uint64_t position; /* layers longer than this are cut to it */
 } fv_ctl_truncate_t;
 
@@ -111,7 +112,7 @@ enum {
 
 enum {
     FV_ITEM_CAUSAL = 1,
-    FV_ITEM_APPEND = 2,  /* K and V travel and are appended at `position` */
+    FV_ITEM_APPEND = 2, /* K and V travel and are appended at `position` */
     FV_ITEM_WANT_LSE = 4,
 };
 
@@ -120,7 +121,8 @@ typedef struct fv_ctl_item {
     uint32_t session_slot;
     uint32_t layer;
     uint64_t position; /* of the first query token, in the session */
-    uint64_t kv_end;   /* tokens [0, kv_end) exist once this item's are appended; rows see no later one */
+    uint64_t
+        kv_end; /* tokens [0, kv_end) exist once this item's are appended; rows see no later one */
     uint32_t n_tokens; /* query tokens */
     uint16_t dtype;    /* fv_dtype_t of q, k, v and out */
     uint16_t flags;    /* FV_ITEM_* */

@@ -41,8 +41,8 @@ static inline int32_t fv_placement_cell(const fv_placement_t *p, uint32_t rank)
 }
 
 /* First KV head of head part hp; hp = n_head_parts gives n_kv_heads. Sizes differ by at most one. */
-static inline int32_t fv_placement_head_begin(const fv_placement_t *p, int32_t n_kv_heads,
-                                              int32_t hp)
+static inline int32_t
+fv_placement_head_begin(const fv_placement_t *p, int32_t n_kv_heads, int32_t hp)
 {
     return (int32_t)(((int64_t)n_kv_heads * hp) / p->n_head_parts);
 }

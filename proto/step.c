@@ -38,9 +38,8 @@ bool fv_item_share(const fv_model_spec_t *spec,
     s.k_bytes = s.n_kv_tokens * n_heads * (size_t)spec->head_dim_qk * e;
     s.v_bytes = s.n_kv_tokens * n_heads * (size_t)spec->head_dim_v * e;
     s.out_bytes = (s.row_end - s.row_begin) * (size_t)spec->head_dim_v * e;
-    s.lse_bytes = ((item->flags & FV_ITEM_WANT_LSE) != 0)
-                      ? ((s.row_end - s.row_begin) * sizeof(float))
-                      : 0U;
+    s.lse_bytes =
+        ((item->flags & FV_ITEM_WANT_LSE) != 0) ? ((s.row_end - s.row_begin) * sizeof(float)) : 0U;
     *out = s;
     return true;
 }

@@ -28,14 +28,14 @@
 
 /* The share of one item that a rank has. */
 typedef struct fv_item_share {
-    int32_t hp, cp;                    /* the rank's cell */
-    int32_t head_begin, head_end;      /* KV heads */
-    int32_t n_parts;                   /* A: active context parts; the share exists iff cp < A */
-    uint64_t n_kv_tokens;              /* new tokens that this rank appends */
-    uint64_t n_rows;                   /* R = n_tokens * n_q_heads_local */
-    uint64_t row_begin, row_end;       /* rows this rank merges and returns */
-    size_t q_bytes, k_bytes, v_bytes;  /* packed input, unpadded */
-    size_t out_bytes, lse_bytes;       /* packed output, unpadded */
+    int32_t hp, cp;                   /* the rank's cell */
+    int32_t head_begin, head_end;     /* KV heads */
+    int32_t n_parts;                  /* A: active context parts; the share exists iff cp < A */
+    uint64_t n_kv_tokens;             /* new tokens that this rank appends */
+    uint64_t n_rows;                  /* R = n_tokens * n_q_heads_local */
+    uint64_t row_begin, row_end;      /* rows this rank merges and returns */
+    size_t q_bytes, k_bytes, v_bytes; /* packed input, unpadded */
+    size_t out_bytes, lse_bytes;      /* packed output, unpadded */
 } fv_item_share_t;
 
 static inline uint64_t fv_rows_begin(uint64_t n_rows, int32_t n_parts, int32_t d)
@@ -81,7 +81,7 @@ typedef struct fv_step_io {
     size_t q_token_bytes, k_token_bytes, v_token_bytes;
     void *out;
     size_t out_token_bytes;
-    float *lse; /* NULL unless FV_ITEM_WANT_LSE */
+    float *lse;              /* NULL unless FV_ITEM_WANT_LSE */
     size_t lse_token_stride; /* elements */
     bool is_packed;
 } fv_step_io_t;
