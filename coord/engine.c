@@ -146,13 +146,7 @@ static void refuse_rest(fv_engine_t *engine, const char *why)
         }
         entry = next;
     }
-    while (engine->watchers != NULL) {
-        fv_watcher_t *watcher = engine->watchers;
-        engine->watchers = watcher->next;
-        fv_call_fail(watcher->call, fv_status_grpc(FV_ERR_UNAVAILABLE), why);
-        fv_call_unref(watcher->call);
-        free(watcher);
-    }
+    fv_engine_end_watchers(engine, why);
 }
 
 /* ------------------------------------------------------------------ the loop */

@@ -13,8 +13,6 @@
 #include <time.h>
 
 #define OWN_RANK         0U
-#define WATCH_MS_DEFAULT 1000U
-#define WATCH_MS_MIN     50U
 #define LIST_DEFAULT     100U
 #define LIST_MAX         1000U
 
@@ -400,23 +398,11 @@ static fv_status_t do_list(fv_engine_t *engine, const fv_entry_t *entry)
 
 /* ------------------------------------------------------------------ cluster */
 
-static fv_status_t encode_status(fv_engine_t *engine, fv_bytes_t *out)
-{
-    fv_cluster_status_t view = {0};
-    fv_status_t status = fv_engine_status(engine, &view);
-
-    if (status == FV_OK) {
-        status = fv_wire_cluster_status_encode(&view, out);
-    }
-    fv_cluster_status_free(&view);
-    return status;
-}
-
 static fv_status_t do_status(fv_engine_t *engine, const fv_entry_t *entry)
 {
     fv_bytes_t bytes = {0};
 
-    answer(entry->call, encode_status(engine, &bytes), &bytes);
+    answer(entry->call, fv_engine_encode_status(engine, &bytes), &bytes);
     return FV_OK;
 }
 
@@ -447,56 +433,13 @@ static fv_status_t do_watch(fv_engine_t *engine, const fv_entry_t *entry)
     uint32_t interval_ms = 0;
     fv_status_t status = fv_wire_watch_request_decode(message_of(entry), &interval_ms);
 
-    if (interval_ms == 0) {
-        interval_ms = WATCH_MS_DEFAULT;
-    }
-    if ((status == FV_OK) && (interval_ms < WATCH_MS_MIN)) {
-        status = fv_fail(FV_ERR_INVALID_ARG, "interval_ms: given %u, expected 0 or at least %u",
-                         interval_ms, WATCH_MS_MIN);
-    }
-    fv_watcher_t *watcher = (status == FV_OK) ? malloc(sizeof(*watcher)) : NULL;
-    if ((status == FV_OK) && (watcher == NULL)) {
-        status = fv_fail(FV_ERR_NO_MEMORY, "watcher");
+    if (status == FV_OK) {
+        status = fv_engine_add_watcher(engine, entry->call, interval_ms);
     }
     if (status != FV_OK) {
         fv_reply_error(entry->call, status);
-        return FV_OK;
     }
-    fv_call_ref(entry->call);
-    *watcher = (fv_watcher_t){.next = engine->watchers,
-                              .call = entry->call,
-                              .due_us = fv_clock_us(),
-                              .interval_us = (int64_t)interval_ms * 1000};
-    engine->watchers = watcher;
     return FV_OK;
-}
-
-int64_t fv_engine_serve_watchers(fv_engine_t *engine, int64_t now_us)
-{
-    fv_watcher_t **link = &engine->watchers;
-    int64_t next_us = INT64_MAX;
-
-    while (*link != NULL) {
-        fv_watcher_t *watcher = *link;
-        fv_bytes_t bytes = {0};
-        if (fv_call_is_closed(watcher->call)) {
-            *link = watcher->next;
-            fv_call_unref(watcher->call);
-            free(watcher);
-            continue;
-        }
-        if (watcher->due_us <= now_us) {
-            watcher->due_us = now_us + watcher->interval_us;
-            if (encode_status(engine, &bytes) == FV_OK) {
-                fv_reply_bytes(watcher->call, &bytes);
-            }
-        }
-        if (watcher->due_us < next_us) {
-            next_us = watcher->due_us;
-        }
-        link = &watcher->next;
-    }
-    return next_us;
 }
 
 static fv_status_t do_drain(fv_engine_t *engine, const fv_entry_t *entry)

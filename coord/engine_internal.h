@@ -29,10 +29,13 @@ typedef struct fv_job {
     fv_timings_t timings;
 } fv_job_t;
 
+/* One WatchStatus call. At most one message is under way: a slow reader misses some instead of queueing them. */
 typedef struct fv_watcher {
     struct fv_watcher *next;
     fv_call_t *call;
     int64_t due_us, interval_us;
+    uint8_t *message;  /* under way; freed when sent */
+    atomic_int n_refs; /* the engine's list, and the message under way */
 } fv_watcher_t;
 
 typedef struct fv_rank_stats {
@@ -102,8 +105,14 @@ FV_MUST_CHECK fv_status_t fv_engine_broadcast(fv_engine_t *engine,
                                               size_t n_bytes,
                                               fv_error_t *out_refusal);
 
+/* engine_watch.c */
+FV_MUST_CHECK fv_status_t fv_engine_encode_status(fv_engine_t *engine, fv_bytes_t *out);
+FV_MUST_CHECK fv_status_t fv_engine_add_watcher(fv_engine_t *engine,
+                                                fv_call_t *call,
+                                                uint32_t interval_ms);
 /* Sends the status to the watchers that are due; when the next one is (INT64_MAX: none). */
 int64_t fv_engine_serve_watchers(fv_engine_t *engine, int64_t now_us);
+void fv_engine_end_watchers(fv_engine_t *engine, const char *why);
 
 /* engine.c: refuses what is new from now on; timeout_ms 0 = the configured one. */
 void fv_engine_begin_drain(fv_engine_t *engine, uint32_t timeout_ms);

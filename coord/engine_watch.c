@@ -1,0 +1,108 @@
+/*
+ * engine_watch.c - WatchStatus: the status again and again, as fast as the client reads and no faster.
+ */
+#include "common/clock.h"
+#include "coord/engine_internal.h"
+
+#include <stdlib.h>
+
+#define INTERVAL_MS_DEFAULT 1000U
+#define INTERVAL_MS_MIN     50U
+
+static void drop(fv_watcher_t *watcher)
+{
+    if (atomic_fetch_sub(&watcher->n_refs, 1) == 1) {
+        fv_call_unref(watcher->call);
+        free(watcher);
+    }
+}
+
+/* The message has left (any thread). */
+static void on_sent(void *arg)
+{
+    fv_watcher_t *watcher = arg;
+
+    free(watcher->message);
+    drop(watcher);
+}
+
+fv_status_t fv_engine_encode_status(fv_engine_t *engine, fv_bytes_t *out)
+{
+    fv_cluster_status_t view = {0};
+    fv_status_t status = fv_engine_status(engine, &view);
+
+    if (status == FV_OK) {
+        status = fv_wire_cluster_status_encode(&view, out);
+    }
+    fv_cluster_status_free(&view);
+    return status;
+}
+
+fv_status_t fv_engine_add_watcher(fv_engine_t *engine, fv_call_t *call, uint32_t interval_ms)
+{
+    if ((interval_ms != 0) && (interval_ms < INTERVAL_MS_MIN)) {
+        return fv_fail(FV_ERR_INVALID_ARG, "interval_ms: given %u, expected 0 or at least %u",
+                       interval_ms, INTERVAL_MS_MIN);
+    }
+    fv_watcher_t *watcher = calloc(1, sizeof(*watcher));
+    if (watcher == NULL) {
+        return fv_fail(FV_ERR_NO_MEMORY, "watcher");
+    }
+    fv_call_ref(call);
+    watcher->next = engine->watchers;
+    watcher->call = call;
+    watcher->due_us = fv_clock_us();
+    watcher->interval_us = (int64_t)((interval_ms == 0) ? INTERVAL_MS_DEFAULT : interval_ms) * 1000;
+    atomic_init(&watcher->n_refs, 1);
+    engine->watchers = watcher;
+    return FV_OK;
+}
+
+static void send_status(fv_engine_t *engine, fv_watcher_t *watcher)
+{
+    fv_bytes_t bytes = {0};
+
+    if ((atomic_load(&watcher->n_refs) > 1) || /* the last one has not been read yet */
+        (fv_engine_encode_status(engine, &bytes) != FV_OK)) {
+        return;
+    }
+    (void)atomic_fetch_add(&watcher->n_refs, 1);
+    watcher->message = bytes.data;
+    fv_reply_piece_t piece = {
+        .data = bytes.data, .n_bytes = bytes.n_bytes, .release = on_sent, .arg = watcher};
+    fv_call_reply(watcher->call, &piece, 1);
+}
+
+int64_t fv_engine_serve_watchers(fv_engine_t *engine, int64_t now_us)
+{
+    fv_watcher_t **link = &engine->watchers;
+    int64_t next_us = INT64_MAX;
+
+    while (*link != NULL) {
+        fv_watcher_t *watcher = *link;
+        if (fv_call_is_closed(watcher->call)) {
+            *link = watcher->next;
+            drop(watcher);
+            continue;
+        }
+        if (watcher->due_us <= now_us) {
+            watcher->due_us = now_us + watcher->interval_us;
+            send_status(engine, watcher);
+        }
+        if (watcher->due_us < next_us) {
+            next_us = watcher->due_us;
+        }
+        link = &watcher->next;
+    }
+    return next_us;
+}
+
+void fv_engine_end_watchers(fv_engine_t *engine, const char *why)
+{
+    while (engine->watchers != NULL) {
+        fv_watcher_t *watcher = engine->watchers;
+        engine->watchers = watcher->next;
+        fv_call_fail(watcher->call, fv_status_grpc(FV_ERR_UNAVAILABLE), why);
+        drop(watcher);
+    }
+}
