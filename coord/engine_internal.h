@@ -29,13 +29,11 @@ typedef struct fv_job {
     fv_timings_t timings;
 } fv_job_t;
 
-/* One WatchStatus call. At most one message is under way: a slow reader misses some instead of queueing them. */
+/* One WatchStatus call. The door keeps at most one unsent message: a slow reader sees the newest state. */
 typedef struct fv_watcher {
     struct fv_watcher *next;
-    fv_call_t *call;
+    fv_call_t *call; /* one reference held */
     int64_t due_us, interval_us;
-    uint8_t *message;  /* under way; freed when sent */
-    atomic_int n_refs; /* the engine's list, and the message under way */
 } fv_watcher_t;
 
 typedef struct fv_rank_stats {

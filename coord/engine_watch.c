@@ -11,19 +11,8 @@
 
 static void drop(fv_watcher_t *watcher)
 {
-    if (atomic_fetch_sub(&watcher->n_refs, 1) == 1) {
-        fv_call_unref(watcher->call);
-        free(watcher);
-    }
-}
-
-/* The message has left (any thread). */
-static void on_sent(void *arg)
-{
-    fv_watcher_t *watcher = arg;
-
-    free(watcher->message);
-    drop(watcher);
+    fv_call_unref(watcher->call);
+    free(watcher);
 }
 
 fv_status_t fv_engine_encode_status(fv_engine_t *engine, fv_bytes_t *out)
@@ -53,24 +42,8 @@ fv_status_t fv_engine_add_watcher(fv_engine_t *engine, fv_call_t *call, uint32_t
     watcher->call = call;
     watcher->due_us = fv_clock_us();
     watcher->interval_us = (int64_t)((interval_ms == 0) ? INTERVAL_MS_DEFAULT : interval_ms) * 1000;
-    atomic_init(&watcher->n_refs, 1);
     engine->watchers = watcher;
     return FV_OK;
-}
-
-static void send_status(fv_engine_t *engine, fv_watcher_t *watcher)
-{
-    fv_bytes_t bytes = {0};
-
-    if ((atomic_load(&watcher->n_refs) > 1) || /* the last one has not been read yet */
-        (fv_engine_encode_status(engine, &bytes) != FV_OK)) {
-        return;
-    }
-    (void)atomic_fetch_add(&watcher->n_refs, 1);
-    watcher->message = bytes.data;
-    fv_reply_piece_t piece = {
-        .data = bytes.data, .n_bytes = bytes.n_bytes, .release = on_sent, .arg = watcher};
-    fv_call_reply(watcher->call, &piece, 1);
 }
 
 int64_t fv_engine_serve_watchers(fv_engine_t *engine, int64_t now_us)
@@ -87,7 +60,10 @@ int64_t fv_engine_serve_watchers(fv_engine_t *engine, int64_t now_us)
         }
         if (watcher->due_us <= now_us) {
             watcher->due_us = now_us + watcher->interval_us;
-            send_status(engine, watcher);
+            fv_bytes_t bytes = {0};
+            if (fv_engine_encode_status(engine, &bytes) == FV_OK) {
+                fv_reply_bytes(watcher->call, &bytes);
+            }
         }
         if (watcher->due_us < next_us) {
             next_us = watcher->due_us;
