@@ -224,9 +224,9 @@ FOVEA_API fovea_code_t fovea_open_session(fovea_client_t *client,
 #define FOVEA_WHOLE UINT64_MAX /* fork: everything the session holds */
 
 /*
- * A new session that holds `session`'s tokens [0, at_position) of every layer. Copy on write: no KV is
- * copied until one of the two appends into a page that both use.
- * Errors: NOT_FOUND; OUT_OF_RANGE when a layer holds fewer tokens than at_position.
+ * A new session that holds `session`'s tokens [0, at_position) of every layer (a layer that is shorter:
+ * all it has). Copy on write: no KV is copied until one of the two appends into a page that both use.
+ * Errors: NOT_FOUND; OUT_OF_RANGE when at_position is beyond the longest layer.
  */
 FOVEA_API fovea_code_t fovea_fork_session(fovea_client_t *client,
                                           const fovea_session_id_t *session,

@@ -1,0 +1,21 @@
+# Tests of the C client and of the command-line tool, most of them against a real fovead.
+add_library(fv_e2e STATIC client/fovead.c client/mirror.c)
+fv_target_defaults(fv_e2e)
+target_compile_definitions(fv_e2e PRIVATE _DEFAULT_SOURCE)
+target_link_libraries(fv_e2e PUBLIC fv_client fv_kernels PRIVATE m)
+
+# fv_add_e2e_test(test_e2e_x [RANKS]): against one fovead, and with RANKS once more over three ranks.
+set(_fv_e2e_launch "mpirun --allow-run-as-root --oversubscribe --mca btl self,vader -np 3")
+function(fv_add_e2e_test name)
+    fv_add_test(${name} e2e SOURCES client/${name}.c LIBS fv_e2e TIMEOUT 180)
+    set(_env "FV_TEST_FOVEAD=$<TARGET_FILE:fovead>;FV_TEST_CLI=$<TARGET_FILE:fovea_cli>")
+    set_tests_properties(${name} PROPERTIES ENVIRONMENT "${_env}")
+    if("RANKS" IN_LIST ARGN)
+        add_test(NAME ${name}_ranks COMMAND ${name})
+        set_tests_properties(${name}_ranks PROPERTIES LABELS mpi TIMEOUT 300 PROCESSORS 3
+            ENVIRONMENT "${_env};FV_TEST_LAUNCH=${_fv_e2e_launch}")
+    endif()
+endfunction()
+
+fv_add_e2e_test(test_e2e_attend RANKS)
+fv_add_e2e_test(test_e2e_session RANKS)
