@@ -15,11 +15,11 @@
 #define WRAP_COLUMN 96
 
 enum {
-    KEY_FIRST = 0x1000, /* + index into fv_options; beyond any character */
-    KEY_CONFIG = 0x2000,
-    KEY_PRINT,
-    KEY_HELP,
-    KEY_VERSION,
+    FV_KEY_FIRST = 0x1000, /* + index into fv_options; beyond any character */
+    FV_KEY_CONFIG = 0x2000,
+    FV_KEY_PRINT,
+    FV_KEY_HELP,
+    FV_KEY_VERSION,
 };
 
 /* ------------------------------------------------------------------ file */
@@ -186,20 +186,20 @@ static error_t parse_option(int key, char *arg, struct argp_state *state)
 {
     command_line_t *line = state->input;
 
-    if ((key >= KEY_FIRST) && (key < KEY_FIRST + (int)fv_n_options)) {
-        return set_from_command_line(line, &fv_options[key - KEY_FIRST], arg);
+    if ((key >= FV_KEY_FIRST) && (key < FV_KEY_FIRST + (int)fv_n_options)) {
+        return set_from_command_line(line, &fv_options[key - FV_KEY_FIRST], arg);
     }
     switch (key) {
-    case KEY_CONFIG:
+    case FV_KEY_CONFIG:
         line->file = arg;
         return 0;
-    case KEY_PRINT:
+    case FV_KEY_PRINT:
         line->config->action = FV_CONFIG_PRINT;
         return 0;
-    case KEY_VERSION:
+    case FV_KEY_VERSION:
         line->config->action = FV_CONFIG_VERSION;
         return 0;
-    case KEY_HELP:
+    case FV_KEY_HELP:
         line->config->action = FV_CONFIG_HELP;
         return 0;
     case ARGP_KEY_ARG:
@@ -216,17 +216,17 @@ static size_t add_actions(struct argp_option *o, int group)
     const struct argp_option actions[] = {
         {.doc = "Other:", .group = group},
         {.name = "config",
-         .key = KEY_CONFIG,
+         .key = FV_KEY_CONFIG,
          .arg = "FILE",
          .group = group,
          .doc = "Read this file (key = value lines); also FV_CONFIG."},
         {.name = "print-config",
-         .key = KEY_PRINT,
+         .key = FV_KEY_PRINT,
          .group = group,
          .doc = "Print the configuration that results, as such a file, and exit."},
-        {.name = "help", .key = KEY_HELP, .group = group, .doc = "Print this and exit."},
+        {.name = "help", .key = FV_KEY_HELP, .group = group, .doc = "Print this and exit."},
         {.name = "version",
-         .key = KEY_VERSION,
+         .key = FV_KEY_VERSION,
          .group = group,
          .doc = "Print the version and exit."},
     };
@@ -255,7 +255,7 @@ static argp_text_t *make_argp(void)
         fv_option_long_name(option, t->names[i], NAME_BYTES);
         (void)snprintf(t->docs[i], DOC_BYTES, "%s [%s]", option->help, option->value);
         *o++ = (struct argp_option){.name = t->names[i],
-                                    .key = KEY_FIRST + (int)i,
+                                    .key = FV_KEY_FIRST + (int)i,
                                     .arg = option->arg,
                                     .flags =
                                         (option->type == FV_OPTION_BOOL) ? OPTION_ARG_OPTIONAL : 0,
@@ -286,7 +286,7 @@ static fv_status_t walk_command_line(int argc, char *const *argv, command_line_t
     if (argc < 1) { /* argp reads the program's name */
         return FV_OK;
     }
-    error_t error =
+    error_t error = /* NOLINTNEXTLINE(concurrency-mt-unsafe): one thread yet */
         argp_parse(&text->argp, argc, words.out,
                    ARGP_NO_EXIT | ARGP_NO_ERRS | ARGP_NO_HELP | ARGP_IN_ORDER, NULL, line);
     if ((error != 0) && (line->status == FV_OK)) {
@@ -410,5 +410,6 @@ void fv_config_help(const char *program, FILE *out)
     char name[NAME_BYTES];
 
     (void)snprintf(name, sizeof(name), "%s", program);
+    /* NOLINTNEXTLINE(concurrency-mt-unsafe): one thread yet */
     argp_help(&text->argp, out, ARGP_HELP_SHORT_USAGE | ARGP_HELP_LONG | ARGP_HELP_DOC, name);
 }

@@ -183,6 +183,8 @@ void fv_option_long_name(const fv_option_t *option, char *out, size_t cap)
 {
     (void)snprintf(out, cap, "%s", option->name);
     for (char *c = out; *c != '\0'; c++) {
-        *c = (*c == '_') ? '-' : *c;
+        if (*c == '_') {
+            *c = '-';
+        }
     }
 }

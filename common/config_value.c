@@ -230,8 +230,7 @@ static bool set_addresses(const char *text, fv_source_kind_t source, fv_address_
             return false;
         }
         char *to = out->text[out->n];
-        memcpy(to, text, n);
-        to[n] = '\0';
+        (void)snprintf(to, FV_CONFIG_TEXT_BYTES, "%.*s", (int)n, text);
         if (!is_address(to)) {
             return false;
         }
@@ -251,8 +250,8 @@ static bool set_text(const char *text, char *out)
     if (n >= FV_CONFIG_TEXT_BYTES) {
         return false;
     }
-    memset(out, 0, FV_CONFIG_TEXT_BYTES);
-    memcpy(out, text, n);
+    memset(out, 0, FV_CONFIG_TEXT_BYTES); /* so that equal configurations are equal bytes */
+    (void)snprintf(out, FV_CONFIG_TEXT_BYTES, "%s", text);
     return true;
 }
 

@@ -190,7 +190,7 @@ typedef struct fv_session_info {
 } fv_session_info_t;
 
 typedef struct fv_list_request {
-    uint32_t page_size;
+    uint32_t page_size; /* 0 (= 100) or at most 1000, checked */
     char page_token[64];
     char model_id[FV_MODEL_ID_BYTES];
 } fv_list_request_t;
@@ -248,7 +248,7 @@ typedef struct fv_drain_response {
 } fv_drain_response_t;
 
 #define FV_WIRE_PAIR(name, type)                                                                  \
-    FV_MUST_CHECK fv_status_t fv_wire_##name##_decode(fv_span_t in, type *out);                   \
+    FV_MUST_CHECK fv_status_t fv_wire_##name##_decode(fv_span_t in, type *out); /* NOLINT */      \
     FV_MUST_CHECK fv_status_t fv_wire_##name##_encode(const type *in, fv_bytes_t *out);
 
 FV_WIRE_PAIR(register_request, fv_model_spec_t)  /* decode: not yet fv_model_spec_check()ed */
@@ -266,8 +266,8 @@ FV_WIRE_PAIR(list_response, fv_list_response_t)
 FV_WIRE_PAIR(cluster_status, fv_cluster_status_t)
 FV_WIRE_PAIR(placement_request, fv_session_request_t)
 FV_WIRE_PAIR(placement, fv_placement_info_t)
-FV_WIRE_PAIR(watch_request, uint32_t)  /* interval_ms */
-FV_WIRE_PAIR(drain_request, uint32_t)  /* timeout_ms */
+FV_WIRE_PAIR(watch_request, uint32_t)  /* interval_ms: 0 (= 1000) or at least 50, checked */
+FV_WIRE_PAIR(drain_request, uint32_t)  /* timeout_ms; 0 = the server's */
 FV_WIRE_PAIR(drain_response, fv_drain_response_t)
 /* TruncateSessionResponse, CloseSessionResponse and GetStatusRequest have no fields: 0 bytes. */
 

@@ -10,30 +10,30 @@
 #include "proto/wire_text.h"
 
 enum {
-    REQUEST_ID = 1,
-    REQUEST_LAYER = 2,
-    REQUEST_ITEMS = 3,
-    REQUEST_DTYPE = 4,
-    REQUEST_CAUSAL = 5,
-    REQUEST_WANT_LSE = 6,
-    REQUEST_APPEND = 7,
-    REQUEST_Q = 14,
-    REQUEST_K = 15,
-    REQUEST_V = 16,
-    ITEM_SESSION_ID = 1,
-    ITEM_POSITION = 2,
-    ITEM_N_TOKENS = 3,
-    RESPONSE_ID = 1,
-    RESPONSE_STATUS = 2,
-    RESPONSE_TIMINGS = 3,
-    RESPONSE_LSE = 14,
-    RESPONSE_OUT = 15,
-    STATUS_CODE = 1,
-    STATUS_MESSAGE = 2,
-    TIMINGS_QUEUE = 1,
-    TIMINGS_COMPUTE = 2,
-    TIMINGS_EXCHANGE = 3,
-    TIMINGS_TOTAL = 4,
+    FV_REQUEST_ID = 1,
+    FV_REQUEST_LAYER = 2,
+    FV_REQUEST_ITEMS = 3,
+    FV_REQUEST_DTYPE = 4,
+    FV_REQUEST_CAUSAL = 5,
+    FV_REQUEST_WANT_LSE = 6,
+    FV_REQUEST_APPEND = 7,
+    FV_REQUEST_Q = 14,
+    FV_REQUEST_K = 15,
+    FV_REQUEST_V = 16,
+    FV_ITEM_SESSION_ID = 1,
+    FV_ITEM_POSITION = 2,
+    FV_ITEM_N_TOKENS = 3,
+    FV_RESPONSE_ID = 1,
+    FV_RESPONSE_STATUS = 2,
+    FV_RESPONSE_TIMINGS = 3,
+    FV_RESPONSE_LSE = 14,
+    FV_RESPONSE_OUT = 15,
+    FV_STATUS_CODE = 1,
+    FV_STATUS_MESSAGE = 2,
+    FV_TIMINGS_QUEUE = 1,
+    FV_TIMINGS_COMPUTE = 2,
+    FV_TIMINGS_EXCHANGE = 3,
+    FV_TIMINGS_TOTAL = 4,
 };
 
 /* Items are named by their index, which is known only when something is wrong with one. */
@@ -88,15 +88,15 @@ static fv_status_t scan_item(fv_scan_t *scan, uint32_t index, fv_attend_item_t *
 
     while (fv_scan_next(scan, &field)) {
         switch (field.number) {
-        case ITEM_SESSION_ID:
+        case FV_ITEM_SESSION_ID:
             FV_RETURN_IF_ERR(item_session(scan, &field, index, &item.session));
             has_session = true;
             break;
-        case ITEM_POSITION:
+        case FV_ITEM_POSITION:
             FV_RETURN_IF_ERR(fv_scan_expect(&field, FV_WIRE_VARINT, "items.position"));
             item.position = field.value;
             break;
-        case ITEM_N_TOKENS:
+        case FV_ITEM_N_TOKENS:
             FV_RETURN_IF_ERR(fv_scan_expect(&field, FV_WIRE_VARINT, "items.n_tokens"));
             item.n_tokens = (uint32_t)field.value;
             break;
@@ -138,28 +138,29 @@ static fv_status_t request_item(const fv_scan_t *scan,
 static fv_status_t request_small(const fv_scan_field_t *field, fv_attend_request_t *r)
 {
     static const char *const k_names[] = {
-        [REQUEST_ID] = "request_id", [REQUEST_LAYER] = "layer",       [REQUEST_DTYPE] = "dtype",
-        [REQUEST_CAUSAL] = "causal", [REQUEST_WANT_LSE] = "want_lse", [REQUEST_APPEND] = "append",
+        [FV_REQUEST_ID] = "request_id",     [FV_REQUEST_LAYER] = "layer",
+        [FV_REQUEST_DTYPE] = "dtype",       [FV_REQUEST_CAUSAL] = "causal",
+        [FV_REQUEST_WANT_LSE] = "want_lse", [FV_REQUEST_APPEND] = "append",
     };
 
     FV_RETURN_IF_ERR(fv_scan_expect(field, FV_WIRE_VARINT, k_names[field->number]));
     switch (field->number) {
-    case REQUEST_ID:
+    case FV_REQUEST_ID:
         r->request_id = field->value;
         break;
-    case REQUEST_LAYER:
+    case FV_REQUEST_LAYER:
         r->layer = (uint32_t)field->value;
         break;
-    case REQUEST_DTYPE:
+    case FV_REQUEST_DTYPE:
         r->dtype = (fv_dtype_t)(int32_t)(uint32_t)field->value;
         break;
-    case REQUEST_CAUSAL:
+    case FV_REQUEST_CAUSAL:
         r->causal = field->value != 0;
         break;
-    case REQUEST_WANT_LSE:
+    case FV_REQUEST_WANT_LSE:
         r->want_lse = field->value != 0;
         break;
-    default: /* REQUEST_APPEND */
+    default: /* FV_REQUEST_APPEND */
         r->append = field->value != 0;
         break;
     }
@@ -172,22 +173,22 @@ static fv_status_t request_field(const fv_scan_t *scan,
                                  fv_attend_request_t *r)
 {
     switch (field->number) {
-    case REQUEST_ITEMS:
+    case FV_REQUEST_ITEMS:
         return request_item(scan, field, sink, r);
-    case REQUEST_ID:
-    case REQUEST_LAYER:
-    case REQUEST_DTYPE:
-    case REQUEST_CAUSAL:
-    case REQUEST_WANT_LSE:
-    case REQUEST_APPEND:
+    case FV_REQUEST_ID:
+    case FV_REQUEST_LAYER:
+    case FV_REQUEST_DTYPE:
+    case FV_REQUEST_CAUSAL:
+    case FV_REQUEST_WANT_LSE:
+    case FV_REQUEST_APPEND:
         return request_small(field, r);
-    case REQUEST_Q:
+    case FV_REQUEST_Q:
         r->q = field->region;
         return fv_scan_expect(field, FV_WIRE_LEN, "q");
-    case REQUEST_K:
+    case FV_REQUEST_K:
         r->k = field->region;
         return fv_scan_expect(field, FV_WIRE_LEN, "k");
-    case REQUEST_V:
+    case FV_REQUEST_V:
         r->v = field->region;
         return fv_scan_expect(field, FV_WIRE_LEN, "v");
     default:
@@ -234,7 +235,7 @@ fv_status_t fv_wire_attend_request_scan(const fv_span_t *spans,
     while (fv_scan_next(&scan, &field)) {
         if (status == FV_OK) {
             status = request_field(&scan, &field, sink, &r);
-        } else if ((field.number == REQUEST_ID) && (field.wire_type == FV_WIRE_VARINT)) {
+        } else if ((field.number == FV_REQUEST_ID) && (field.wire_type == FV_WIRE_VARINT)) {
             r.request_id = field.value;
         }
     }
@@ -252,10 +253,10 @@ static fv_status_t response_status(fv_scan_t scan, fv_attend_response_view_t *ou
     fv_scan_field_t field;
 
     while (fv_scan_next(&scan, &field)) {
-        if (field.number == STATUS_CODE) {
+        if (field.number == FV_STATUS_CODE) {
             FV_RETURN_IF_ERR(fv_scan_expect(&field, FV_WIRE_VARINT, "status.code"));
             out->code = (int32_t)(uint32_t)field.value;
-        } else if (field.number == STATUS_MESSAGE) {
+        } else if (field.number == FV_STATUS_MESSAGE) {
             FV_RETURN_IF_ERR(fv_scan_expect(&field, FV_WIRE_LEN, "status.message"));
             size_t n = (field.region.n_bytes < sizeof(text)) ? field.region.n_bytes : sizeof(text);
             fv_scan_read(&scan, text, n);
@@ -270,16 +271,16 @@ static fv_status_t response_timings(fv_scan_t scan, fv_timings_t *out)
     fv_scan_field_t field;
 
     while (fv_scan_next(&scan, &field)) {
-        if ((field.number < TIMINGS_QUEUE) || (field.number > TIMINGS_TOTAL)) {
+        if ((field.number < FV_TIMINGS_QUEUE) || (field.number > FV_TIMINGS_TOTAL)) {
             continue;
         }
         FV_RETURN_IF_ERR(fv_scan_expect(&field, FV_WIRE_VARINT, "timings"));
         uint32_t us = (uint32_t)field.value;
-        if (field.number == TIMINGS_QUEUE) {
+        if (field.number == FV_TIMINGS_QUEUE) {
             out->queue_us = us;
-        } else if (field.number == TIMINGS_COMPUTE) {
+        } else if (field.number == FV_TIMINGS_COMPUTE) {
             out->compute_us = us;
-        } else if (field.number == TIMINGS_EXCHANGE) {
+        } else if (field.number == FV_TIMINGS_EXCHANGE) {
             out->exchange_us = us;
         } else {
             out->total_us = us;
@@ -292,19 +293,19 @@ static fv_status_t
 response_field(const fv_scan_t *scan, const fv_scan_field_t *field, fv_attend_response_view_t *v)
 {
     switch (field->number) {
-    case RESPONSE_ID:
+    case FV_RESPONSE_ID:
         v->request_id = field->value;
         return fv_scan_expect(field, FV_WIRE_VARINT, "request_id");
-    case RESPONSE_STATUS:
+    case FV_RESPONSE_STATUS:
         FV_RETURN_IF_ERR(fv_scan_expect(field, FV_WIRE_LEN, "status"));
         return response_status(fv_scan_sub(scan, field), v);
-    case RESPONSE_TIMINGS:
+    case FV_RESPONSE_TIMINGS:
         FV_RETURN_IF_ERR(fv_scan_expect(field, FV_WIRE_LEN, "timings"));
         return response_timings(fv_scan_sub(scan, field), &v->timings);
-    case RESPONSE_LSE:
+    case FV_RESPONSE_LSE:
         v->lse = field->region;
         return fv_scan_expect(field, FV_WIRE_LEN, "lse");
-    case RESPONSE_OUT:
+    case FV_RESPONSE_OUT:
         v->out = field->region;
         return fv_scan_expect(field, FV_WIRE_LEN, "out");
     default:

@@ -14,29 +14,29 @@
 
 /* Tags as they stand on the wire: (field number << 3) | wire type. */
 enum {
-    TAG_ID = (1 << 3) | 0, /* of request and response alike */
-    TAG_LAYER = (2 << 3) | 0,
-    TAG_ITEMS = (3 << 3) | 2,
-    TAG_DTYPE = (4 << 3) | 0,
-    TAG_CAUSAL = (5 << 3) | 0,
-    TAG_WANT_LSE = (6 << 3) | 0,
-    TAG_APPEND = (7 << 3) | 0,
-    TAG_Q = (14 << 3) | 2,
-    TAG_K = (15 << 3) | 2,
-    TAG_V = (16 << 3) | 2,
-    TAG_ITEM_SESSION = (1 << 3) | 2,
-    TAG_ITEM_POSITION = (2 << 3) | 0,
-    TAG_ITEM_N_TOKENS = (3 << 3) | 0,
-    TAG_STATUS = (2 << 3) | 2,
-    TAG_TIMINGS = (3 << 3) | 2,
-    TAG_LSE = (14 << 3) | 2,
-    TAG_OUT = (15 << 3) | 2,
-    TAG_STATUS_CODE = (1 << 3) | 0,
-    TAG_STATUS_MESSAGE = (2 << 3) | 2,
-    TAG_QUEUE = (1 << 3) | 0,
-    TAG_COMPUTE = (2 << 3) | 0,
-    TAG_EXCHANGE = (3 << 3) | 0,
-    TAG_TOTAL = (4 << 3) | 0,
+    FV_TAG_ID = (1 << 3) | 0, /* of request and response alike */
+    FV_TAG_LAYER = (2 << 3) | 0,
+    FV_TAG_ITEMS = (3 << 3) | 2,
+    FV_TAG_DTYPE = (4 << 3) | 0,
+    FV_TAG_CAUSAL = (5 << 3) | 0,
+    FV_TAG_WANT_LSE = (6 << 3) | 0,
+    FV_TAG_APPEND = (7 << 3) | 0,
+    FV_TAG_Q = (14 << 3) | 2,
+    FV_TAG_K = (15 << 3) | 2,
+    FV_TAG_V = (16 << 3) | 2,
+    FV_TAG_ITEM_SESSION = (1 << 3) | 2,
+    FV_TAG_ITEM_POSITION = (2 << 3) | 0,
+    FV_TAG_ITEM_N_TOKENS = (3 << 3) | 0,
+    FV_TAG_STATUS = (2 << 3) | 2,
+    FV_TAG_TIMINGS = (3 << 3) | 2,
+    FV_TAG_LSE = (14 << 3) | 2,
+    FV_TAG_OUT = (15 << 3) | 2,
+    FV_TAG_STATUS_CODE = (1 << 3) | 0,
+    FV_TAG_STATUS_MESSAGE = (2 << 3) | 2,
+    FV_TAG_QUEUE = (1 << 3) | 0,
+    FV_TAG_COMPUTE = (2 << 3) | 0,
+    FV_TAG_EXCHANGE = (3 << 3) | 0,
+    FV_TAG_TOTAL = (4 << 3) | 0,
 };
 
 #define ITEM_BYTES_MAX (2 + 2 + FV_SESSION_ID_CHARS + 11 + 6)
@@ -82,12 +82,12 @@ static uint8_t *put_status(uint8_t *p, const fv_attend_response_t *response)
     if ((response->code == 0) && (message[0] == '\0')) {
         return p;
     }
-    end = put_scalar(end, TAG_STATUS_CODE, (uint64_t)(int64_t)response->code);
+    end = put_scalar(end, FV_TAG_STATUS_CODE, (uint64_t)(int64_t)response->code);
     size_t n = fv_utf8_copy(text, sizeof(text), message, strlen(message));
     if (n > 0) {
-        end = put_bytes(end, TAG_STATUS_MESSAGE, text, n);
+        end = put_bytes(end, FV_TAG_STATUS_MESSAGE, text, n);
     }
-    return put_bytes(p, TAG_STATUS, body, (size_t)(end - body));
+    return put_bytes(p, FV_TAG_STATUS, body, (size_t)(end - body));
 }
 
 static uint8_t *put_timings(uint8_t *p, const fv_timings_t *timings)
@@ -95,11 +95,11 @@ static uint8_t *put_timings(uint8_t *p, const fv_timings_t *timings)
     uint8_t body[32];
     uint8_t *end = body;
 
-    end = put_scalar(end, TAG_QUEUE, timings->queue_us);
-    end = put_scalar(end, TAG_COMPUTE, timings->compute_us);
-    end = put_scalar(end, TAG_EXCHANGE, timings->exchange_us);
-    end = put_scalar(end, TAG_TOTAL, timings->total_us);
-    return (end == body) ? p : put_bytes(p, TAG_TIMINGS, body, (size_t)(end - body));
+    end = put_scalar(end, FV_TAG_QUEUE, timings->queue_us);
+    end = put_scalar(end, FV_TAG_COMPUTE, timings->compute_us);
+    end = put_scalar(end, FV_TAG_EXCHANGE, timings->exchange_us);
+    end = put_scalar(end, FV_TAG_TOTAL, timings->total_us);
+    return (end == body) ? p : put_bytes(p, FV_TAG_TIMINGS, body, (size_t)(end - body));
 }
 
 void fv_wire_attend_response_encode(const fv_attend_response_t *response,
@@ -107,13 +107,13 @@ void fv_wire_attend_response_encode(const fv_attend_response_t *response,
                                     size_t *n_before_lse,
                                     size_t *n_head)
 {
-    uint8_t *p = put_scalar(head, TAG_ID, response->request_id);
+    uint8_t *p = put_scalar(head, FV_TAG_ID, response->request_id);
 
     p = put_status(p, response);
     p = put_timings(p, &response->timings);
-    p = put_tensor_head(p, TAG_LSE, response->lse_bytes);
+    p = put_tensor_head(p, FV_TAG_LSE, response->lse_bytes);
     *n_before_lse = (size_t)(p - head);
-    p = put_tensor_head(p, TAG_OUT, response->out_bytes);
+    p = put_tensor_head(p, FV_TAG_OUT, response->out_bytes);
     *n_head = (size_t)(p - head);
 }
 
@@ -124,10 +124,10 @@ static uint8_t *put_item(uint8_t *p, const fv_attend_item_t *item)
     uint8_t *end = body;
 
     fv_session_id_format(&item->session, hex);
-    end = put_bytes(end, TAG_ITEM_SESSION, hex, FV_SESSION_ID_CHARS);
-    end = put_scalar(end, TAG_ITEM_POSITION, item->position);
-    end = put_scalar(end, TAG_ITEM_N_TOKENS, item->n_tokens);
-    return put_bytes(p, TAG_ITEMS, body, (size_t)(end - body));
+    end = put_bytes(end, FV_TAG_ITEM_SESSION, hex, FV_SESSION_ID_CHARS);
+    end = put_scalar(end, FV_TAG_ITEM_POSITION, item->position);
+    end = put_scalar(end, FV_TAG_ITEM_N_TOKENS, item->n_tokens);
+    return put_bytes(p, FV_TAG_ITEMS, body, (size_t)(end - body));
 }
 
 static fv_status_t check_tensor(const char *name, size_t n_bytes)
@@ -152,6 +152,7 @@ static fv_status_t check_request(const fv_attend_request_t *request)
     return FV_OK;
 }
 
+/* NOLINTNEXTLINE(readability-function-size): the parameters are the message's parts */
 fv_status_t fv_wire_attend_request_encode(const fv_attend_request_t *request,
                                           const fv_attend_item_t *items,
                                           size_t q_bytes,
@@ -168,22 +169,25 @@ fv_status_t fv_wire_attend_request_encode(const fv_attend_request_t *request,
     if (head == NULL) {
         return fv_fail(FV_ERR_NO_MEMORY, "AttendRequest: no memory for %u items", request->n_items);
     }
-    uint8_t *p = put_scalar(head, TAG_ID, request->request_id);
-    p = put_scalar(p, TAG_LAYER, request->layer);
+    uint8_t *p = put_scalar(head, FV_TAG_ID, request->request_id);
+    p = put_scalar(p, FV_TAG_LAYER, request->layer);
     for (uint32_t i = 0; i < request->n_items; i++) {
         p = put_item(p, &items[i]);
     }
-    p = put_scalar(p, TAG_DTYPE, (uint64_t)request->dtype);
+    p = put_scalar(p, FV_TAG_DTYPE, (uint64_t)request->dtype);
     if (!request->causal) { /* absent means true, so false must be there */
-        p = put_varint(put_varint(p, TAG_CAUSAL), 0);
+        p = put_varint(put_varint(p, FV_TAG_CAUSAL), 0);
     }
-    p = put_scalar(p, TAG_WANT_LSE, request->want_lse ? 1U : 0U);
+    p = put_scalar(p, FV_TAG_WANT_LSE, request->want_lse ? 1U : 0U);
     if (!request->append) {
-        p = put_varint(put_varint(p, TAG_APPEND), 0);
+        p = put_varint(put_varint(p, FV_TAG_APPEND), 0);
     }
     *out_head = (fv_bytes_t){.data = head, .n_bytes = (size_t)(p - head)};
-    out_tensors->n_q = (size_t)(put_tensor_head(out_tensors->q, TAG_Q, q_bytes) - out_tensors->q);
-    out_tensors->n_k = (size_t)(put_tensor_head(out_tensors->k, TAG_K, k_bytes) - out_tensors->k);
-    out_tensors->n_v = (size_t)(put_tensor_head(out_tensors->v, TAG_V, v_bytes) - out_tensors->v);
+    out_tensors->n_q =
+        (size_t)(put_tensor_head(out_tensors->q, FV_TAG_Q, q_bytes) - out_tensors->q);
+    out_tensors->n_k =
+        (size_t)(put_tensor_head(out_tensors->k, FV_TAG_K, k_bytes) - out_tensors->k);
+    out_tensors->n_v =
+        (size_t)(put_tensor_head(out_tensors->v, FV_TAG_V, v_bytes) - out_tensors->v);
     return FV_OK;
 }

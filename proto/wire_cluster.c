@@ -68,12 +68,12 @@ static fv_status_t status_texts(const Fovea__V1__ClusterStatus *in, fv_cluster_s
 /* On failure the caller frees `out`. */
 static fv_status_t status_decode(const Fovea__V1__ClusterStatus *in, fv_cluster_status_t *out)
 {
-    void *ranks = NULL;
-
     FV_RETURN_IF_ERR(status_texts(in, out));
     FV_RETURN_IF_ERR(fv_message_count("ranks", in->n_ranks, RANKS_MAX));
-    FV_RETURN_IF_ERR(fv_message_alloc(in->n_ranks, sizeof(*out->ranks), &ranks));
-    out->ranks = ranks;
+    out->ranks = fv_message_alloc(in->n_ranks, sizeof(*out->ranks));
+    if (out->ranks == NULL) {
+        return FV_ERR_NO_MEMORY;
+    }
     out->n_ranks = (uint32_t)in->n_ranks;
     for (uint32_t i = 0; i < out->n_ranks; i++) {
         FV_RETURN_IF_ERR(rank_decode(in->ranks[i], &out->ranks[i]));
@@ -128,14 +128,15 @@ fv_status_t fv_wire_cluster_status_encode(const fv_cluster_status_t *in, fv_byte
 {
     Fovea__V1__ClusterStatus message = FOVEA__V1__CLUSTER_STATUS__INIT;
     char *listen[sizeof(in->listen) / sizeof(in->listen[0])];
-    void *memory = NULL;
 
     FV_RETURN_IF_ERR(fv_message_count("listen", in->n_listen, sizeof(listen) / sizeof(listen[0])));
     /* one block: the messages, then the pointers to them */
-    FV_RETURN_IF_ERR(fv_message_alloc(
-        in->n_ranks, sizeof(Fovea__V1__RankStatus) + sizeof(Fovea__V1__RankStatus *), &memory));
-    Fovea__V1__RankStatus *ranks = memory;
-    Fovea__V1__RankStatus **list = (memory == NULL) ? NULL : (void *)(ranks + in->n_ranks);
+    Fovea__V1__RankStatus *ranks = fv_message_alloc(
+        in->n_ranks, sizeof(Fovea__V1__RankStatus) + sizeof(Fovea__V1__RankStatus *));
+    if (ranks == NULL) {
+        return FV_ERR_NO_MEMORY;
+    }
+    Fovea__V1__RankStatus **list = (void *)(ranks + in->n_ranks);
     for (uint32_t i = 0; i < in->n_ranks; i++) {
         rank_encode(&in->ranks[i], &ranks[i]);
         list[i] = &ranks[i];
@@ -152,7 +153,7 @@ fv_status_t fv_wire_cluster_status_encode(const fv_cluster_status_t *in, fv_byte
     message.n_ranks = in->n_ranks;
     message.ranks = list;
     fv_status_t status = fv_message_pack(&message.base, out);
-    free(memory);
+    free(ranks);
     return status;
 }
 
@@ -185,8 +186,6 @@ static fv_status_t share_decode(const Fovea__V1__PlacementShare *in, fv_placemen
 /* On failure the caller frees `out`. */
 static fv_status_t placement_decode(const Fovea__V1__Placement *in, fv_placement_info_t *out)
 {
-    void *shares = NULL;
-
     FV_RETURN_IF_ERR(fv_message_session("session_id", in->session_id, &out->session));
     FV_RETURN_IF_ERR(
         fv_message_text("model_id", in->model_id, out->model_id, sizeof(out->model_id)));
@@ -197,8 +196,10 @@ static fv_status_t placement_decode(const Fovea__V1__Placement *in, fv_placement
     out->shard_tokens = in->shard_tokens;
     out->n_tokens = in->n_tokens;
     FV_RETURN_IF_ERR(fv_message_count("shares", in->n_shares, SHARES_MAX));
-    FV_RETURN_IF_ERR(fv_message_alloc(in->n_shares, sizeof(*out->shares), &shares));
-    out->shares = shares;
+    out->shares = fv_message_alloc(in->n_shares, sizeof(*out->shares));
+    if (out->shares == NULL) {
+        return FV_ERR_NO_MEMORY;
+    }
     out->n_shares = (uint32_t)in->n_shares;
     for (uint32_t i = 0; i < out->n_shares; i++) {
         FV_RETURN_IF_ERR(share_decode(in->shares[i], &out->shares[i]));
@@ -268,14 +269,15 @@ fv_status_t fv_wire_placement_encode(const fv_placement_info_t *in, fv_bytes_t *
     Fovea__V1__Placement message = FOVEA__V1__PLACEMENT__INIT;
     char reason[sizeof(in->reason)];
     char session[FV_SESSION_ID_CHARS + 1];
-    void *memory = NULL;
 
     FV_RETURN_IF_ERR(check_shares(in));
     /* one block: the messages, then the pointers to them */
-    FV_RETURN_IF_ERR(fv_message_alloc(
-        in->n_shares, sizeof(share_out_t) + sizeof(Fovea__V1__PlacementShare *), &memory));
-    share_out_t *shares = memory;
-    Fovea__V1__PlacementShare **list = (memory == NULL) ? NULL : (void *)(shares + in->n_shares);
+    share_out_t *shares =
+        fv_message_alloc(in->n_shares, sizeof(share_out_t) + sizeof(Fovea__V1__PlacementShare *));
+    if (shares == NULL) {
+        return FV_ERR_NO_MEMORY;
+    }
+    Fovea__V1__PlacementShare **list = (void *)(shares + in->n_shares);
     for (uint32_t i = 0; i < in->n_shares; i++) {
         share_encode(&in->shares[i], &shares[i]);
         list[i] = &shares[i].message;
@@ -293,7 +295,7 @@ fv_status_t fv_wire_placement_encode(const fv_placement_info_t *in, fv_bytes_t *
     message.n_shares = in->n_shares;
     message.shares = list;
     fv_status_t status = fv_message_pack(&message.base, out);
-    free(memory);
+    free(shares);
     return status;
 }
 

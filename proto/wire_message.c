@@ -102,15 +102,13 @@ fv_status_t fv_message_int32(const char *field, uint32_t given, int32_t *out)
     return FV_OK;
 }
 
-fv_status_t fv_message_alloc(size_t n, size_t size, void **out)
+void *fv_message_alloc(size_t n, size_t size)
 {
-    *out = NULL;
-    if (n > 0) {
-        *out = calloc(n, size);
-        if (*out == NULL) {
-            return fv_fail(FV_ERR_NO_MEMORY, "message: no memory for %zu elements of %zu bytes", n,
-                           size);
-        }
+    void *memory = calloc((n > 0) ? n : 1U, size);
+
+    if (memory == NULL) {
+        (void)fv_fail(FV_ERR_NO_MEMORY, "message: no memory for %zu elements of %zu bytes", n,
+                      size);
     }
-    return FV_OK;
+    return memory;
 }

@@ -46,8 +46,8 @@ FV_MUST_CHECK fv_status_t fv_message_count(const char *field, size_t given, size
 /* An unsigned field that is kept in an int32_t. */
 FV_MUST_CHECK fv_status_t fv_message_int32(const char *field, uint32_t given, int32_t *out);
 
-/* calloc(n, size) with a status; *out is NULL for n = 0. */
-FV_MUST_CHECK fv_status_t fv_message_alloc(size_t n, size_t size, void **out);
+/* n zeroed elements, never NULL for n = 0; NULL (with the text of FV_ERR_NO_MEMORY) when there is no memory. */
+void *fv_message_alloc(size_t n, size_t size);
 
 /* protobuf-c's structs have char * where text is only read. */
 static inline char *fv_message_borrow(const char *text)

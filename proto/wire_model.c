@@ -45,7 +45,7 @@ static Fovea__V1__Sharding sharding_encode(const fv_sharding_t *in)
 static fv_status_t policy_decode(const Fovea__V1__LayerPolicy *in, size_t index, fv_policy_t *out)
 {
     *out = (fv_policy_t){0};
-    switch (in->policy_case) {
+    switch ((int)in->policy_case) {
     case FOVEA__V1__LAYER_POLICY__POLICY_DENSE:
         out->kind = FV_POLICY_DENSE;
         return FV_OK;

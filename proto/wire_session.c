@@ -192,8 +192,6 @@ void fv_session_info_free(fv_session_info_t *info)
 /* On failure the caller frees `out`. */
 static fv_status_t info_decode(const Fovea__V1__SessionInfo *in, fv_session_info_t *out)
 {
-    void *layer_tokens = NULL;
-
     FV_RETURN_IF_ERR(fv_message_session("session_id", in->session_id, &out->session));
     FV_RETURN_IF_ERR(
         fv_message_text("model_id", in->model_id, out->model_id, sizeof(out->model_id)));
@@ -206,8 +204,10 @@ static fv_status_t info_decode(const Fovea__V1__SessionInfo *in, fv_session_info
     out->kv_bytes = in->kv_bytes;
     out->created_unix_ms = in->created_unix_ms;
     FV_RETURN_IF_ERR(fv_message_count("layer_tokens", in->n_layer_tokens, FV_LAYERS_MAX));
-    FV_RETURN_IF_ERR(fv_message_alloc(in->n_layer_tokens, sizeof(uint64_t), &layer_tokens));
-    out->layer_tokens = layer_tokens;
+    out->layer_tokens = fv_message_alloc(in->n_layer_tokens, sizeof(uint64_t));
+    if (out->layer_tokens == NULL) {
+        return FV_ERR_NO_MEMORY;
+    }
     out->n_layers = (uint32_t)in->n_layer_tokens;
     if (out->n_layers > 0) {
         memcpy(out->layer_tokens, in->layer_tokens, out->n_layers * sizeof(uint64_t));
@@ -312,14 +312,14 @@ void fv_list_response_free(fv_list_response_t *response)
 /* On failure the caller frees `out`. */
 static fv_status_t list_decode(const Fovea__V1__ListSessionsResponse *in, fv_list_response_t *out)
 {
-    void *sessions = NULL;
-
     out->n_total = in->n_total;
     FV_RETURN_IF_ERR(fv_message_text("next_page_token", in->next_page_token, out->next_page_token,
                                      sizeof(out->next_page_token)));
     FV_RETURN_IF_ERR(fv_message_count("sessions", in->n_sessions, PAGE_SIZE_MAX));
-    FV_RETURN_IF_ERR(fv_message_alloc(in->n_sessions, sizeof(*out->sessions), &sessions));
-    out->sessions = sessions;
+    out->sessions = fv_message_alloc(in->n_sessions, sizeof(*out->sessions));
+    if (out->sessions == NULL) {
+        return FV_ERR_NO_MEMORY;
+    }
     out->n_sessions = (uint32_t)in->n_sessions;
     for (uint32_t i = 0; i < out->n_sessions; i++) {
         FV_RETURN_IF_ERR(info_decode(in->sessions[i], &out->sessions[i]));
@@ -345,13 +345,14 @@ fv_status_t fv_wire_list_response_decode(fv_span_t in, fv_list_response_t *out)
 fv_status_t fv_wire_list_response_encode(const fv_list_response_t *in, fv_bytes_t *out)
 {
     Fovea__V1__ListSessionsResponse message = FOVEA__V1__LIST_SESSIONS_RESPONSE__INIT;
-    void *memory = NULL;
-
     /* one block: the messages, then the pointers to them */
-    FV_RETURN_IF_ERR(fv_message_alloc(
-        in->n_sessions, sizeof(info_out_t) + sizeof(Fovea__V1__SessionInfo *), &memory));
-    info_out_t *infos = memory;
-    Fovea__V1__SessionInfo **list = (memory == NULL) ? NULL : (void *)(infos + in->n_sessions);
+    info_out_t *infos =
+        fv_message_alloc(in->n_sessions, sizeof(info_out_t) + sizeof(Fovea__V1__SessionInfo *));
+
+    if (infos == NULL) {
+        return FV_ERR_NO_MEMORY;
+    }
+    Fovea__V1__SessionInfo **list = (void *)(infos + in->n_sessions);
     for (uint32_t i = 0; i < in->n_sessions; i++) {
         info_encode(&in->sessions[i], &infos[i]);
         list[i] = &infos[i].message;
@@ -361,6 +362,6 @@ fv_status_t fv_wire_list_response_encode(const fv_list_response_t *in, fv_bytes_
     message.next_page_token = fv_message_borrow(in->next_page_token);
     message.n_total = in->n_total;
     fv_status_t status = fv_message_pack(&message.base, out);
-    free(memory);
+    free(infos);
     return status;
 }
