@@ -7,3 +7,4 @@ fv_add_test(prop_worker property SOURCES property/prop_worker.c ${_rig}
 fv_add_test(test_exchange_mpi mpi SOURCES mpi/test_exchange_mpi.c LIBS fv_worker MPI::MPI_C RANKS 3)
 fv_add_test(test_worker_serve mpi SOURCES mpi/test_worker_serve.c support/step_pack.c
             LIBS fv_worker MPI::MPI_C RANKS 3)
+fv_add_test(test_worker unit SOURCES unit/test_worker.c ${_rig} LIBS fv_worker Threads::Threads)

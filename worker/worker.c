@@ -6,6 +6,7 @@
 #include "common/log.h"
 #include "worker/internal.h"
 
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -50,6 +51,26 @@ fv_status_t fv_worker_create(const fv_worker_config_t *config, fv_worker_t **out
     return FV_OK;
 }
 
+/* Buffers that messages given up may still read or write. Reachable for ever: the leak is meant. */
+typedef struct abandoned {
+    struct abandoned *next;
+    fv_host_buffer_t buffers[3];
+} abandoned_t;
+
+static _Atomic(abandoned_t *) s_abandoned;
+
+static void abandon_buffers(const fv_worker_t *worker)
+{
+    abandoned_t *a = malloc(sizeof(*a));
+
+    if (a != NULL) { /* without it they leak unseen: as good */
+        *a = (abandoned_t){.buffers = {worker->work.exchange, worker->in, worker->out}};
+        a->next = atomic_load(&s_abandoned);
+        while (!atomic_compare_exchange_weak(&s_abandoned, &a->next, a)) {
+        }
+    }
+}
+
 static void free_work(fv_worker_t *worker)
 {
     const fv_backend_ops_t *ops = worker->config.backend;
@@ -65,7 +86,8 @@ static void free_work(fv_worker_t *worker)
     fv_array_free(&w->messages);
     free(w->peers);
     if (worker->broken != FV_OK) {
-        return; /* abandoned messages may still write to these buffers or read them: never freed */
+        abandon_buffers(worker);
+        return;
     }
     fv_host_buffer_free(&w->exchange, ops, worker->backend);
     fv_host_buffer_free(&worker->in, ops, worker->backend);

@@ -24,8 +24,8 @@
 #define EPOCH       3U
 #define ARENA_BYTES ((size_t)4 << 20)
 #define N_TOKENS    70U /* of a prefill */
-#define N_Q_HEADS   6
-#define N_KV_HEADS  3
+#define N_Q_HEADS   10
+#define N_KV_HEADS  5
 #define DIM         16
 
 static int rank;
