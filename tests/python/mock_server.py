@@ -274,7 +274,7 @@ class Service:
                 raise invalid(f"items[{i}].n_tokens", 0, "at least 1")
         sessions = [self._find(item.session_id) for item in request.items]
         if len({s.id for s in sessions}) < len(sessions):
-            raise invalid("items", "a session twice", "each session once")
+            raise invalid("items", f"session {_repeated(request)} twice", "each session once")
         if len({s.model.id for s in sessions}) > 1:
             raise invalid("items", "sessions of several models", "sessions of one model")
         n_layers = sessions[0].model.spec.n_layers
@@ -431,6 +431,11 @@ class Service:
         return sum(s.info().kv_bytes for s in self.sessions.values())
 
 
+def _repeated(request: pb.AttendRequest) -> str:
+    ids = [item.session_id for item in request.items]
+    return next(each for each in ids if ids.count(each) > 1)
+
+
 class Door(grpc.GenericRpcHandler):
     """gRPC in front of a Service."""
 
@@ -452,10 +457,11 @@ class Door(grpc.GenericRpcHandler):
         for request in requests:
             try:
                 with self.backend.lock:
-                    yield self.backend.AttendOnce(request)
+                    reply = self.backend.AttendOnce(request)
             except Refused as refusal:
                 status = pb.Status(code=refusal.code.value[0], message=refusal.message)
-                yield pb.AttendResponse(request_id=request.request_id, status=status)
+                reply = pb.AttendResponse(request_id=request.request_id, status=status)
+            yield reply
 
     def watch(self, request: pb.WatchStatusRequest, context: grpc.ServicerContext) -> object:
         while context.is_active():

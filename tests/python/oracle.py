@@ -63,8 +63,10 @@ def attention(
             top = np.where(seen, scores.max(axis=1, initial=-np.inf), 0.0)
             weights = np.where(mask, np.exp(scores - top[:, None]), 0.0)
             total = weights.sum(axis=1)
-            # only tokens that are seen may contribute, even a NaN times zero
-            rows = np.stack([weights[t, mask[t]] @ values[mask[t]] for t in range(n_tokens)])
+            if np.isfinite(values).all():
+                rows = weights @ values
+            else:  # only tokens that are seen may contribute: a NaN times zero is NaN
+                rows = np.stack([weights[t, mask[t]] @ values[mask[t]] for t in range(n_tokens)])
             out[seen, h] = rows[seen] / total[seen, None]
             lse[seen, h] = top[seen] + np.log(total[seen])
     return out, lse
