@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# test.sh - every check of the project, from a fresh checkout. Ends with 0 only if all of them passed.
+set -uo pipefail
+
+usage() {
+    cat <<'HELP'
+usage: deploy/test.sh [STEP]...
+
+Installs what is missing and runs the steps named, or all of them:
+
+  scripts  shellcheck of the shell scripts, if it is installed
+  asan     debug build with ASan and UBSan, warnings as errors: every C test
+  headers  every public header compiles by itself
+  tsan     build with TSan: unit, property and simulation tests
+  release  release build
+  python   the Python client's tests: against the numpy model, fovead alone, fovead on 3 ranks
+  hosts    fovead over three hosts in network namespaces (needs root)
+  demo     a real model's text, token for token equal to local attention (needs the model's package)
+
+Logs: build/logs. A step that fails does not stop the others.
+HELP
+}
+
+all_steps=(scripts asan headers tsan release python hosts demo)
+steps=("$@")
+[[ ${1:-} == --help ]] && usage && exit 0
+[[ $# -gt 0 ]] || steps=("${all_steps[@]}")
+for step in "${steps[@]}"; do
+    [[ " ${all_steps[*]} " == *" $step "* ]] || {
+        usage >&2
+        exit 2
+    }
+done
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+root=$PWD
+logs=$root/build/logs
+mkdir -p "$logs"
+jobs=$(nproc)
+summary=() n_failed=0
+
+# Of a log: the lines that a reader wants when the step failed.
+show_failure() {
+    local found
+    found=$(grep -nE 'error:|FAILED|FAIL |\*\*\*Failed|\*\*\*Timeout|ERROR:|WARNING: ThreadSanitizer' "$1" | tail -n 30)
+    echo "${found:-$(tail -n 30 "$1")}"
+}
+
+# The counts that ctest and pytest close with.
+counts_of() {
+    grep -hE 'tests passed, .* out of|^=* ?[0-9]+ (passed|failed|skipped|deselected).* in ' "$1" |
+        sed 's/=//g; s/^ *//; s/ *$//' | paste -sd ';' | sed 's/;/; /g'
+}
+
+step() { # NAME COMMAND...
+    local name=$1 log=$logs/$1.log begin=$SECONDS code=0 verdict=ok counts
+    shift
+    printf '%-8s ... ' "$name"
+    "$@" >"$log" 2>&1
+    code=$?
+    case $code in
+    0) ;;
+    77) verdict=skipped ;;
+    *)
+        verdict=FAILED
+        n_failed=$((n_failed + 1))
+        ;;
+    esac
+    counts=$(counts_of "$log")
+    printf '%s in %d s  %s\n' "$verdict" $((SECONDS - begin)) "$counts"
+    summary+=("$(printf '%-8s %-7s %4d s  %s' "$name" "$verdict" $((SECONDS - begin)) "$counts")")
+    if [[ $verdict == FAILED ]]; then
+        show_failure "$log"
+        echo "(all of it: ${log#"$root"/})"
+    elif [[ $verdict == skipped ]]; then
+        tail -n 1 "$log"
+    fi
+}
+
+run_scripts() {
+    command -v shellcheck >/dev/null || {
+        echo "shellcheck is not installed"
+        return 77
+    }
+    shellcheck deploy/*.sh deploy/fovead-run deploy/slurm/*.sbatch tests/deploy/*.sh .ci/run
+}
+
+run_asan() {
+    cmake --preset debug-asan && cmake --build --preset debug-asan && ctest --preset debug-asan -j "$jobs"
+}
+
+run_headers() { cmake --preset debug-asan && cmake --build --preset headers; }
+
+run_tsan() {
+    cmake --preset debug-tsan && cmake --build --preset debug-tsan && ctest --preset debug-tsan -j "$jobs"
+}
+
+run_release() { deploy/setup.sh; }
+
+run_python() {
+    local fovead=$root/build/release/bin/fovead code=0
+    .venv/bin/python -m pytest -q tests/python || code=1
+    FOVEAD=$fovead .venv/bin/python -m pytest -q tests/python || code=1
+    FOVEAD=$fovead FV_TEST_RANKS=3 .venv/bin/python -m pytest -q tests/python || code=1
+    return $code
+}
+
+run_hosts() { tests/deploy/test_hosts.sh build/release/bin/fovead .venv/bin/python; }
+
+run_demo() { deploy/demo.sh --check --max-tokens 24 --frontends 2; }
+
+setup_args=(--test --no-build)
+[[ " ${steps[*]} " == *" demo "* ]] && setup_args+=(--model)
+step setup deploy/setup.sh "${setup_args[@]}"
+for step in "${steps[@]}"; do
+    step "$step" "run_$step"
+done
+
+echo
+echo "summary"
+printf '  %s\n' "${summary[@]}"
+if [[ $n_failed -gt 0 ]]; then
+    echo "$n_failed step(s) FAILED"
+    exit 1
+fi
+echo "all steps passed"
