@@ -187,7 +187,7 @@ static void test_bad_values_are_refused(void **state)
         "--threads=1.5",        "--threads=0x10",    "--threads=99999999999999999999",
         "--shard-tokens=100",   "--shard-tokens=0",  "--kv-memory=0%",
         "--kv-memory=101%",     "--kv-memory=1kk",   "--kv-memory=12q",
-        "--kv-memory=1",        "--kv-memory=-1",    "--kv-memory=99999999999999999t",
+        "--kv-memory=1",        "--kv-memory=-1",    "--kv-memory=16777217t",
         "--kv-memory=%",        "--message-max=2g",  "--message-max=50%",
         "--backend=gpux",       "--backend=aut",     "--backend=",
         "--isa=auto,amx",       "--log-level=INFO",  "--dedicated-coordinator=maybe",
