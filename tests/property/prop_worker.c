@@ -30,10 +30,16 @@ static fv_model_spec_t fixed_spec(void)
     return spec;
 }
 
+/* Shapes that use every rank, and for 7 ranks all others too: more ranks than a session uses change nothing. */
+static bool is_wanted(uint32_t n_ranks, uint32_t n_cells)
+{
+    return (n_cells == n_ranks) || ((n_ranks == 7U) && (n_cells < n_ranks));
+}
+
 /* One session of every shape: it begins on part 0 alone and reaches every part, some of them twice. */
 static void test_every_placement_shape(void **state)
 {
-    static const uint32_t sizes[] = {1, 40, 1, 90, 1, 1, 333, 1, 128, 1};
+    static const uint32_t sizes[] = {1, 40, 90, 1, 1, 1, 460, 128, 1, 1};
 
     (void)state;
     for (uint32_t n_ranks = 1; n_ranks <= 7U; n_ranks++) {
@@ -45,6 +51,9 @@ static void test_every_placement_shape(void **state)
         uint32_t model = fv_rig_model(&rig, &spec);
         for (uint16_t hp = 1; hp <= 5U; hp++) {
             for (uint16_t cp = 1; (uint32_t)hp * cp <= n_ranks; cp++) {
+                if (!is_wanted(n_ranks, (uint32_t)hp * cp)) {
+                    continue;
+                }
                 fv_rig_open(&rig, slot, model, hp, cp, 64);
                 for (size_t i = 0; i < FV_COUNT(sizes); i++) {
                     assert_int_equal(fv_rig_append(&rig, slot, i % 2U, sizes[i]), FV_OK);
@@ -189,8 +198,8 @@ static void test_random_histories_equal_the_oracle(void **state)
 
             (void)fv_rig_model(&rig, &spec);
         }
-        random_life(&rig, 120);
-        assert_true(rig.n_checked > 100U);
+        random_life(&rig, 80);
+        assert_true(rig.n_checked > 60U);
         assert_int_equal(rig.n_exhausted, 0);
         fv_rig_destroy(&rig);
     }
