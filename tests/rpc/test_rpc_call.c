@@ -420,5 +420,6 @@ int main(void)
     g_random = (seed != NULL) ? strtoull(seed, NULL, 10) : 20261122U;
     g_random += (g_random == 0U);
     (void)printf("FV_SEED=%llu\n", (unsigned long long)g_random);
+    cmocka_set_test_filter(getenv("FV_TEST")); /* a name, with * and ?; unset: all */
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
