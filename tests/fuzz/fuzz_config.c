@@ -36,7 +36,9 @@ static void remove_file(void)
 static void make_file(void)
 {
     if (g_path[0] == '\0') {
-        (void)snprintf(g_path, sizeof(g_path), "/tmp/fv_fuzz_config_%ld", (long)getpid());
+        const char *folder = (access("/dev/shm", W_OK) == 0) ? "/dev/shm" : "/tmp";
+
+        (void)snprintf(g_path, sizeof(g_path), "%s/fv_fuzz_config_%ld", folder, (long)getpid());
         check(atexit(remove_file) == 0, "atexit");
     }
 }
