@@ -19,3 +19,4 @@ endfunction()
 
 fv_add_e2e_test(test_e2e_attend RANKS)
 fv_add_e2e_test(test_e2e_session RANKS)
+fv_add_e2e_test(test_e2e_stream RANKS)

@@ -124,6 +124,7 @@ bool fv_fovead_start(fv_fovead_t *out, const char *const *extra)
     }
     (void)snprintf(out->address, sizeof(out->address), "unix:%s/s", out->dir);
     if (!spawn(out, extra)) {
+        remove_dir(out);
         return false;
     }
     for (int waited_ms = 0; waited_ms < START_MS; waited_ms += 500) {
@@ -137,6 +138,11 @@ bool fv_fovead_start(fv_fovead_t *out, const char *const *extra)
     }
     (void)fprintf(stderr, "fovead did not start\n");
     show_log(out);
+    if (kill(out->pid, 0) == 0) {
+        (void)kill(out->pid, SIGKILL);
+        (void)waitpid(out->pid, &status, 0);
+    }
+    remove_dir(out);
     return false;
 }
 

@@ -418,7 +418,6 @@ static void test_pool_exhaustion(void **state)
     int n_sessions = 0;
     fovea_error_t error = {FOVEA_OK, ""};
     fv_mirror_t m;
-    fv_mirror_t *all = &m;
     fv_exam_t exam;
 
     fv_mirror_init(&m, &g_spec, &(fovea_session_id_t){{0}}, 0, 64);
@@ -431,8 +430,7 @@ static void test_pool_exhaustion(void **state)
         fv_exam_init(&exam, &p, &n_tokens, 1, FOVEA_DTYPE_F32, 0, &e->random);
         fv_mirror_fini(&fat);
     }
-    (void)all;
-    while ((error.code == FOVEA_OK) && (n_sessions < 64)) { /* 32 MiB a session */
+    while ((error.code == FOVEA_OK) && (n_sessions < 64)) {
         sessions[n_sessions] = fv_e2e_open(e, &model);
         exam.items[0].session = sessions[n_sessions++];
         (void)fovea_attend(e->client, &exam.request, 120000, NULL, &error);
