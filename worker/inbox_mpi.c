@@ -66,11 +66,11 @@ static fv_status_t answer_status(const inbox_t *in, fv_status_t status)
 
 /* ------------------------------------------------------------------ steps */
 
-static fv_status_t transfer(const inbox_t *in, MPI_Request *request, size_t n_bytes, bool is_recv)
+static fv_status_t transfer(inbox_t *in, MPI_Request *request, size_t n_bytes, bool is_recv)
 {
     fv_mpi_limits_t limits = {.deadline_ms = in->worker->config.step_deadline_ms,
                               .is_aborted = is_coordinator_gone,
-                              .arg = (void *)(uintptr_t)in};
+                              .arg = in};
     MPI_Status status;
 
     FV_RETURN_IF_ERR(fv_mpi_wait_all(request, &status, 1, &limits));
@@ -234,7 +234,7 @@ static fv_status_t wait_for_doorbell(const inbox_t *in)
 
     while (poll(&p, 1, -1) < 0) {
         if (errno != EINTR) {
-            return fv_fail(FV_ERR_SYSTEM, "poll on the control socket: %s", strerror(errno));
+            return fv_fail(FV_ERR_SYSTEM, "poll on the control socket: errno %d", errno);
         }
     }
     return FV_OK;

@@ -114,6 +114,7 @@ fv_status_t fv_session_fork(const fv_session_t *parent,
 
     FV_RETURN_IF_ERR(fv_session_create(parent->model, parent->model_slot, &parent->placement,
                                        parent->rank, &child));
+    FV_ASSERT((child != NULL) && ((parent->layers == NULL) || (child->layers != NULL)));
     for (int32_t i = 0; (parent->layers != NULL) && (i < parent->model->spec.n_layers); i++) {
         const fv_layer_kv_t *from = &parent->layers[i];
         fv_layer_kv_t *to = &child->layers[i];
@@ -215,10 +216,11 @@ fv_status_t fv_session_reserve(fv_session_t *session,
     uint32_t n_shared = writes_last ? count_shared(session, l, pool) : 0U;
 
     if (!fv_kv_pool_has(pool, session->model->page_class, n_new + n_shared)) {
-        return fv_fail(
-            FV_ERR_EXHAUSTED, "KV memory: %llu bytes needed, %llu free",
-            (unsigned long long)((n_new + n_shared) * fv_model_page_bytes(&session->model->spec)),
-            (unsigned long long)fv_kv_pool_bytes_free(pool));
+        uint64_t n_bytes = (n_new + n_shared) * fv_model_page_bytes(&session->model->spec);
+
+        return fv_fail(FV_ERR_EXHAUSTED, "KV memory: %llu bytes needed, %llu free",
+                       (unsigned long long)n_bytes,
+                       (unsigned long long)fv_kv_pool_bytes_free(pool));
     }
     FV_RETURN_IF_ERR(grow_table(session, l, n_pages));
     *out_n_copies = (n_shared > 0U) ? unshare_last(session, l, n_filled, pool, copies) : 0U;

@@ -84,10 +84,10 @@ static fv_status_t check_item(const fv_step_item_t *item, uint64_t step)
         return fv_fail(FV_ERR_PROTOCOL, "step: append at position %llu, expected %llu",
                        (unsigned long long)ctl->position, (unsigned long long)length);
     }
-    if (ctl->kv_end != ctl->position + ctl->n_tokens) {
+    uint64_t end = ctl->position + ctl->n_tokens;
+    if (ctl->kv_end != end) {
         return fv_fail(FV_ERR_PROTOCOL, "step: append with kv_end %llu, expected %llu",
-                       (unsigned long long)ctl->kv_end,
-                       (unsigned long long)(ctl->position + ctl->n_tokens));
+                       (unsigned long long)ctl->kv_end, (unsigned long long)end);
     }
     return FV_OK;
 }

@@ -55,6 +55,7 @@ fv_status_t fv_worker_packed_bytes(const fv_worker_t *worker,
     return FV_OK;
 }
 
+/* NOLINTNEXTLINE(readability-function-size): the contract has seven parameters */
 fv_status_t fv_worker_step_packed(fv_worker_t *worker,
                                   const fv_ctl_step_t *step,
                                   const fv_ctl_item_t *items,

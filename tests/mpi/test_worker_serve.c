@@ -24,9 +24,9 @@
 #define EPOCH       3U
 #define ARENA_BYTES ((size_t)4 << 20)
 #define N_TOKENS    70U /* of a prefill */
-#define N_Q_HEADS   10
-#define N_KV_HEADS  5
-#define DIM         16
+#define N_Q_HEADS   10U
+#define N_KV_HEADS  5U
+#define DIM         16U
 
 static int rank;
 static int n_ranks;

@@ -164,7 +164,7 @@ static void random_life(fv_rig_t *rig, int n_ops)
     for (int i = 0; i < n_ops; i++) {
         int64_t op = fv_random_int(&rig->random, 0, 19);
         uint32_t slot = 0;
-        uint32_t other = 0;
+        uint32_t fork = 0;
 
         if (!pick_session(rig, &slot) || (op == 0)) {
             random_open(rig);
@@ -172,8 +172,8 @@ static void random_life(fv_rig_t *rig, int n_ops)
         }
         uint64_t n = rig->sessions[slot].layers[op % FV_RIG_LAYERS].n_tokens;
         uint64_t at = (uint64_t)fv_random_int(&rig->random, 0, (int64_t)n + 10);
-        if ((op <= 3) && pick_slot(rig, &other)) {
-            fv_rig_fork(rig, other, slot, (op == 1) ? UINT64_MAX : at);
+        if ((op <= 3) && pick_slot(rig, &fork)) {
+            fv_rig_fork(rig, fork, slot, (op == 1) ? UINT64_MAX : at);
         } else if (op == 4) {
             fv_rig_truncate(rig, slot, (at % 2U == 0U) ? UINT32_MAX : 1U, at);
         } else if (op == 5) {

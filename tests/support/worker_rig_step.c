@@ -13,9 +13,9 @@
 /* What one rank is given and answers. */
 typedef struct rank_run {
     fv_rig_t *rig;
-    uint32_t rank;
     fv_rig_item_t *items;
     size_t n_items;
+    uint32_t rank;
     fv_status_t status;
     size_t n_mine;
     size_t index[FV_RIG_ITEMS]; /* of my items among all */

@@ -15,7 +15,7 @@
 #define N_HELD    4096
 #define N_OPS     20000
 
-static const size_t k_page_bytes[N_CLASSES] = {4096, 96U * 1024U, 16U * 1024U};
+static const size_t k_page_bytes[N_CLASSES] = {4096, 98304, 16384};
 
 typedef struct held {
     fv_page_ref_t page;
