@@ -12,38 +12,32 @@ void fv_bytes_free(fv_bytes_t *bytes)
     *bytes = (fv_bytes_t){0};
 }
 
-static int hex_digit(char c)
-{
-    if ((c >= '0') && (c <= '9')) {
-        return c - '0';
-    }
-    if ((c >= 'a') && (c <= 'f')) {
-        return c - 'a' + 10;
-    }
-    if ((c >= 'A') && (c <= 'F')) {
-        return c - 'A' + 10;
-    }
-    return -1;
-}
+/* Value of a hex digit plus one; 0 for any other character. A table: ids are parsed for every item of a step. */
+static const uint8_t k_hex[256] = {
+    ['0'] = 1,  ['1'] = 2,  ['2'] = 3,  ['3'] = 4,  ['4'] = 5,  ['5'] = 6,  ['6'] = 7,  ['7'] = 8,
+    ['8'] = 9,  ['9'] = 10, ['a'] = 11, ['b'] = 12, ['c'] = 13, ['d'] = 14, ['e'] = 15, ['f'] = 16,
+    ['A'] = 11, ['B'] = 12, ['C'] = 13, ['D'] = 14, ['E'] = 15, ['F'] = 16,
+};
 
 bool fv_session_id_parse(const char *hex, size_t n_chars, fv_session_id_t *out)
 {
     fv_session_id_t id;
+    bool ok = true;
 
     if (n_chars != FV_SESSION_ID_CHARS) {
         return false;
     }
     for (size_t i = 0; i < sizeof(id.bytes); i++) {
-        int high = hex_digit(hex[2U * i]);
-        int low = hex_digit(hex[(2U * i) + 1U]);
+        unsigned high = k_hex[(uint8_t)hex[2U * i]];
+        unsigned low = k_hex[(uint8_t)hex[(2U * i) + 1U]];
 
-        if ((high < 0) || (low < 0)) {
-            return false;
-        }
-        id.bytes[i] = (uint8_t)((high * 16) + low);
+        ok = ok && (high != 0) && (low != 0);
+        id.bytes[i] = (uint8_t)(((high - 1U) << 4U) | ((low - 1U) & 15U));
     }
-    *out = id;
-    return true;
+    if (ok) {
+        *out = id;
+    }
+    return ok;
 }
 
 void fv_session_id_format(const fv_session_id_t *id, char out[FV_SESSION_ID_CHARS + 1])
