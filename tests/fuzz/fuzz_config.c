@@ -15,6 +15,7 @@
 #define WORDS_MAX 32
 #define TEXT_MAX  4096
 
+/* NOLINTNEXTLINE(readability-identifier-naming): the name is libFuzzer's */
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n_bytes);
 
 static char g_path[64];
@@ -68,6 +69,7 @@ static void check_printed(const fv_config_t *config)
     copy.action = back.action;
     memset(&copy.listen, 0, sizeof(copy.listen));
     memset(&back.listen, 0, sizeof(back.listen));
+    /* NOLINTNEXTLINE(bugprone-suspicious-memory-comparison): both begin as zero bytes */
     check(memcmp(&copy, &back, sizeof(copy)) == 0, "what was printed differs");
 }
 

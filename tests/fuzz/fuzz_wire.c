@@ -14,6 +14,7 @@
 
 #define N_CUTS 4
 
+/* NOLINTNEXTLINE(readability-identifier-naming): the name is libFuzzer's */
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n_bytes);
 
 static void check(bool ok, const char *what)

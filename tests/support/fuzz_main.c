@@ -14,6 +14,7 @@
 #define PATH_BYTES 1024
 #define INPUT_MAX  (1U << 20U)
 
+/* NOLINTNEXTLINE(readability-identifier-naming): the name is libFuzzer's */
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n_bytes);
 
 /* The bytes in a block of exactly their size, so that a read past the end is caught. */

@@ -40,7 +40,7 @@ static fv_status_t load(const char *words, char *const *env, fv_config_t *out)
     char *save = NULL;
 
     assert_true(strlen(words) < sizeof(text));
-    (void)strcpy(text, words);
+    (void)snprintf(text, sizeof(text), "%s", words);
     for (char *w = strtok_r(text, " ", &save); w != NULL; w = strtok_r(NULL, " ", &save)) {
         assert_true(argc < ARGS_MAX - 1);
         argv[argc++] = w;
@@ -238,9 +238,7 @@ static void test_a_long_line_is_refused(void **state)
     fv_config_t c;
 
     (void)state;
-    memset(text, ' ', sizeof(text) - 1U);
-    memcpy(text, "threads = 4", 11);
-    memcpy(text + sizeof(text) - 14, "\nthreads = 5\n", 13);
+    (void)snprintf(text, sizeof(text), "threads = 4%*s\nthreads = 5\n", 5900, "");
     write_file(text);
     assert_refused(load_with_file("", NULL, &c), FV_ERR_INVALID_ARG, ":1: given a longer line");
 }
@@ -386,12 +384,18 @@ static void compare_with_tree(const char *relative, char *text)
 
 static void test_committed_files_are_up_to_date(void **state)
 {
+    char words[PATH_BYTES];
     fv_config_t c;
+    fv_config_t loaded;
 
     (void)state;
     fv_config_defaults(&c);
     compare_with_tree("deploy/config/fovea.conf", printed(&c, 0));
     compare_with_tree("docs/configuration.md", printed(&c, 1));
+    (void)snprintf(words, sizeof(words), "--config %s/deploy/config/fovea.conf", FV_SOURCE_DIR);
+    assert_int_equal(load(words, NULL, &loaded), FV_OK);
+    loaded.listen.source = c.listen.source;
+    assert_memory_equal(&loaded, &c, sizeof(c));
 }
 
 int main(void)

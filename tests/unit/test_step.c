@@ -87,8 +87,9 @@ static void test_every_head_has_one_part(void **state)
 {
     (void)state;
     for (int32_t n_heads = 1; n_heads <= 40; n_heads++) {
-        for (uint16_t n_parts = 1; n_parts <= n_heads; n_parts++) {
-            fv_placement_t p = {.n_head_parts = n_parts, .n_ctx_parts = 1, .shard_tokens = 64};
+        for (int32_t n_parts = 1; n_parts <= n_heads; n_parts++) {
+            fv_placement_t p = {
+                .n_head_parts = (uint16_t)n_parts, .n_ctx_parts = 1, .shard_tokens = 64};
 
             assert_int_equal(fv_placement_head_begin(&p, n_heads, 0), 0);
             assert_int_equal(fv_placement_head_begin(&p, n_heads, n_parts), n_heads);
