@@ -49,11 +49,11 @@ append_token(const fv_append_item_t *item, int32_t head, uint64_t t, uint8_t *pa
 
     fv_load_row(row, k, src, dk);
     for (size_t d = 0; d < dk; d++) {
-        put(page, kv, fv_page_index(kv, FV_PAGE_TOKENS, d, slot), row[d]);
+        put(page, kv, fv_page_index(kv, dk, FV_PAGE_TOKENS, d, slot), row[d]);
     }
     fv_load_row(row, v, src, dv);
     for (size_t d = 0; d < dv; d++) {
-        put(page_v, kv, fv_page_index(kv, dv, slot, d), row[d]);
+        put(page_v, kv, fv_page_index(kv, FV_PAGE_TOKENS, dv, slot, d), row[d]);
     }
 }
 

@@ -206,7 +206,7 @@ static bool clean_v(fv_tile_block_t *block, const uint8_t *v, int32_t n_tokens)
     for (size_t j = (size_t)n_tokens; j < FV_PAGE_TOKENS; j++) {
         for (size_t d = 0; d < dv; d++) {
             fv_store_element(block->v_clean, block->kv_dtype,
-                             fv_page_index(block->kv_dtype, dv, j, d), 0.0F);
+                             fv_page_index(block->kv_dtype, FV_PAGE_TOKENS, dv, j, d), 0.0F);
         }
     }
     for (size_t i = 0; i < dv * FV_PAGE_TOKENS; i++) {
@@ -235,8 +235,9 @@ static void accumulate_seen(fv_tile_block_t *block,
             float p = block->s[(size_t)r * FV_PAGE_TOKENS + (size_t)j];
 
             for (size_t d = 0; slot_seen(&slots, j) && (d < dv); d++) {
-                o[d] += p * fv_load_element(v, block->kv_dtype,
-                                            fv_page_index(block->kv_dtype, dv, (size_t)j, d));
+                o[d] += p * fv_load_element(
+                                v, block->kv_dtype,
+                                fv_page_index(block->kv_dtype, FV_PAGE_TOKENS, dv, (size_t)j, d));
             }
         }
     }

@@ -3,8 +3,8 @@
  *
  * Decode path: station 7 of 10. Before: attend_cpu.c. After: attend_cpu.c.
  *
- * A tile product is [16 rows, 32] x [32, 16 columns] bf16 -> fp32. B comes straight from the page, whose pairs are
- * already as the unit wants them. A must be bf16 too, and no precision is lost for it: Q is cut into as many bf16
+ * A tile product is [16 rows, 32] x [32, 16 columns] bf16 -> fp32. B comes straight from the page, which is made of
+ * such operands. A must be bf16 too, and no precision is lost for it: Q is cut into as many bf16
  * parts as its dtype needs to be exact (1 bf16, 2 fp16, 3 fp32), the weights P into two (error 2^-18); each part is one
  * more product into the same fp32 accumulators.
  *
@@ -23,11 +23,11 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#define TILE_ROWS   16
-#define TILE_K      32 /* bf16 elements of a row of A */
-#define PLANE_ROWS  ((size_t)FV_BLOCK_ROWS_MAX + TILE_ROWS)
-#define C_TILES     4
-#define PAGE_STRIDE (FV_PAGE_TOKENS * 4) /* bytes of a row pair of K^T */
+#define TILE_ROWS  16
+#define TILE_K     32 /* bf16 elements of a row of A */
+#define PLANE_ROWS ((size_t)FV_BLOCK_ROWS_MAX + TILE_ROWS)
+#define C_TILES    4
+#define TILE_BYTES 1024 /* of B: 16 row pairs of 16 columns, one after another in the page */
 
 typedef struct tile_config {
     uint8_t palette, start_row;
@@ -123,28 +123,23 @@ static void store_c(float *c, long stride, int n_tiles)
 }
 
 /* C[i] += every part of A times B. */
-#define STEP_C(i)                                   \
-    do {                                            \
-        if ((i) < n_tiles) {                        \
-            _tile_loadd(7, b + 64 * (i), b_stride); \
-            _tile_dpbf16ps(i, 4, 7);                \
-            if (n_parts > 1) {                      \
-                _tile_dpbf16ps(i, 5, 7);            \
-            }                                       \
-            if (n_parts > 2) {                      \
-                _tile_dpbf16ps(i, 6, 7);            \
-            }                                       \
-        }                                           \
+#define STEP_C(i)                                     \
+    do {                                              \
+        if ((i) < n_tiles) {                          \
+            _tile_loadd(7, b + TILE_BYTES * (i), 64); \
+            _tile_dpbf16ps(i, 4, 7);                  \
+            if (n_parts > 1) {                        \
+                _tile_dpbf16ps(i, 5, 7);              \
+            }                                         \
+            if (n_parts > 2) {                        \
+                _tile_dpbf16ps(i, 6, 7);              \
+            }                                         \
+        }                                             \
     } while (0)
 
 /* One 32-deep step: A parts are `plane` elements apart, B has n_tiles column blocks. */
-static void step(const uint16_t *a,
-                 size_t plane,
-                 long a_stride,
-                 int n_parts,
-                 const uint8_t *b,
-                 long b_stride,
-                 int n_tiles)
+static void
+step(const uint16_t *a, size_t plane, long a_stride, int n_parts, const uint8_t *b, int n_tiles)
 {
     _tile_loadd(4, a, a_stride);
     if (n_parts > 1) {
@@ -168,8 +163,7 @@ static void amx_scores(fv_tile_block_t *block, const void *k)
         zero_c();
         for (size_t d = 0; d < dk; d += TILE_K) {
             step(block->q_planes + row * dk + d, PLANE_ROWS * dk, (long)(dk * 2U),
-                 block->n_q_planes, (const uint8_t *)k + d / 2U * PAGE_STRIDE, PAGE_STRIDE,
-                 C_TILES);
+                 block->n_q_planes, (const uint8_t *)k + d * FV_PAGE_TOKENS * 2U, C_TILES);
         }
         store_c(block->s + row * FV_PAGE_TOKENS, FV_PAGE_TOKENS * 4, C_TILES);
     }
@@ -212,7 +206,6 @@ static void amx_accumulate(fv_tile_block_t *block, const void *v)
 {
     size_t dv = (size_t)block->head_dim_v;
     long o_bytes = (long)block->o_stride * 4;
-    long v_bytes = (long)dv * 4;
 
     split_weights(block);
     scale_rows(block);
@@ -225,8 +218,9 @@ static void amx_accumulate(fv_tile_block_t *block, const void *v)
             load_c(o, o_bytes, n_tiles);
             for (size_t j = 0; j < FV_PAGE_TOKENS; j += TILE_K) {
                 step(block->p_planes + row * FV_PAGE_TOKENS + j, PLANE_ROWS * FV_PAGE_TOKENS,
-                     FV_PAGE_TOKENS * 2, FV_P_PLANES, (const uint8_t *)v + (j / 2U * dv + d) * 4U,
-                     v_bytes, n_tiles);
+                     FV_PAGE_TOKENS * 2, FV_P_PLANES,
+                     (const uint8_t *)v + 2U * fv_tile_offset(FV_PAGE_TOKENS, dv, j / 2U, d),
+                     n_tiles);
             }
             store_c(o, o_bytes, n_tiles);
         }

@@ -14,8 +14,8 @@ static void widen(const void *page, fv_dtype_t dtype, int32_t n_rows, int32_t n_
 {
     for (size_t r = 0; r < (size_t)n_rows; r++) {
         for (size_t c = 0; c < (size_t)n_columns; c++) {
-            out[r * (size_t)n_columns + c] =
-                fv_load_element(page, dtype, fv_page_index(dtype, (size_t)n_columns, r, c));
+            out[r * (size_t)n_columns + c] = fv_load_element(
+                page, dtype, fv_page_index(dtype, (size_t)n_rows, (size_t)n_columns, r, c));
         }
     }
 }

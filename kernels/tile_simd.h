@@ -35,12 +35,20 @@ typedef struct product {
     size_t a_stride;
     const uint8_t *b;
     fv_dtype_t b_dtype;
+    bool b_padded; /* widened: every panel has 64 columns' room */
     size_t n_columns;
     int32_t n_k, n_rows;
     float *c;
     size_t c_stride;
     const float *alpha; /* NULL: C starts at 0 */
 } product_t;
+
+/* Where a run of vectors of B lies: vector v of row (or row pair) i is at b + i * row_bytes + v * vec_bytes. */
+typedef struct run {
+    const uint8_t *b;
+    size_t row_bytes, vec_bytes;
+    int32_t n_k;
+} run_t;
 
 ALWAYS_INLINE void multiply_add(const int nr,
                                 const int nv,
@@ -64,7 +72,8 @@ ALWAYS_INLINE void step_k(const fv_dtype_t dtype,
                           const int nr,
                           const int nv,
                           vec_t acc[VEC_NR][VEC_NV],
-                          const uint8_t *b_row,
+                          const uint8_t *row,
+                          size_t vec_bytes,
                           const float *a,
                           size_t a_stride)
 {
@@ -72,10 +81,10 @@ ALWAYS_INLINE void step_k(const fv_dtype_t dtype,
 
 #pragma GCC unroll 8
     for (int v = 0; v < nv; v++) {
-        size_t column = (size_t)v * VEC_W;
-        b[v] = (dtype == FV_DTYPE_F32)   ? vec_load((const float *)(const void *)b_row + column)
-               : (dtype == FV_DTYPE_F16) ? vec_f16((const uint16_t *)(const void *)b_row + column)
-                                         : vec_bf16_even(b_row + 4U * column);
+        const uint8_t *at = row + (size_t)v * vec_bytes;
+        b[v] = (dtype == FV_DTYPE_F32)   ? vec_load((const float *)(const void *)at)
+               : (dtype == FV_DTYPE_F16) ? vec_f16((const uint16_t *)(const void *)at)
+                                         : vec_bf16_even(at);
     }
     multiply_add(nr, nv, acc, b, a, a_stride);
     if (dtype != FV_DTYPE_BF16) {
@@ -83,9 +92,39 @@ ALWAYS_INLINE void step_k(const fv_dtype_t dtype,
     }
 #pragma GCC unroll 8
     for (int v = 0; v < nv; v++) {
-        b[v] = vec_bf16_odd(b_row + 4U * (size_t)v * VEC_W);
+        b[v] = vec_bf16_odd(row + (size_t)v * vec_bytes);
     }
     multiply_add(nr, nv, acc, b, a + 1, a_stride);
+}
+
+/* The rows of B from k on that lie at one stride, in the columns from `column` on: all of a panel, one tile of bf16. */
+ALWAYS_INLINE run_t find_run(const fv_dtype_t dtype, const product_t *p, int32_t k, size_t column)
+{
+    size_t n_k = (size_t)p->n_k;
+    size_t e = fv_dtype_bytes(dtype);
+    run_t run;
+
+    if (dtype == FV_DTYPE_BF16) {
+        size_t first = column / FV_TILE_COLUMNS * FV_TILE_COLUMNS;
+        size_t pair = (size_t)k / 2U;
+        size_t n_pairs = fv_page_min(FV_TILE_PAIRS, n_k / 2U - pair);
+
+        run.row_bytes = fv_piece_columns(p->n_columns, first, FV_TILE_COLUMNS) * 4U;
+        run.vec_bytes =
+            (VEC_W == FV_TILE_COLUMNS) ? (n_pairs * FV_TILE_COLUMNS * 4U) : (VEC_W * 4U);
+        run.b = p->b + fv_tile_offset(n_k, p->n_columns, pair, first) * 2U + (column - first) * 4U;
+        run.n_k = (int32_t)n_pairs * 2;
+    } else {
+        size_t first = column / FV_PANEL_COLUMNS * FV_PANEL_COLUMNS;
+        size_t width = p->b_padded ? FV_PANEL_COLUMNS
+                                   : fv_piece_columns(p->n_columns, first, FV_PANEL_COLUMNS);
+
+        run.row_bytes = width * e;
+        run.vec_bytes = VEC_W * e;
+        run.b = p->b + (first * n_k + (column - first)) * e;
+        run.n_k = p->n_k;
+    }
+    return run;
 }
 
 ALWAYS_INLINE void register_block(const fv_dtype_t dtype,
@@ -96,8 +135,6 @@ ALWAYS_INLINE void register_block(const fv_dtype_t dtype,
                                   size_t column)
 {
     const int k_step = (dtype == FV_DTYPE_BF16) ? 2 : 1;
-    const size_t row_bytes = p->n_columns * fv_dtype_bytes(dtype) * (size_t)k_step;
-    const uint8_t *b = p->b + column * fv_dtype_bytes(dtype) * (size_t)k_step;
     const float *a = p->a + row * p->a_stride;
     float *c = p->c + row * p->c_stride + column;
     vec_t acc[VEC_NR][VEC_NV];
@@ -112,9 +149,14 @@ ALWAYS_INLINE void register_block(const fv_dtype_t dtype,
                             : vec_mul(vec_load(at), vec_set1(p->alpha[row + (size_t)r]));
         }
     }
-    for (int k = 0; k < p->n_k; k += k_step) {
-        step_k(dtype, nr, nv, acc, b, a + k, p->a_stride);
-        b += row_bytes;
+    for (int k = 0; k < p->n_k;) {
+        run_t run = find_run(dtype, p, k, column);
+
+        for (int i = 0; i < run.n_k; i += k_step) {
+            step_k(dtype, nr, nv, acc, run.b, run.vec_bytes, a + k + i, p->a_stride);
+            run.b += run.row_bytes;
+        }
+        k += run.n_k;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < nr; r++) {
@@ -188,7 +230,11 @@ static void multiply(const product_t *p)
     size_t column = 0;
 
     while (column < p->n_columns) {
-        size_t left = (p->n_columns - column + VEC_W - 1U) / VEC_W;
+        /* a run of vectors stays inside a panel; a tile of 8 columns at the edge has its own row stride */
+        size_t first = column / FV_PANEL_COLUMNS * FV_PANEL_COLUMNS;
+        size_t end = first + fv_piece_columns(p->n_columns, first, FV_PANEL_COLUMNS);
+        size_t left = (p->b_dtype == FV_DTYPE_BF16) ? ((end - column) / VEC_W)
+                                                    : ((end - column + VEC_W - 1U) / VEC_W);
         int width = ((left >= 4U) && (VEC_NV >= 4)) ? 2 : (left >= 2U) ? 1 : 0;
 
         k_columns[p->b_dtype][width](p, column);
@@ -196,25 +242,33 @@ static void multiply(const product_t *p)
     }
 }
 
-/* fp32 rows from the page's matrix [n_rows, n_columns]. Ascending, so that a row's surplus lanes are overwritten. */
-static void widen(fv_tile_block_t *block, const uint8_t *page, size_t n_rows, size_t n_columns)
+/* One panel's width of fp32 rows from a page in fp16. */
+static void widen_f16(fv_tile_block_t *block, const uint8_t *page, size_t n_rows, size_t n_columns)
 {
-    float *out = block->wide;
+    for (size_t first = 0; first < n_columns; first += FV_PANEL_COLUMNS) {
+        size_t width = fv_piece_columns(n_columns, first, FV_PANEL_COLUMNS);
 
-    if (block->kv_dtype == FV_DTYPE_F16) {
-        for (size_t i = 0; i < n_rows * n_columns; i += VEC_W) {
-            vec_store(out + i, vec_f16((const uint16_t *)(const void *)page + i));
+        for (size_t r = 0; r < n_rows; r++) {
+            const uint16_t *src = (const uint16_t *)(const void *)page + first * n_rows + r * width;
+            float *out = block->wide + first * n_rows + r * FV_PANEL_COLUMNS;
+
+            for (size_t c = 0; c < width; c += VEC_W) {
+                vec_store(out + c, vec_f16(src + c));
+            }
         }
-        return;
     }
-    for (size_t r = 0; r < n_rows; r += 2U) {
-        const uint8_t *pair = page + r * n_columns * 2U;
+}
 
+static void widen_bf16(fv_tile_block_t *block, const uint8_t *page, size_t n_rows, size_t n_columns)
+{
+    for (size_t r = 0; r < n_rows; r += 2U) {
         for (size_t c = 0; c < n_columns; c += VEC_W) {
-            vec_store(out + r * n_columns + c, vec_bf16_even(pair + 4U * c));
-        }
-        for (size_t c = 0; c < n_columns; c += VEC_W) {
-            vec_store(out + (r + 1U) * n_columns + c, vec_bf16_odd(pair + 4U * c));
+            size_t first = c / FV_PANEL_COLUMNS * FV_PANEL_COLUMNS;
+            float *out = block->wide + first * n_rows + r * FV_PANEL_COLUMNS + (c - first);
+            const uint8_t *src = page + 2U * fv_page_index(FV_DTYPE_BF16, n_rows, n_columns, r, c);
+
+            vec_store(out, vec_bf16_even(src));
+            vec_store(out + FV_PANEL_COLUMNS, vec_bf16_odd(src));
         }
     }
 }
@@ -224,8 +278,14 @@ static void multiply_page(fv_tile_block_t *block, product_t *p, const void *page
 {
     p->b = page;
     p->b_dtype = block->kv_dtype;
+    p->b_padded = false;
     if ((block->n_rows > WIDEN_ROWS) && (block->kv_dtype != FV_DTYPE_F32)) {
-        widen(block, page, (size_t)p->n_k, p->n_columns);
+        if (block->kv_dtype == FV_DTYPE_F16) {
+            widen_f16(block, page, (size_t)p->n_k, p->n_columns);
+        } else {
+            widen_bf16(block, page, (size_t)p->n_k, p->n_columns);
+        }
+        p->b_padded = true;
         p->b = (const uint8_t *)block->wide;
         p->b_dtype = FV_DTYPE_F32;
     }
