@@ -83,4 +83,11 @@ void fv_config_print_markdown(FILE *out)
         (void)fprintf(out, "| `--%s` | `%s` | `%s` | %s | %s |\n", name, env, option->value,
                       expected, option->help);
     }
+    (void)fprintf(out, "\n## Other\n\n"
+                       "| Option | What it does |\n"
+                       "|---|---|\n"
+                       "| `--config FILE` | reads this file; also `FV_CONFIG` |\n"
+                       "| `--print-config` | prints the configuration that results, and exits |\n"
+                       "| `--help` | prints all options, and exits |\n"
+                       "| `--version` | prints the version, and exits |\n");
 }

@@ -301,8 +301,8 @@ static void test_bad_opens_are_refused(void **state)
 
 static void test_bad_session_ids_are_refused(void **state)
 {
-    static const char *const k_bad[] = {"", "abc", HEX "0",
-                                        /* NOLINT */ "g00102030405060708090a0b0c0d0e0f",
+    static const char *const k_bad[] = {"", "abc", "000102030405060708090a0b0c0d0e0f0",
+                                        "g00102030405060708090a0b0c0d0e0f",
                                         "00010203 405060708090a0b0c0d0e0f"};
     Fovea__V1__GetSessionRequest m = FOVEA__V1__GET_SESSION_REQUEST__INIT;
     fv_session_request_t out;
