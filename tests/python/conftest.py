@@ -18,9 +18,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import fovea
 import numpy as np
 import pytest
+
+import fovea
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -48,12 +49,12 @@ class Service:
     def _command(self, kv_memory: str | None) -> list[str]:
         fovead = os.environ.get("FOVEAD")
         if fovead is None:
-            n_bytes = int(kv_memory.removesuffix("MiB")) << 20 if kv_memory else 1 << 30
+            n_bytes = int(kv_memory.removesuffix("m")) << 20 if kv_memory else 1 << 30
             return [sys.executable, str(HERE / "mock_server.py"), self.address, str(n_bytes)]
         ranks = os.environ.get("FV_TEST_RANKS")
         launch = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", ranks] if ranks else []
         extra = shlex.split(os.environ.get("FOVEAD_ARGS", ""))
-        return [*launch, fovead, "--listen", self.address, "--kv-memory", kv_memory or "512MiB", *extra]
+        return [*launch, fovead, "--listen", self.address, "--kv-memory", kv_memory or "512m", *extra]
 
     def connect(self, timeout: float = 10.0) -> fovea.Client:
         return fovea.connect(self.address, timeout=timeout)
@@ -114,7 +115,7 @@ def service(shared_service: Service) -> Iterator[Service]:
 
 @pytest.fixture
 def own_service() -> Iterator[Callable[..., Service]]:
-    """own_service(kv_memory="64MiB"): a service for this test alone."""
+    """own_service(kv_memory="64m"): a service for this test alone."""
     started: list[Service] = []
     with _folder() as folder:
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import fovea
 import numpy as np
 
+import fovea
 import oracle
 
 WIRES = ("f32", "f16", "bf16")

@@ -17,15 +17,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import fovea
 import grpc
 import numpy as np
-from fovea._pb import attention_pb2 as pb
 from google.protobuf import message_factory
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+import fovea
 import oracle
+from fovea._pb import attention_pb2 as pb
 
 PAGE_TOKENS = 64
 CODE = grpc.StatusCode
@@ -394,7 +394,7 @@ class Service:
         share = pb.PlacementShare(
             kv_head_end=spec.n_kv_heads,
             q_head_end=spec.n_q_heads,
-            tokens=[pb.TokenRange(begin=0, end=info.max_tokens)] if info.max_tokens else [],
+            ranges=[pb.TokenRange(begin=0, end=info.max_tokens)] if info.max_tokens else [],
             n_tokens=info.max_tokens,
             kv_bytes=info.kv_bytes,
         )

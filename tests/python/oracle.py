@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import fovea
 import numpy as np
+
+import fovea
 
 # of an answer, by wire dtype, relative to the largest |out|: rounding of the output, and fp32 accumulation
 TOLERANCE = {"f32": 2e-5, "f16": 1e-3, "bf16": 8e-3}

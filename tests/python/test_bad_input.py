@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import random
 
-import fovea
 import grpc
 import numpy as np
 import pytest
-from fovea._pb import attention_pb2 as pb
 
 import conftest
+import fovea
 import helpers
+from fovea._pb import attention_pb2 as pb
 from helpers import Known, attend, small_spec
-
 
 # the service says INVALID_ARGUMENT; grpcio's server, in front of the mock, says INTERNAL by itself
 UNREADABLE = {grpc.StatusCode.INVALID_ARGUMENT}
@@ -127,7 +126,7 @@ def test_duplicate_items(raw, known):
     request.items.add().CopyFrom(request.items[0])
     for name in ("q", "k", "v"):
         setattr(request, name, getattr(request, name) * 2)
-    assert refused(raw, request, known.session.id[:8]) == grpc.StatusCode.INVALID_ARGUMENT
+    assert refused(raw, request, "items") == grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_unknown_session(raw, known):

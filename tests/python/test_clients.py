@@ -9,10 +9,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import fovea
 import numpy as np
 import pytest
 
+import fovea
 import helpers
 from helpers import Known, attend, small_spec
 
@@ -181,6 +181,7 @@ def test_a_client_that_vanishes_mid_stream(service, client, rng):
 def test_a_reader_that_stops_reading(service, client, rng):
     """Thousands of answers nobody reads: its own sending stops, others are served meanwhile."""
     import grpc
+
     from fovea import attend as message
 
     s = Known(client, small_spec(n_q_heads=32, n_kv_heads=2, head_dim_qk=128), rng)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import time
 
-import fovea
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+import fovea
 from helpers import Known, attend, small_spec
 
 N_RANKS = int(os.environ.get("FV_TEST_RANKS", "1"))
@@ -69,7 +69,7 @@ def test_placement(client, rng):
             (head, token)
             for share in placement.shares
             for head in range(share.kv_head_begin, share.kv_head_end)
-            for tokens in share.tokens
+            for tokens in share.ranges
             for token in range(tokens.begin, tokens.end)
         ]
         assert sorted(covered) == [(head, token) for head in range(3) for token in range(300)]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fovea
 import numpy as np
 import pytest
 
+import fovea
 import helpers
 from helpers import Known, attend, small_spec
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import re
 
-import fovea
 import pytest
 
+import fovea
 from helpers import Known, attend, small_spec
+
 
 @pytest.fixture
 def small(own_service):
     """A service with little memory (per rank); the mock, slow at long contexts, with less."""
-    with own_service("16MiB" if "FOVEAD" in os.environ else "4MiB").connect() as client:
+    with own_service("16m" if "FOVEAD" in os.environ else "4m").connect() as client:
         yield client
 
 
@@ -35,7 +36,7 @@ def fill(known: list[Known], n: int = 512) -> fovea.ResourceExhausted:
 
 def test_exhaustion(small, rng):
     known = [Known(small, SPEC, rng) for _ in range(3)]
-    error = fill(known)
+    error = fill(known, 200)
     numbers = [int(n) for n in re.findall(r"\d+", error.message)]
     assert len(numbers) >= 2, f"bytes needed and free are missing: {error.message}"
     lengths = [s.session.info().max_tokens for s in known]

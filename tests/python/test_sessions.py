@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-import fovea
 import pytest
 
+import fovea
 from helpers import Known, attend, small_spec
 
 

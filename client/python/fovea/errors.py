@@ -90,6 +90,9 @@ def from_code(code: grpc.StatusCode, message: str) -> FoveaError:
     return _BY_CODE.get(code, FoveaError)(message, code)
 
 
-def from_rpc(error: grpc.RpcError) -> FoveaError:
+def from_rpc(error: grpc.RpcError, cancelled_here: bool = False) -> FoveaError:
     """The exception of a call that failed as a whole."""
-    return from_code(error.code(), error.details() or "")
+    code = error.code()
+    if code is grpc.StatusCode.CANCELLED and not cancelled_here:
+        return Unavailable("the service ended the call: it is stopping")
+    return from_code(code, error.details() or "")

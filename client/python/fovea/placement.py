@@ -30,7 +30,7 @@ def _bar(placement: pb.Placement, share: pb.PlacementShare) -> str:
     cells = []
     for i in range(_BAR):
         begin, end = i * total / _BAR, (i + 1) * total / _BAR
-        held = any(r.begin < end and begin < r.end for r in share.tokens)
+        held = any(r.begin < end and begin < r.end for r in share.ranges)
         cells.append("#" if held else ".")
     return "".join(cells)
 

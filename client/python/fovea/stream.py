@@ -40,6 +40,7 @@ class AttendStream:
         self._pending: dict[int, tuple[attend.AttendCall, Future[AttendResult]]] = {}
         self._ids = itertools.count(1)
         self._closed: FoveaError | None = None  # set: no further request, and why
+        self._cancelled = False
         self._call = rpc.Attend(iter(self._outbox.get, None))
         self._reader = threading.Thread(target=self._read, name="fovea-stream", daemon=True)
         self._reader.start()
@@ -86,6 +87,7 @@ class AttendStream:
 
     def cancel(self) -> None:
         """Ends the stream at once; unanswered futures fail with Cancelled."""
+        self._cancelled = True
         self._call.cancel()
 
     def __enter__(self) -> AttendStream:
@@ -99,7 +101,7 @@ class AttendStream:
         try:
             self._deliver(self._call)
         except grpc.RpcError as error:
-            end = from_rpc(error)
+            end = from_rpc(error, self._cancelled)
         with self._lock:
             self._closed = self._closed or end
             pending, self._pending = self._pending, {}

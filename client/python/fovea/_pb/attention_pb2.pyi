@@ -409,13 +409,13 @@ class TokenRange(_message.Message):
     def __init__(self, begin: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class PlacementShare(_message.Message):
-    __slots__ = ("rank", "kv_head_begin", "kv_head_end", "q_head_begin", "q_head_end", "tokens", "n_tokens", "kv_bytes", "freed_bytes", "truncated")
+    __slots__ = ("rank", "kv_head_begin", "kv_head_end", "q_head_begin", "q_head_end", "ranges", "n_tokens", "kv_bytes", "freed_bytes", "truncated")
     RANK_FIELD_NUMBER: _ClassVar[int]
     KV_HEAD_BEGIN_FIELD_NUMBER: _ClassVar[int]
     KV_HEAD_END_FIELD_NUMBER: _ClassVar[int]
     Q_HEAD_BEGIN_FIELD_NUMBER: _ClassVar[int]
     Q_HEAD_END_FIELD_NUMBER: _ClassVar[int]
-    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RANGES_FIELD_NUMBER: _ClassVar[int]
     N_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     FREED_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -425,12 +425,12 @@ class PlacementShare(_message.Message):
     kv_head_end: int
     q_head_begin: int
     q_head_end: int
-    tokens: _containers.RepeatedCompositeFieldContainer[TokenRange]
+    ranges: _containers.RepeatedCompositeFieldContainer[TokenRange]
     n_tokens: int
     kv_bytes: int
     freed_bytes: int
     truncated: bool
-    def __init__(self, rank: _Optional[int] = ..., kv_head_begin: _Optional[int] = ..., kv_head_end: _Optional[int] = ..., q_head_begin: _Optional[int] = ..., q_head_end: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[TokenRange, _Mapping]]] = ..., n_tokens: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., freed_bytes: _Optional[int] = ..., truncated: bool = ...) -> None: ...
+    def __init__(self, rank: _Optional[int] = ..., kv_head_begin: _Optional[int] = ..., kv_head_end: _Optional[int] = ..., q_head_begin: _Optional[int] = ..., q_head_end: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[TokenRange, _Mapping]]] = ..., n_tokens: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., freed_bytes: _Optional[int] = ..., truncated: bool = ...) -> None: ...
 
 class Placement(_message.Message):
     __slots__ = ("session_id", "model_id", "mode", "n_head_parts", "n_ctx_parts", "shard_tokens", "shares", "reason", "n_tokens")
