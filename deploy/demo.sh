@@ -14,10 +14,13 @@ SmolLM2-135M-Instruct: numpy computes the model, Fovea every attention call.
   --check         also run with local attention; fail unless the token ids are identical
   --prompt TEXT   repeatable; --max-tokens N, --frontends N, --temperature T, --sharding MODE ...:
                   see .venv/bin/python -m fovea.demo --help
+
+Left to itself (--sharding auto) the service keeps sessions as short as these on one rank; to show more of it
+the demo asks for heads: with 3 ranks each holds one of the model's 3 KV heads.
 HELP
 }
 
-ranks=3 keep=false demo_args=()
+ranks=3 keep=false demo_args=(--sharding heads)
 while [[ $# -gt 0 ]]; do
     case $1 in
     --ranks) [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { usage >&2 && exit 2; } && ranks=$2 && shift ;;

@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# test_hosts.sh - fovead over three hosts: right answers; a killed rank or a lost host ends it with code 3.
+# usage: test_hosts.sh FOVEAD PYTHON     PYTHON: with the package fovea   (exit 77: not root)
+set -u
+[[ $# -eq 2 ]] || { echo "usage: $0 FOVEAD PYTHON" >&2 && exit 2; }
+fovead=$1 python=$2
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$here/../.." && pwd)
+netns=$root/deploy/netns.sh
+if [[ $(id -u) -ne 0 ]] || ! command -v ip mpirun >/dev/null; then
+    echo "needs root (network namespaces), iproute2 and Open MPI"
+    exit 77
+fi
+"$python" -c 'import fovea' 2>/dev/null || {
+    echo "$python has no package fovea"
+    exit 77
+}
+work=$(mktemp -d)
+trap '"$netns" down; rm -rf "$work"' EXIT
+n_failed=0
+readonly address=198.18.77.1:7411
+
+check() { # NAME CONDITION...
+    local name=$1
+    shift
+    if "$@"; then
+        echo "ok    $name"
+    else
+        echo "FAIL  $name: $*"
+        n_failed=$((n_failed + 1))
+    fi
+}
+
+start() { # fovead over all hosts; leaves the launcher's pid in $pid
+    : >"$work/log"
+    "$netns" on fv1 "$root/deploy/fovead-run" --fovead "$fovead" --hosts "$("$netns" hosts)" \
+        --interface eth0 --listen "$address" --kv-memory 64m >>"$work/log" 2>&1 &
+    pid=$!
+    for _ in {1..300}; do
+        grep -q 'listening on' "$work/log" && return 0
+        kill -0 "$pid" 2>/dev/null || return 1
+        sleep 0.1
+    done
+    return 1
+}
+
+finish() { # waits at most 20 s; leaves the exit code in $code
+    for _ in {1..200}; do
+        kill -0 "$pid" 2>/dev/null || break
+        sleep 0.1
+    done
+    if kill -0 "$pid" 2>/dev/null; then
+        echo "FAIL  the service did not end within 20 s"
+        n_failed=$((n_failed + 1))
+        kill -KILL "$pid"
+    fi
+    wait "$pid"
+    code=$?
+}
+
+rank_on() { # HOST: the pid of its fovead
+    local p
+    for p in $(ip netns pids "$1"); do
+        [[ $(cat "/proc/$p/comm") == fovead ]] && echo "$p" && return
+    done
+}
+
+is_empty() { # HOST: within 10 s
+    for _ in {1..100}; do
+        [[ -z $(ip netns pids "$1") ]] && return 0
+        sleep 0.1
+    done
+    return 1
+}
+
+has_no_rank() { # HOST: within 10 s
+    for _ in {1..100}; do
+        [[ -z $(rank_on "$1") ]] && return 0
+        sleep 0.1
+    done
+    return 1
+}
+
+attend() { "$netns" on fv2 "$python" "$here/hosts_attend.py" "$address" 3 --sharding "$1"; }
+
+"$netns" down
+"$netns" up 3
+
+check "fovead starts over three hosts" start
+check "each host has its rank" grep -q 'rank 2 on fv3' "$work/log"
+check "context over three hosts equals numpy" attend context
+check "heads over three hosts equal numpy" attend heads
+kill -TERM "$pid"
+finish
+check "SIGTERM: clean stop" [ "$code" -eq 0 ]
+
+check "it starts again" start
+kill -KILL "$(rank_on fv3)"
+finish
+check "a killed rank: exit code" [ "$code" -eq 3 ]
+check "a killed rank: it is said which" grep -q 'rank 2 is gone' "$work/log"
+check "a killed rank: fv2 is empty" is_empty fv2
+
+check "it starts once more" start
+"$netns" link fv3 down
+finish
+check "a lost host: exit code" [ "$code" -eq 3 ]
+check "a lost host: it is said" grep -q 'rank 2' <(grep -E 'error|lost' "$work/log")
+check "a lost host: fv2 is empty" is_empty fv2
+# (mpirun's daemon there waits for the link)
+check "a lost host: its own rank leaves too" has_no_rank fv3
+
+[[ $n_failed -eq 0 ]] || cat "$work/log"
+echo "$n_failed failed"
+[[ $n_failed -eq 0 ]]
