@@ -3,7 +3,7 @@ set(_rig support/worker_rig.c support/worker_rig_step.c support/step_pack.c
          support/local_exchange.c)
 fv_add_test(test_kv_pool unit SOURCES unit/test_kv_pool.c LIBS fv_worker)
 fv_add_test(prop_worker property SOURCES property/prop_worker.c ${_rig}
-            LIBS fv_worker Threads::Threads TIMEOUT 120)
+            LIBS fv_worker Threads::Threads TIMEOUT 180)
 fv_add_test(test_exchange_mpi mpi SOURCES mpi/test_exchange_mpi.c LIBS fv_worker MPI::MPI_C RANKS 3)
 fv_add_test(test_worker_serve mpi SOURCES mpi/test_worker_serve.c support/step_pack.c
             LIBS fv_worker MPI::MPI_C RANKS 3)

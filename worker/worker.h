@@ -104,14 +104,16 @@ FV_MUST_CHECK fv_status_t fv_worker_serve(fv_worker_t *worker,
                                           void *mpi_comm);
 
 /*
- * The MPI exchange (exchange_mpi.c). While it waits it polls `abort_fd` (-1: none): readable end-of-file or
- * hang-up there means the coordinator is gone -> FV_ERR_RANK_LOST. Waits spin briefly, then test and sleep.
+ * The MPI exchange (exchange_mpi.c), for `exchange` and `exchange_ctx` of the configuration. `mpi_comm` points to the
+ * MPI_Comm of the epoch. Waits spin briefly, then yield, then test and nap. After an error other than of memory it
+ * refuses every further call with FV_ERR_RANK_LOST: messages given up stay posted, their order is lost.
  */
 typedef struct fv_exchange_mpi fv_exchange_mpi_t;
 extern const fv_exchange_ops_t fv_exchange_mpi_ops;
 FV_MUST_CHECK fv_status_t fv_exchange_mpi_create(void *mpi_comm, fv_exchange_mpi_t **out);
 void fv_exchange_mpi_destroy(fv_exchange_mpi_t *exchange);
-/* is_aborted(arg) is polled while waiting; NULL: never. */
+/* is_aborted(arg) is polled while waiting; true ends the wait with FV_ERR_RANK_LOST. NULL: never.
+ * fv_worker_serve() sets its own, which watches the control socket. */
 void fv_exchange_mpi_on_poll(fv_exchange_mpi_t *exchange, bool (*is_aborted)(void *arg), void *arg);
 
 #endif /* FV_WORKER_WORKER_H */

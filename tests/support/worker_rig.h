@@ -53,7 +53,7 @@ typedef struct fv_rig {
     uint64_t n_checked, n_exhausted; /* items */
 } fv_rig_t;
 
-/* `backend` NULL: fv_backend_cpu. FV_ISA chooses its instruction set (default "portable"). */
+/* `backend` NULL: fv_backend_cpu. FV_ISA chooses its instruction set (default "auto"). */
 void fv_rig_create(fv_rig_t *rig,
                    uint32_t n_ranks,
                    size_t arena_bytes,
