@@ -8,3 +8,6 @@ fv_add_test(test_exchange_mpi mpi SOURCES mpi/test_exchange_mpi.c LIBS fv_worker
 fv_add_test(test_worker_serve mpi SOURCES mpi/test_worker_serve.c support/step_pack.c
             LIBS fv_worker MPI::MPI_C RANKS 3)
 fv_add_test(test_worker unit SOURCES unit/test_worker.c ${_rig} LIBS fv_worker Threads::Threads)
+fv_add_test(test_worker_alloc unit SOURCES unit/test_worker_alloc.c LIBS fv_worker)
+target_link_options(test_worker_alloc PRIVATE
+                    -Wl,--wrap=malloc -Wl,--wrap=calloc -Wl,--wrap=realloc)

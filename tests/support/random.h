@@ -37,7 +37,7 @@ static inline float fv_random_unit(fv_random_t *r)
 /* The seed of this run: FV_SEED, or `fallback`. Printed, so that a failure can be repeated. */
 static inline uint64_t fv_random_seed(uint64_t fallback)
 {
-    const char *text = getenv("FV_SEED");
+    const char *text = getenv("FV_SEED"); /* NOLINT(concurrency-mt-unsafe): before any thread */
     uint64_t seed = (text != NULL) ? strtoull(text, NULL, 10) : fallback;
 
     (void)fprintf(stderr, "FV_SEED=%llu\n", (unsigned long long)seed);

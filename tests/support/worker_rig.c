@@ -14,7 +14,7 @@ void fv_rig_create(fv_rig_t *rig,
                    const fv_backend_ops_t *backend,
                    uint64_t seed)
 {
-    const char *isa = getenv("FV_ISA");
+    const char *isa = getenv("FV_ISA"); /* NOLINT(concurrency-mt-unsafe): before any thread */
 
     memset(rig, 0, sizeof(*rig));
     rig->n_ranks = n_ranks;
