@@ -6,10 +6,6 @@
  * Planning (lean.h) runs on the caller; shares are then claimed by the pool's threads. Cuts do not depend on who
  * claims what, so neither does the result. Memory: per thread one block (tile.h) and per share two slots, all from create();
  * the table of groups grows to the largest step seen.
- *
- * Masks. A tile that some row does not see wholly has its scores set to -inf there, so that the weight is 0; but
- * 0 * NaN is NaN, so a masked V must not be multiplied at all: unused slots are multiplied as zeros (a clean
- * copy), and when a token that only some rows see holds NaN or inf, the tile takes the careful way, row by row.
  */
 #include "kernels/backend_cpu.h"
 #include "kernels/page_layout.h"
@@ -146,103 +142,6 @@ load_block(fv_tile_block_t *block, const fv_attn_item_t *item, const fv_lean_gro
     }
 }
 
-/* Slots of a tile that a row sees: [0, sink) and [begin, end). */
-typedef struct slot_range {
-    int32_t sink, begin, end;
-} slot_range_t;
-
-static int32_t to_slot(int64_t token, const fv_tile_t *tile)
-{
-    return (int32_t)fv_max64(0, fv_min64(token - tile->begin, tile->n_tokens));
-}
-
-static slot_range_t row_slots(const fv_tile_query_t *query, const fv_tile_t *tile, int64_t position)
-{
-    fv_row_range_t row = fv_row_range(query, position);
-    slot_range_t slots;
-
-    slots.sink = to_slot(row.sink, tile);
-    slots.begin = to_slot(row.begin, tile);
-    slots.end = to_slot(row.end, tile);
-    return slots;
-}
-
-static bool slot_seen(const slot_range_t *slots, int32_t j)
-{
-    return (j < slots->sink) || ((j >= slots->begin) && (j < slots->end));
-}
-
-static void mask_scores(fv_tile_block_t *block,
-                        const fv_tile_query_t *query,
-                        const fv_tile_t *tile,
-                        int32_t group)
-{
-    for (int32_t r = 0; r < block->n_rows; r++) {
-        slot_range_t slots = row_slots(query, tile, query->q_begin + r / group);
-        float *s = block->s + (size_t)r * FV_PAGE_TOKENS;
-
-        for (int32_t j = 0; j < FV_PAGE_TOKENS; j++) {
-            s[j] = slot_seen(&slots, j) ? s[j] : -INFINITY;
-        }
-    }
-}
-
-static bool is_finite_bits(const fv_tile_block_t *block, const uint8_t *v, size_t i)
-{
-    return isfinite(fv_load_element(v, block->kv_dtype, i)) != 0;
-}
-
-/*
- * Copies V with zeros in the slots that hold no token. Returns whether all tokens are finite. An odd
- * number of bf16 tokens ends inside a pair, hence element by element.
- */
-static bool clean_v(fv_tile_block_t *block, const uint8_t *v, int32_t n_tokens)
-{
-    size_t dv = (size_t)block->head_dim_v;
-    size_t n_bytes = dv * FV_PAGE_TOKENS * fv_dtype_bytes(block->kv_dtype);
-    bool finite = true;
-
-    memcpy(block->v_clean, v, n_bytes);
-    for (size_t j = (size_t)n_tokens; j < FV_PAGE_TOKENS; j++) {
-        for (size_t d = 0; d < dv; d++) {
-            fv_store_element(block->v_clean, block->kv_dtype,
-                             fv_page_index(block->kv_dtype, FV_PAGE_TOKENS, dv, j, d), 0.0F);
-        }
-    }
-    for (size_t i = 0; i < dv * FV_PAGE_TOKENS; i++) {
-        finite = finite && is_finite_bits(block, block->v_clean, i);
-    }
-    return finite;
-}
-
-/* O = alpha O + P V, touching only what each row sees. */
-static void accumulate_seen(fv_tile_block_t *block,
-                            const fv_tile_query_t *query,
-                            const fv_tile_t *tile,
-                            int32_t group,
-                            const uint8_t *v)
-{
-    size_t dv = (size_t)block->head_dim_v;
-
-    for (int32_t r = 0; r < block->n_rows; r++) {
-        slot_range_t slots = row_slots(query, tile, query->q_begin + r / group);
-        float *o = block->o + (size_t)r * (size_t)block->o_stride;
-
-        for (size_t d = 0; d < dv; d++) {
-            o[d] *= block->alpha[r];
-        }
-        for (int32_t j = 0; j < tile->n_tokens; j++) {
-            float p = block->s[(size_t)r * FV_PAGE_TOKENS + (size_t)j];
-
-            for (size_t d = 0; slot_seen(&slots, j) && (d < dv); d++) {
-                o[d] += p * fv_load_element(
-                                v, block->kv_dtype,
-                                fv_page_index(block->kv_dtype, FV_PAGE_TOKENS, dv, (size_t)j, d));
-            }
-        }
-    }
-}
-
 static void attend_tile(const fv_tile_ops_t *ops,
                         fv_tile_block_t *block,
                         const fv_attn_item_t *item,
@@ -262,13 +161,14 @@ static void attend_tile(const fv_tile_ops_t *ops,
         ops->accumulate(block, v);
         return;
     }
-    mask_scores(block, query, tile, item->group);
+    fv_cpu_mask_scores(block, query, tile, item->group);
     ops->softmax(block);
-    if (!clean_v(block, v, tile->n_tokens) && !tile->full) {
-        accumulate_seen(block, query, tile, item->group, block->v_clean);
+    v = fv_cpu_clean_v(block, tile, v);
+    if (!tile->full && !fv_cpu_is_finite_v(block, v)) {
+        fv_cpu_accumulate_seen(block, query, tile, item->group, v);
         return;
     }
-    ops->accumulate(block, block->v_clean);
+    ops->accumulate(block, v);
 }
 
 /* Tiles [begin, end) of a group into `block`, from the empty state. */

@@ -67,6 +67,22 @@ fv_status_t fv_cpu_copy_pages(fv_backend_t *backend, const fv_page_copy_t *copie
 fv_status_t fv_cpu_attend(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items);
 fv_status_t fv_cpu_merge(fv_backend_t *backend, const fv_merge_item_t *items, size_t n_items);
 
+/*
+ * attend_mask_cpu.c: tiles that some row does not see wholly, or that are not full of tokens. `group` is the rows of
+ * one query token. clean_v returns V itself, or a copy whose unused slots are zero.
+ */
+void fv_cpu_mask_scores(fv_tile_block_t *block,
+                        const fv_tile_query_t *query,
+                        const fv_tile_t *tile,
+                        int32_t group);
+const uint8_t *fv_cpu_clean_v(fv_tile_block_t *block, const fv_tile_t *tile, const uint8_t *v);
+bool fv_cpu_is_finite_v(const fv_tile_block_t *block, const uint8_t *v);
+void fv_cpu_accumulate_seen(fv_tile_block_t *block,
+                            const fv_tile_query_t *query,
+                            const fv_tile_t *tile,
+                            int32_t group,
+                            const uint8_t *v);
+
 /* attend_out_cpu.c: where a finished row goes. */
 void fv_cpu_write_rows(const fv_attn_item_t *item,
                        const fv_lean_group_t *group,

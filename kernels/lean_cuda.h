@@ -1,0 +1,140 @@
+/*
+ * lean_cuda.h - what the host plans and the lean kernel reads: runs, shares, and one launch. Private to kernels/.
+ *
+ * Decode path: station 7 of 10. Before: attend_cuda.c (plans). After: lean_cuda.cu (executes).
+ *
+ * Source: LeanAttention, arXiv:2405.10480, with the arithmetic of lean.h in units of whole tiles. A launch holds items
+ * of one geometry. Its line of tiles is made of runs: one block of query rows of one item, for all KV heads
+ * (every head of a run has the same number of tiles, so a position on the line is found by one division):
+ *
+ *     run    |        run 0: 3 heads x 2 tiles        |  run 1: 1 head x 5 tiles  |
+ *     group  |  h0 h0   |  h1 h1   |  h2 h2           |  h0 h0 h0 h0 h0           |
+ *     share  |---- 0 ----|---- 1 ----|---- 2 ----|---- 3 ----|                        one CTA each
+ *
+ * Share s begins at s * q + min(s, rem) with q = n_tiles / n_shares, rem = n_tiles % n_shares: loads differ by
+ * one tile at most. A group cut by a border leaves pieces; whoever brings the last piece merges them in
+ * ascending order (no waiting). A share has at most two pieces of cut groups: slot 2s when the piece continues a
+ * group begun before, slot 2s + 1 when the group begins in the share and goes on in the next.
+ *
+ * Pages, as this backend stores them: K [P, dk], then V [P, dv], row-major, contiguous, so that one bulk copy
+ * (cp.async.bulk, no tensor map) moves either into shared memory. The 16-byte chunks of a row are permuted by
+ * an exclusive or with a few bits of the token (fv_page_swizzle), the permutation that lets ldmatrix read 8 tokens
+ * of any head_dim without bank conflicts: done once, when the token is appended, and never again.
+ */
+#ifndef FV_KERNELS_LEAN_CUDA_H
+#define FV_KERNELS_LEAN_CUDA_H
+
+#include "kernels/kernels.h"
+#include "kernels/tiles.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FV_LEAN_WARPS     4  /* that compute; one more copies */
+#define FV_LEAN_ROWS_MAX  64 /* of one block: 16 for each computing warp */
+#define FV_LEAN_SLOTS_MAX 24 /* of the ring in shared memory */
+
+/* How elements of K and V reach the tensor cores. */
+typedef enum fv_lean_kind {
+    FV_LEAN_BF16 = 0,     /* bf16 KV; Q in 1 to 3 bf16 parts, whatever its dtype */
+    FV_LEAN_F16 = 1,      /* fp16 KV and Q */
+    FV_LEAN_F32_WIDE = 2, /* fp32 KV in 3 bf16 parts, Q alike */
+    FV_LEAN_F16_WIDE = 3, /* fp16 KV in 2 bf16 parts, for a Q that fp16 can not hold */
+} fv_lean_kind_t;
+
+typedef struct fv_lean_dst {
+    uint64_t row_begin;
+    float *o, *lse_log2;
+} fv_lean_dst_t;
+
+/* One block of query rows of one item, all its KV heads. Device memory; all pointers are the device's. */
+typedef struct fv_lean_run {
+    fv_tile_query_t query; /* of the block's rows */
+    fv_tile_list_t tiles;
+    const fv_page_ref_t
+        *pages;       /* [n_kv_heads, pages_stride], local pages, those of the gap left out */
+    const uint8_t *q; /* of the item's first token */
+    uint8_t *out;
+    float *lse; /* or NULL */
+    const fv_lean_dst_t *dst;
+    uint64_t q_token_bytes, out_token_bytes, lse_token_stride;
+    int64_t position;    /* of the item's first query token */
+    uint32_t line_begin; /* first tile on the line */
+    int32_t n_tiles;     /* of each head; 1 and is_empty when there is none */
+    int32_t n_kv_heads, group;
+    int32_t row_begin, n_rows;                  /* rows of a KV head: r = t * group + g */
+    int32_t pages_stride, gap_begin, gap_pages; /* pages >= gap_begin stand gap_pages earlier */
+    int32_t io_dtype, n_q_parts, n_dst;
+    int32_t is_empty;
+    float score_scale;          /* log2 units of one unit of S, after the softcap if any */
+    float cap_inner, cap_outer; /* S = cap_outer * tanh(S * cap_inner); 0: no softcap */
+} fv_lean_run_t;
+
+/* Where a CTA begins. */
+typedef struct fv_lean_share {
+    uint32_t run;
+    int32_t head, tile; /* of that run */
+    int32_t n_tiles;    /* of the share */
+} fv_lean_share_t;
+
+/* One launch: passed by value. */
+typedef struct fv_lean_launch {
+    const uint8_t *arena;
+    const fv_lean_run_t *runs;
+    const fv_lean_share_t *shares;
+    float *slot_o;     /* [2 * n_shares][slot_rows, dv], unnormalised */
+    float *slot_ml;    /* [2 * n_shares][2][slot_rows]: m, then l */
+    uint32_t *arrived; /* [n_shares], zero between launches */
+    uint32_t n_tiles, n_shares;
+    uint32_t share_tiles, share_rest; /* q and rem */
+    int32_t head_dim_qk, head_dim_v;
+    int32_t n_q_parts; /* most of any run */
+    int32_t slot_rows;
+    int32_t ring_slots; /* of slot_bytes each */
+    uint32_t slot_bytes;
+    uint32_t k_bytes; /* of one token's K row; V alike */
+    uint32_t v_bytes;
+    uint32_t k_xor, v_xor;     /* masks of fv_page_swizzle */
+    uint32_t k_shift, v_shift; /* shifts of it */
+    uint32_t smem_bytes;
+    int32_t kind;    /* fv_lean_kind_t */
+    int32_t m_warps; /* 1, 2 or 4: warps along rows; the others are along tokens */
+} fv_lean_launch_t;
+
+/* The permutation of a row of n_chunks 16-byte chunks: chunk c of token t stands at c ^ ((t >> shift) & mask). */
+typedef struct fv_page_swizzle {
+    uint32_t shift, mask;
+} fv_page_swizzle_t;
+
+static inline FV_HD fv_page_swizzle_t fv_page_swizzle(uint32_t n_chunks)
+{
+    fv_page_swizzle_t s;
+
+    /* 8 tokens of one chunk column fall on (t * n_chunks + c) mod 8 bank groups: all different if n_chunks is odd;
+     * otherwise the bits that the product loses are put back. */
+    s.shift = ((n_chunks & 1U) != 0)
+                  ? 3U
+                  : (((n_chunks & 2U) != 0) ? 2U : (((n_chunks & 4U) != 0) ? 1U : 0U));
+    s.mask = (1U << (3U - s.shift)) - 1U;
+    return s;
+}
+
+/* The share that holds a tile of the line. */
+static inline FV_HD uint32_t fv_lean_cuda_share_of(uint32_t q, uint32_t rest, uint32_t tile)
+{
+    uint32_t head = rest * (q + 1U);
+
+    return (tile < head) ? (tile / (q + 1U)) : (rest + (tile - head) / q);
+}
+
+static inline FV_HD uint32_t fv_lean_cuda_share_begin(uint32_t q, uint32_t rest, uint32_t share)
+{
+    return share * q + ((share < rest) ? share : rest);
+}
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* FV_KERNELS_LEAN_CUDA_H */

@@ -1,0 +1,175 @@
+/*
+ * ptx.cuh - the instructions that have no C name: barriers with a byte count, bulk copies, ldmatrix, mma. sm_90.
+ */
+#ifndef FV_KERNELS_PTX_CUH
+#define FV_KERNELS_PTX_CUH
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+/* ------------------------------------------------------------------ shared-memory barriers */
+
+static __device__ __forceinline__ uint32_t fv_smem(const void *p)
+{
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+static __device__ __forceinline__ void fv_mbar_init(uint64_t *bar, uint32_t n_arrivals)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(fv_smem(bar)), "r"(n_arrivals) : "memory");
+}
+
+/* Makes the initialisations visible to the copy engine. */
+static __device__ __forceinline__ void fv_mbar_init_fence()
+{
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+static __device__ __forceinline__ void fv_mbar_expect(uint64_t *bar, uint32_t n_bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(fv_smem(bar)), "r"(n_bytes)
+                 : "memory");
+}
+
+static __device__ __forceinline__ void fv_mbar_arrive(uint64_t *bar)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(fv_smem(bar)) : "memory");
+}
+
+static __device__ __forceinline__ void fv_mbar_wait(uint64_t *bar, uint32_t parity)
+{
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@done bra over;\n"
+                 "bra again;\n"
+                 "over:\n"
+                 "}\n" ::"r"(fv_smem(bar)),
+                 "r"(parity)
+                 : "memory");
+}
+
+/* For data that is read once: first to leave L2. */
+static __device__ __forceinline__ uint64_t fv_evict_first()
+{
+    uint64_t policy;
+
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+/* n_bytes (multiple of 16) from global to shared memory; both 16-byte aligned. */
+static __device__ __forceinline__ void
+fv_bulk_load(void *dst, const void *src, uint32_t n_bytes, uint64_t *bar, uint64_t policy)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+                 " [%0], [%1], %2, [%3], %4;" ::"r"(fv_smem(dst)),
+                 "l"(src), "r"(n_bytes), "r"(fv_smem(bar)), "l"(policy)
+                 : "memory");
+}
+
+/* Barrier of a part of the CTA. */
+static __device__ __forceinline__ void fv_bar_sync(int id, int n_threads)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
+}
+
+/* ------------------------------------------------------------------ matrices */
+
+static __device__ __forceinline__ void fv_ldmatrix_x4(uint32_t r[4], uint32_t address)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+static __device__ __forceinline__ void fv_ldmatrix_x4_trans(uint32_t r[4], uint32_t address)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+/* D[16,8] += A[16,16] B[16,8], fp32 sums. */
+template <bool IS_F16>
+static __device__ __forceinline__ void fv_mma(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
+{
+    if (IS_F16) {
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                     "{%0,%1,%2,%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    } else {
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                     "{%0,%1,%2,%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+}
+
+/* ------------------------------------------------------------------ numbers */
+
+static __device__ __forceinline__ float fv_exp2(float x)
+{
+    float y;
+
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* The bf16 part of x by truncation: x - part is exact, and three parts hold every fp32 exactly. */
+static __device__ __forceinline__ float fv_bf16_part(float x)
+{
+    return __uint_as_float(__float_as_uint(x) & 0xffff0000U);
+}
+
+/* Two values that are bf16 already, low half first. */
+static __device__ __forceinline__ uint32_t fv_pack_parts(float low, float high)
+{
+    return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
+}
+
+/* N_PARTS bf16 parts of two fp32 values; their sum is exact for 3 parts, and for fp16 values for 2. */
+template <int N_PARTS>
+static __device__ __forceinline__ void fv_split(uint32_t parts[N_PARTS], float low, float high)
+{
+#pragma unroll
+    for (int i = 0; i < N_PARTS; i++) {
+        float l = fv_bf16_part(low);
+        float h = fv_bf16_part(high);
+
+        parts[i] = fv_pack_parts(l, h);
+        low -= l;
+        high -= h;
+    }
+}
+
+/* The same by rounding: for weights, where two parts must reach 2^-17. */
+template <bool IS_F16, int N_PARTS>
+static __device__ __forceinline__ void fv_split_rounded(uint32_t *parts, int stride, float low, float high)
+{
+#pragma unroll
+    for (int i = 0; i < N_PARTS; i++) {
+        if (IS_F16) {
+            __half2 p = __floats2half2_rn(low, high);
+            float2 back = __half22float2(p);
+
+            parts[i * stride] = *(const uint32_t *)&p;
+            low -= back.x;
+            high -= back.y;
+        } else {
+            __nv_bfloat162 p = __floats2bfloat162_rn(low, high);
+            float2 back = __bfloat1622float2(p);
+
+            parts[i * stride] = *(const uint32_t *)&p;
+            low -= back.x;
+            high -= back.y;
+        }
+    }
+}
+
+#endif /* FV_KERNELS_PTX_CUH */
