@@ -129,7 +129,7 @@ def test_drain(own_service, rng):
 
 
 @pytest.mark.fovead
-def test_sigterm_stops_cleanly(own_service, rng):
+def test_a_signal_stops_it_cleanly(own_service, rng):
     service = own_service()
     with service.connect() as client:
         s = Known(client, small_spec(), rng)

@@ -53,6 +53,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--kv-dtype", choices=("f32", "f16", "bf16"), default="f32", help="of the cache")
     p.add_argument("--sharding", choices=("auto", "heads", "context"), default="auto")
     p.add_argument("--shard-tokens", type=int, default=0, help="tokens per turn of a sharded context")
+    p.add_argument(
+        "--threads", type=int, default=0, help="numpy's, per frontend (default: cores / (frontends + 1))"
+    )
     p.add_argument("--prefill-chunk", type=int, default=512, help="tokens per prefill request")
     p.add_argument(
         "--check",
@@ -63,6 +66,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("max_tokens", "frontends", "prefill_chunk"):
         if getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')}: given {getattr(args, name)}, expected at least 1")
+    if args.threads < 0 or args.shard_tokens < 0 or args.temperature < 0:
+        p.error("--threads, --shard-tokens, --temperature: expected 0 or more")
     if args.check and args.kv_dtype != "f32":
         p.error("--check compares with float32 attention: it needs --kv-dtype f32")
     return args
@@ -140,8 +145,8 @@ def main(argv: list[str] | None = None) -> int:
     ]
     with fovea.connect(args.address) as client:
         print(format_status(client.status()))
-        # each frontend multiplies with its share of the cores: they would only wait for each other's
-        n_threads = max(1, (os.cpu_count() or 1) // args.frontends)
+        # BLAS threads spin while they wait: with one too many, they and the service stand in each other's way
+        n_threads = args.threads or max(1, (os.cpu_count() or 1) // (args.frontends + 1))
         with threadpool_limits(n_threads), ThreadPoolExecutor(args.frontends) as pool:
             shares = [prompts[i :: args.frontends] for i in range(args.frontends)]
             done = list(pool.map(Frontend.run, frontends, shares))
