@@ -4,8 +4,10 @@
 #include "tests/client/e2e.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <time.h>
 
 #define N_IN_FLIGHT 100
 
@@ -395,6 +397,79 @@ static void test_cancel_large_requests(void **state)
     }
 }
 
+/*
+ * The service is stopped (SIGSTOP) while tensors are being sent, and the call is cut short: they sit half
+ * sent in the connection, which no longer knows the call. Freed too early they would be read by the
+ * kernel, which the address sanitizer sees.
+ */
+typedef struct fv_big {
+    fovea_attend_item_t item; /* of nobody's session: refused, but only when it has arrived */
+    fovea_attend_request_t request;
+    void *q;
+    uint8_t out[4];
+} fv_big_t;
+
+static void big_init(fv_big_t *b)
+{
+    memset(b, 0, sizeof(*b));
+    b->q = calloc(1, 8U << 20U);
+    assert_non_null(b->q);
+    b->item.n_tokens = 1;
+    b->request = (fovea_attend_request_t){.dtype = FOVEA_DTYPE_F32,
+                                          .flags = FOVEA_ATTEND_QUERY_ONLY,
+                                          .n_items = 1,
+                                          .items = &b->item,
+                                          .q = b->q,
+                                          .q_bytes = 8U << 20U,
+                                          .out = b->out,
+                                          .out_bytes = sizeof(b->out)};
+}
+
+static void *continue_later(void *arg)
+{
+    const struct timespec t = {.tv_nsec = 400000000};
+
+    (void)nanosleep(&t, NULL);
+    (void)kill(((fv_e2e_t *)arg)->fovead.pid, SIGCONT);
+    return NULL;
+}
+
+static void test_cut_short_while_the_service_stands_still(void **state)
+{
+    fv_e2e_t *e = *state;
+    fovea_stream_t *stream = NULL;
+    fovea_error_t error = {FOVEA_OK, ""};
+    pthread_t thread;
+    fv_big_t b;
+
+    if (getenv("FV_TEST_LAUNCH") != NULL) {
+        skip(); /* the process to stop is then not ours */
+    }
+    for (int i = 0; i < 8;
+         i++) { /* afterwards HTTP/2's windows let megabytes into the connection */
+        big_init(&b);
+        (void)fovea_attend(e->client, &b.request, 0, NULL, &error);
+        fv_assert_error(&error, FOVEA_NOT_FOUND, NULL, NULL, NULL);
+        free(b.q);
+    }
+    for (int on_stream = 0; on_stream < 2; on_stream++) {
+        big_init(&b);
+        assert_int_equal(kill(e->fovead.pid, SIGSTOP), 0);
+        assert_int_equal(pthread_create(&thread, NULL, continue_later, e), 0);
+        if (on_stream == 0) {
+            (void)fovea_attend(e->client, &b.request, 100, NULL, &error);
+            fv_assert_error(&error, FOVEA_DEADLINE_EXCEEDED, NULL, NULL, NULL);
+        } else {
+            fv_assert_ok(fovea_stream_open(e->client, NULL, &stream, &error), error);
+            fv_assert_ok(fovea_stream_submit(stream, &b.request, NULL, NULL, NULL, &error), error);
+            (void)fovea_stream_poll(stream, 100, NULL, &error); /* time to get under way */
+            fovea_stream_close(stream);
+        }
+        free(b.q);
+        assert_int_equal(pthread_join(thread, NULL), 0);
+    }
+}
+
 /* Deadlines: of a call that cannot be answered so fast, and of waiting. */
 static void test_deadlines(void **state)
 {
@@ -471,6 +546,7 @@ int main(void)
         cmocka_unit_test(test_cancel_finishes_everything),
         cmocka_unit_test(test_close_with_requests_in_flight),
         cmocka_unit_test(test_cancel_large_requests),
+        cmocka_unit_test(test_cut_short_while_the_service_stands_still),
         cmocka_unit_test(test_deadlines),
         cmocka_unit_test(test_clients_that_vanish),
     };
