@@ -81,7 +81,7 @@ static int64_t deadline_us(gpr_timespec deadline)
     }
     /* as a distance: gRPC's clocks need not begin where ours does */
     gpr_timespec left = gpr_time_sub(deadline, now);
-    if (gpr_time_cmp(left, gpr_time_from_hours(24 * 365, GPR_TIMESPAN)) > 0) {
+    if (gpr_time_cmp(left, gpr_time_from_hours(8760, GPR_TIMESPAN)) > 0) {
         return INT64_MAX;
     }
     return fv_clock_us() + (left.tv_sec * 1000000) + (left.tv_nsec / 1000);
@@ -308,7 +308,7 @@ void fv_calls_stop(fv_calls_t *calls)
 
     atomic_store(&calls->is_stopping, true);
     (void)pthread_mutex_lock(&calls->lock);
-    fv_call_t **live = malloc((calls->n_live + 1U) * sizeof(*live));
+    fv_call_t **live = calloc(calls->n_live + 1U, sizeof(fv_call_t *));
     for (fv_call_t *call = calls->live; (live != NULL) && (call != NULL); call = call->next) {
         fv_call_ref(call);
         live[n++] = call;

@@ -59,6 +59,7 @@ static bool is_same_file(int fd, const char *path)
            (open_file.st_dev == named.st_dev) && (open_file.st_ino == named.st_ino);
 }
 
+/* NOLINTBEGIN(concurrency-mt-unsafe): glibc's strerror is safe between threads */
 static fv_status_t take_lock(fv_listen_t *listen)
 {
     for (;;) {
@@ -81,6 +82,7 @@ static fv_status_t take_lock(fv_listen_t *listen)
         (void)close(fd);
     }
 }
+/* NOLINTEND(concurrency-mt-unsafe) */
 
 /* True when somebody accepts connections at `path`, lock or no lock. */
 static bool is_answered(const char *path)

@@ -61,14 +61,17 @@ static void tune_malloc(void)
     static atomic_flag is_done = ATOMIC_FLAG_INIT;
 
     if (!atomic_flag_test_and_set(&is_done)) {
+        /* NOLINTBEGIN(concurrency-mt-unsafe): takes malloc's own lock */
         (void)mallopt(M_MMAP_THRESHOLD, 1 << 30);
         (void)mallopt(M_TRIM_THRESHOLD, INT_MAX);
         (void)mallopt(M_TOP_PAD, 64 << 20);
+        /* NOLINTEND(concurrency-mt-unsafe) */
     }
 }
 
 /* ------------------------------------------------------------------ server */
 
+/* NOLINTNEXTLINE(readability-non-const-parameter): gRPC keeps it as char * */
 static grpc_arg int_arg(char *key, int value)
 {
     grpc_arg arg = {.type = GRPC_ARG_INTEGER, .key = key};
