@@ -15,6 +15,12 @@
 #define ATTEND "/fovea.v1.Attention/Attend"
 #define WATCH  "/fovea.v1.Cluster/WatchStatus"
 
+#define STREAM_MESSAGES 200U
+#define STREAM_AHEAD    12U
+#define SLOW_BYTES      (4U << 20U)
+#define WATCH_REPLIES   3000U
+#define WATCH_BYTES     4096U
+
 typedef struct fv_fixture {
     fv_echo_t echo;
     fv_raw_client_t *client;
@@ -124,17 +130,13 @@ static void receive_and_compare(fv_raw_call_t *call, uint8_t **sent, const size_
 /* More messages in flight than the limit, so that reading stops and goes on. One worker answers: in order. */
 static void test_stream_pipelined(void **state)
 {
-    enum {
-        N_MESSAGES = 200,
-        N_AHEAD = 12
-    };
     fv_fixture_t *f = *state;
-    uint8_t *sent[N_MESSAGES];
-    size_t sizes[N_MESSAGES];
+    uint8_t *sent[STREAM_MESSAGES];
+    size_t sizes[STREAM_MESSAGES];
     size_t n_received = 0;
 
     fv_raw_call_t *call = fv_raw_start(f->client, ATTEND, 0);
-    for (size_t i = 0; i < N_MESSAGES; i++) {
+    for (size_t i = 0; i < STREAM_MESSAGES; i++) {
         sizes[i] = (i % 50U == 49U) ? (3U << 20U) : (size_t)(next_random() % 5000U);
         sent[i] = random_bytes(sizes[i]);
         fv_raw_send(call, sent[i], sizes[i]);
@@ -142,12 +144,12 @@ static void test_stream_pipelined(void **state)
             assert_true(n_received < i);
             receive_and_compare(call, sent, sizes, n_received++);
         }
-        if (i - n_received >= N_AHEAD) {
+        if (i - n_received >= STREAM_AHEAD) {
             receive_and_compare(call, sent, sizes, n_received++);
         }
     }
     fv_raw_half_close(call);
-    while (n_received < N_MESSAGES) {
+    while (n_received < STREAM_MESSAGES) {
         receive_and_compare(call, sent, sizes, n_received++);
     }
     size_t n_bytes = 0;
@@ -160,16 +162,13 @@ static void test_stream_pipelined(void **state)
 /* A client that does not read: its replies may pile up to the limit, and then it is not read either. */
 static void test_slow_reader_is_bounded(void **state)
 {
-    enum {
-        N_BYTES = 4U << 20U
-    };
     fv_fixture_t *f = *state;
-    uint8_t *bytes = random_bytes(N_BYTES);
+    uint8_t *bytes = random_bytes(SLOW_BYTES);
     int n_sent = 0;
 
     fv_raw_call_t *call = fv_raw_start(f->client, ATTEND, 0);
     for (bool is_blocked = false; !is_blocked && (n_sent < 50);) {
-        fv_raw_send(call, bytes, N_BYTES);
+        fv_raw_send(call, bytes, SLOW_BYTES);
         is_blocked = !fv_raw_sent(call, 1000);
         n_sent++;
     }
@@ -181,8 +180,8 @@ static void test_slow_reader_is_bounded(void **state)
     for (int i = 0; i < n_sent; i++) { /* and it all comes once the client reads */
         size_t n_reply = 0;
         uint8_t *reply = fv_raw_receive(call, &n_reply);
-        assert_int_equal(n_reply, N_BYTES);
-        assert_memory_equal(reply, bytes, N_BYTES);
+        assert_int_equal(n_reply, SLOW_BYTES);
+        assert_memory_equal(reply, bytes, SLOW_BYTES);
         free(reply);
     }
     fv_raw_free(call);
@@ -354,12 +353,8 @@ static void test_fail_stream_after_queued(void **state)
 /* Many replies to one request; a watcher that does not read costs one message, and then sees the newest. */
 static void test_server_stream(void **state)
 {
-    enum {
-        N_REPLIES = 3000,
-        N_BYTES = 4096
-    };
     fv_fixture_t *f = *state;
-    uint8_t data[N_BYTES];
+    uint8_t data[WATCH_BYTES];
     uint32_t seen = 0;
     uint32_t n_received = 0;
     size_t n_reply = 0;
@@ -374,7 +369,7 @@ static void test_server_stream(void **state)
     fv_call_t *held = fv_echo_take(&f->echo);
     assert_int_equal(fv_call_method(held), FV_METHOD_WATCH_STATUS);
     fv_reply_piece_t piece = {.data = data, .n_bytes = sizeof(data)};
-    for (uint32_t i = 1; i <= N_REPLIES; i++) {
+    for (uint32_t i = 1; i <= WATCH_REPLIES; i++) {
         memcpy(data, &i, sizeof(i));
         fv_call_reply(held, &piece, 1);
     }
@@ -383,15 +378,15 @@ static void test_server_stream(void **state)
     for (uint8_t *reply = fv_raw_receive(call, &n_reply); reply != NULL;
          reply = fv_raw_receive(call, &n_reply)) {
         uint32_t number = 0;
-        assert_int_equal(n_reply, N_BYTES);
+        assert_int_equal(n_reply, WATCH_BYTES);
         memcpy(&number, reply, sizeof(number));
         assert_true(number > seen);
         seen = number;
         n_received++;
         free(reply);
     }
-    assert_int_equal(seen, N_REPLIES);
-    assert_true(n_received < N_REPLIES); /* 12 MB do not fit what the windows hold */
+    assert_int_equal(seen, WATCH_REPLIES);
+    assert_true(n_received < WATCH_REPLIES); /* 12 MB do not fit what the windows hold */
     assert_int_equal(fv_raw_status(call, NULL), GRPC_STATUS_OK);
     fv_raw_free(call);
 }
@@ -400,7 +395,7 @@ static void test_server_stream(void **state)
 
 int main(void)
 {
-    const char *seed = getenv("FV_SEED");
+    const char *seed = getenv("FV_SEED"); /* NOLINT(concurrency-mt-unsafe): one thread yet */
     const struct CMUnitTest tests[] = {
         TEST(test_unary_echo_of_every_size),
         TEST(test_thousand_calls),
@@ -420,6 +415,7 @@ int main(void)
     g_random = (seed != NULL) ? strtoull(seed, NULL, 10) : 20261122U;
     g_random += (g_random == 0U);
     (void)printf("FV_SEED=%llu\n", (unsigned long long)g_random);
-    cmocka_set_test_filter(getenv("FV_TEST")); /* a name, with * and ?; unset: all */
+    /* NOLINTNEXTLINE(concurrency-mt-unsafe): a name, with * and ?; unset: all */
+    cmocka_set_test_filter(getenv("FV_TEST"));
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
