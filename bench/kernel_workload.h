@@ -41,6 +41,7 @@ typedef struct fv_workload {
 void fv_bench_die(const char *what) __attribute__((noreturn));
 void *fv_bench_alloc(size_t n_bytes); /* zeroed; dies rather than fail */
 double fv_bench_now(void);            /* seconds, monotonic */
+double fv_bench_cpu(void);            /* seconds of CPU time of the whole process */
 
 /* kv_memory_bytes: the batch is repeated until its KV takes about so much (prefill: once). */
 void fv_workload_create(fv_workload_t *w,
@@ -49,8 +50,8 @@ void fv_workload_create(fv_workload_t *w,
                         size_t kv_memory_bytes);
 void fv_workload_destroy(fv_workload_t *w);
 
-/* One step on copy `set` of the batch; returns seconds. */
-double fv_workload_step(fv_workload_t *w, size_t set);
+/* One step on copy `set` of the batch. */
+void fv_workload_step(fv_workload_t *w, size_t set);
 
 /* Runs a step; first token of the first item and last token of the last against the oracle, all heads. */
 bool fv_workload_verify(fv_workload_t *w);
