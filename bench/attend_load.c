@@ -13,8 +13,8 @@
 #define PREFILL_TOKENS 512U
 #define VERIFY_STEPS   4
 #define TOLERANCE      0.02 /* bf16 keeps 8 bits; |v| <= 1 */
-#define Q_ELEMS        (ATTEND_Q_HEADS * ATTEND_HEAD_DIM)
-#define KV_ELEMS       (ATTEND_KV_HEADS * ATTEND_HEAD_DIM)
+#define Q_ELEMS        ((size_t)ATTEND_Q_HEADS * ATTEND_HEAD_DIM)
+#define KV_ELEMS       ((size_t)ATTEND_KV_HEADS * ATTEND_HEAD_DIM)
 
 static float from_bf16(uint16_t bits)
 {
@@ -34,12 +34,12 @@ static uint16_t to_bf16(float value)
 }
 
 /* One token of random values in [-1, 1], repeated for each item. */
-static uint16_t *make_tensor(uint32_t n_items, uint32_t n_elems, uint32_t seed)
+static uint16_t *make_tensor(uint32_t n_items, size_t n_elems, uint32_t seed)
 {
-    uint16_t *tensor = malloc((size_t)n_items * n_elems * sizeof(*tensor));
+    uint16_t *tensor = malloc(n_items * n_elems * sizeof(*tensor));
     uint32_t x = seed;
 
-    for (uint32_t i = 0; (tensor != NULL) && (i < n_elems); i++) {
+    for (size_t i = 0; (tensor != NULL) && (i < n_elems); i++) {
         x = (x * 1664525U) + 1013904223U;
         tensor[i] = to_bf16(((float)(x >> 8U) / 8388608.0F) - 1.0F);
     }
@@ -103,7 +103,8 @@ static void build(void *ctx, uint32_t slot, fv_load_request_t *out)
 static double row_error(const fv_attend_load_t *a, const uint16_t *out, uint64_t n_tokens)
 {
     double worst = 0;
-    double n[2] = {(double)((n_tokens + 1U) / 2U), (double)(n_tokens / 2U)};
+    uint64_t n_odd = n_tokens / 2U;
+    double n[2] = {(double)(n_tokens - n_odd), (double)n_odd};
 
     for (uint32_t h = 0; h < ATTEND_Q_HEADS; h++) {
         uint32_t kv = (h / (ATTEND_Q_HEADS / ATTEND_KV_HEADS)) * ATTEND_HEAD_DIM;
@@ -240,10 +241,10 @@ static bool open_sessions(fv_attend_load_t *a, const char *model_id)
     return true;
 }
 
-typedef fv_status_t (*encode_session_fn)(const fv_session_request_t *in, fv_bytes_t *out);
+typedef fv_status_t (*encode_session_fn_t)(const fv_session_request_t *in, fv_bytes_t *out);
 
 static bool
-for_each_session(fv_attend_load_t *a, const char *method, encode_session_fn encode_request)
+for_each_session(fv_attend_load_t *a, const char *method, encode_session_fn_t encode_request)
 {
     for (uint32_t i = 0; i < a->n_slots * a->batch; i++) {
         fv_session_request_t session = {
@@ -260,48 +261,58 @@ for_each_session(fv_attend_load_t *a, const char *method, encode_session_fn enco
     return true;
 }
 
-/* A contiguous prefill of one session: tokens alternate as decode will go on. */
+/* One chunk of prefill as a whole message in `buffer`; its bytes, or 0. Tokens alternate as decode goes on. */
+static size_t build_chunk(const fv_attend_load_t *a,
+                          fv_attend_item_t *item,
+                          uint64_t at,
+                          uint32_t n,
+                          uint8_t *buffer)
+{
+    const size_t sizes[3] = {Q_ELEMS * 2U, KV_ELEMS * 2U, KV_ELEMS * 2U};
+    fv_attend_request_t request = {
+        .dtype = FV_DTYPE_BF16, .causal = true, .append = true, .n_items = 1, .n_tokens = n};
+    fv_bytes_t head = {0};
+    fv_wire_tensor_heads_t heads;
+
+    item->position = at;
+    item->n_tokens = n;
+    if (fv_wire_attend_request_encode(&request, item, n * sizes[0], n * sizes[1], n * sizes[2],
+                                      &head, &heads) != FV_OK) {
+        return 0;
+    }
+    const uint8_t *marks[3] = {heads.q, heads.k, heads.v};
+    const size_t n_marks[3] = {heads.n_q, heads.n_k, heads.n_v};
+    size_t used = head.n_bytes;
+    memcpy(buffer, head.data, head.n_bytes);
+    fv_bytes_free(&head);
+    for (int tensor = 0; tensor < 3; tensor++) {
+        memcpy(buffer + used, marks[tensor], n_marks[tensor]);
+        used += n_marks[tensor];
+        for (uint32_t t = 0; t < n; t++) {
+            size_t parity = (at + t) % 2U;
+            const uint16_t *kv = (tensor == 1) ? a->k[parity] : a->v[parity];
+            memcpy(buffer + used, (tensor == 0) ? a->q : kv, sizes[tensor]);
+            used += sizes[tensor];
+        }
+    }
+    return used;
+}
+
 static bool prefill_session(fv_attend_load_t *a, fv_attend_item_t *item, uint8_t *buffer)
 {
-    for (uint64_t at = 0; at < a->context;) {
-        uint32_t n =
-            (a->context - at < PREFILL_TOKENS) ? (uint32_t)(a->context - at) : PREFILL_TOKENS;
-        size_t sizes[3] = {Q_ELEMS * 2U, KV_ELEMS * 2U, KV_ELEMS * 2U};
-        fv_attend_request_t request = {
-            .dtype = FV_DTYPE_BF16, .causal = true, .append = true, .n_items = 1, .n_tokens = n};
-        fv_bytes_t head = {0};
+    bool is_ok = true;
+
+    for (uint64_t at = 0; is_ok && (at < a->context);) {
+        uint64_t left = a->context - at;
+        uint32_t n = (left < PREFILL_TOKENS) ? (uint32_t)left : PREFILL_TOKENS;
         fv_bytes_t reply = {0};
-        fv_wire_tensor_heads_t heads;
-        item->position = at;
-        item->n_tokens = n;
-        if (fv_wire_attend_request_encode(&request, item, n * sizes[0], n * sizes[1], n * sizes[2],
-                                          &head, &heads) != FV_OK) {
-            return false;
-        }
-        const uint8_t *marks[3] = {heads.q, heads.k, heads.v};
-        size_t n_marks[3] = {heads.n_q, heads.n_k, heads.n_v};
-        size_t used = head.n_bytes;
-        memcpy(buffer, head.data, head.n_bytes);
-        fv_bytes_free(&head);
-        for (int tensor = 0; tensor < 3; tensor++) {
-            memcpy(buffer + used, marks[tensor], n_marks[tensor]);
-            used += n_marks[tensor];
-            for (uint32_t t = 0; t < n; t++, used += sizes[tensor]) {
-                size_t parity = (at + t) % 2U;
-                memcpy(buffer + used,
-                       (tensor == 0) ? a->q : ((tensor == 1) ? a->k[parity] : a->v[parity]),
-                       sizes[tensor]);
-            }
-        }
-        bool is_ok =
-            fv_load_call(a->load, ATTENTION "AttendOnce", (fv_span_t){buffer, used}, &reply) == 0;
+        size_t n_bytes = build_chunk(a, item, at, n, buffer);
+        is_ok = (n_bytes > 0U) && (fv_load_call(a->load, ATTENTION "AttendOnce",
+                                                (fv_span_t){buffer, n_bytes}, &reply) == 0);
         fv_bytes_free(&reply);
-        if (!is_ok) {
-            return false;
-        }
         at += n;
     }
-    return true;
+    return is_ok;
 }
 
 static bool prefill(fv_attend_load_t *a)

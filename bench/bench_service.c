@@ -46,6 +46,7 @@ typedef struct fv_series {
     double p50[ROUNDS_MAX], p99[ROUNDS_MAX], rate[ROUNDS_MAX];
 } fv_series_t;
 
+/* NOLINTBEGIN(concurrency-mt-unsafe): options are read before there is another thread */
 static void parse_list(struct argp_state *state, const char *arg, uint32_t *out, size_t *out_n)
 {
     char *rest = NULL;
@@ -108,6 +109,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return ARGP_ERR_UNKNOWN;
     }
 }
+/* NOLINTEND(concurrency-mt-unsafe) */
 
 static int compare(const void *a, const void *b)
 {
@@ -314,6 +316,7 @@ int main(int argc, char **argv)
                       .has_unary = true};
     bool is_ok = true;
 
+    /* NOLINTNEXTLINE(concurrency-mt-unsafe): one thread yet */
     (void)argp_parse(&k_argp, argc, argv, 0, NULL, &o);
     cJSON *list = cJSON_CreateArray();
     fv_echo_tune_malloc();

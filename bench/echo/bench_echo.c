@@ -20,6 +20,8 @@
 #define ROUNDS_MAX  64
 #define CONFIGS_MAX 128
 
+#define IN_FLIGHT_BYTES_MAX ((size_t)128U << 20U)
+
 typedef struct fv_options {
     const char *serve, *json;
     int n_rounds;
@@ -36,6 +38,7 @@ typedef struct fv_config_run {
     double p50[ROUNDS_MAX], p99[ROUNDS_MAX], per_second[ROUNDS_MAX];
 } fv_config_run_t;
 
+/* NOLINTBEGIN(concurrency-mt-unsafe): options are read before there is another thread */
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
     fv_options_t *o = state->input;
@@ -63,6 +66,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return ARGP_ERR_UNKNOWN;
     }
 }
+/* NOLINTEND(concurrency-mt-unsafe) */
 
 static int compare(const void *a, const void *b)
 {
@@ -78,34 +82,39 @@ static double median(double *values, int n)
     return values[n / 2];
 }
 
+static bool add_config(fv_config_run_t *run, const char *address)
+{
+    if (!fv_echo_load_init(&run->echo, run->n_bytes, run->n_bytes)) {
+        return false;
+    }
+    fv_workload_t workload = fv_echo_workload(&run->echo);
+    run->load = fv_load_open(address, &workload, run->is_stream, run->n_in_flight);
+    return run->load != NULL;
+}
+
+/* Every transport, call, size and number in flight; 0 when one cannot be set up. */
 static size_t make_configs(fv_config_run_t *runs, const fv_echo_child_t servers[2])
 {
     static const size_t k_sizes[] = {256, 4096, 65536, 1U << 20U, 16U << 20U};
     static const uint32_t k_in_flight[] = {1, 8, 64};
+    const size_t n_sizes = sizeof(k_sizes) / sizeof(k_sizes[0]);
+    const size_t n_flights = sizeof(k_in_flight) / sizeof(k_in_flight[0]);
     size_t n = 0;
 
-    for (int transport = 0; transport < 2; transport++) {
-        for (int is_unary = 0; is_unary < 2; is_unary++) {
-            for (size_t i = 0; i < sizeof(k_sizes) / sizeof(k_sizes[0]); i++) {
-                for (size_t j = 0; j < sizeof(k_in_flight) / sizeof(k_in_flight[0]); j++) {
-                    fv_config_run_t *run = &runs[n];
-                    if (k_sizes[i] * k_in_flight[j] > (128U << 20U)) {
-                        continue; /* a gigabyte in flight measures the memory, not the call */
-                    }
-                    run->transport = (transport == 0) ? "tcp" : "unix";
-                    run->is_stream = (is_unary == 0);
-                    run->n_in_flight = k_in_flight[j];
-                    run->n_bytes = k_sizes[i];
-                    if (!fv_echo_load_init(&run->echo, run->n_bytes, run->n_bytes)) {
-                        return 0;
-                    }
-                    fv_workload_t workload = fv_echo_workload(&run->echo);
-                    run->load = fv_load_open(servers[transport].address, &workload, run->is_stream,
-                                             run->n_in_flight);
-                    n++;
-                }
-            }
+    for (size_t i = 0; i < 4U * n_sizes * n_flights; i++) {
+        size_t transport = i / (2U * n_sizes * n_flights);
+        fv_config_run_t *run = &runs[n];
+        run->transport = (transport == 0U) ? "tcp" : "unix";
+        run->is_stream = ((i / (n_sizes * n_flights)) % 2U) == 0U;
+        run->n_bytes = k_sizes[(i / n_flights) % n_sizes];
+        run->n_in_flight = k_in_flight[i % n_flights];
+        if (run->n_bytes * run->n_in_flight > IN_FLIGHT_BYTES_MAX) {
+            continue; /* a gigabyte in flight measures the memory, not the call */
         }
+        if (!add_config(run, servers[transport].address)) {
+            return 0;
+        }
+        n++;
     }
     return n;
 }
@@ -202,6 +211,7 @@ int main(int argc, char **argv)
         k_options, parse, NULL, "Latency and throughput of a bare gRPC echo.", NULL, NULL, NULL};
     fv_options_t options = {.n_rounds = 7, .seconds = 0.2};
 
+    /* NOLINTNEXTLINE(concurrency-mt-unsafe): one thread yet */
     (void)argp_parse(&k_argp, argc, argv, 0, NULL, &options);
     return (options.serve != NULL) ? fv_echo_serve(options.serve) : run(&options);
 }

@@ -57,9 +57,11 @@ static uint8_t *g_zeros;
 
 void fv_echo_tune_malloc(void)
 {
+    /* NOLINTBEGIN(concurrency-mt-unsafe): takes malloc's own lock */
     (void)mallopt(M_MMAP_THRESHOLD, 1 << 30);
     (void)mallopt(M_TRIM_THRESHOLD, INT_MAX);
     (void)mallopt(M_TOP_PAD, 64 << 20);
+    /* NOLINTEND(concurrency-mt-unsafe) */
 }
 
 static void start_batch(fv_bare_call_t *c, const grpc_op *ops, size_t n_ops, fv_event_t *event)

@@ -9,10 +9,12 @@
 #include <grpc/status.h>
 
 #include <arpa/inet.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -253,6 +255,14 @@ static void test_unix_path_has_one_owner(void **state)
     fv_echo_start(&echo, address, FV_ECHO_AT_ONCE);
     check_alive(address);
     fv_echo_stop(&echo, 2000);
+
+    /* a server that has the path but does not answer yet: the lock alone says so */
+    fd = open(lock, O_RDWR | O_CREAT, 0600);
+    assert_true(fd >= 0);
+    assert_int_equal(flock(fd, LOCK_EX | LOCK_NB), 0);
+    check_refused(address, FV_ERR_UNAVAILABLE, "another server listens there");
+    (void)close(fd);
+    (void)unlink(lock);
 
     /* a stranger's socket without a lock, and a file that is no socket, are left alone */
     fd = socket(AF_UNIX, SOCK_STREAM, 0);
