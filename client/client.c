@@ -160,15 +160,10 @@ fovea_code_t fv_client_decode(const fv_span_t *spans,
     return (status == FV_OK) ? FOVEA_OK : fv_client_bad_answer(error);
 }
 
-typedef struct fv_call_ctx {
-    fv_decode_fn_t decode;
-    void *out;
-} fv_call_ctx_t;
-
 static fovea_code_t
 on_reply(void *ctx, const fv_span_t *spans, size_t n_spans, fovea_error_t *error)
 {
-    const fv_call_ctx_t *call = ctx;
+    const fv_client_call_t *call = ctx;
 
     if (call->decode == NULL) {
         return FOVEA_OK;
@@ -176,24 +171,23 @@ on_reply(void *ctx, const fv_span_t *spans, size_t n_spans, fovea_error_t *error
     return fv_client_decode(spans, n_spans, call->decode, call->out, error);
 }
 
-fovea_code_t fv_client_call(fovea_client_t *client,
-                            const char *method,
-                            fv_status_t encoded,
-                            fv_bytes_t *request,
-                            int64_t timeout_ms,
-                            fv_decode_fn_t decode,
-                            void *out,
-                            fovea_error_t *error)
+fovea_code_t
+fv_client_call(fovea_client_t *client, const fv_client_call_t *call, fovea_error_t *error)
 {
-    fv_call_ctx_t ctx = {.decode = decode, .out = out};
+    fv_client_call_t copy = *call;
     fovea_code_t code = FOVEA_OK;
 
-    if (encoded != FV_OK) {
-        return fv_client_status(error, encoded);
+    if (call->encoded != FV_OK) {
+        return fv_client_status(error, call->encoded);
     }
-    fv_out_piece_t piece = {.data = request->data, .n_bytes = request->n_bytes};
-    code = fv_channel_unary(client->channel, method, &piece, (request->n_bytes > 0) ? 1 : 0,
-                            fv_client_call_deadline(client, timeout_ms), on_reply, &ctx, error);
-    fv_bytes_free(request);
+    fv_out_piece_t piece = {.data = call->request->data, .n_bytes = call->request->n_bytes};
+    fv_unary_call_t unary = {.method = call->method,
+                             .pieces = &piece,
+                             .n_pieces = (piece.n_bytes > 0) ? 1 : 0,
+                             .deadline_us = fv_client_call_deadline(client, call->timeout_ms),
+                             .on_reply = on_reply,
+                             .ctx = &copy};
+    code = fv_channel_unary(client->channel, &unary, error);
+    fv_bytes_free(call->request);
     return code;
 }

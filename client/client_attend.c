@@ -202,9 +202,13 @@ fovea_code_t fovea_attend(fovea_client_t *client,
     code = fv_attend_message_init(&message, request, 1, &pins, error);
     if (code == FOVEA_OK) {
         fv_once_t once = {fv_attend_target(request), out_timings};
-        code = fv_channel_unary(
-            client->channel, FV_METHOD_PATH("Attention", "AttendOnce"), message.pieces,
-            message.n_pieces, fv_client_call_deadline(client, timeout_ms), on_reply, &once, error);
+        fv_unary_call_t unary = {.method = FV_METHOD_PATH("Attention", "AttendOnce"),
+                                 .pieces = message.pieces,
+                                 .n_pieces = message.n_pieces,
+                                 .deadline_us = fv_client_call_deadline(client, timeout_ms),
+                                 .on_reply = on_reply,
+                                 .ctx = &once};
+        code = fv_channel_unary(client->channel, &unary, error);
         fv_attend_message_fini(&message);
     }
     return code;

@@ -73,8 +73,14 @@ fovea_code_t fovea_get_status(fovea_client_t *client,
     if ((client == NULL) || (out == NULL)) {
         return fv_client_null(error, "client or out");
     }
-    code = fv_client_call(client, METHOD("GetStatus"), FV_OK, &request, timeout_ms,
-                          decode_cluster_status, &status, error);
+    code = fv_client_call(client,
+                          &(fv_client_call_t){.method = METHOD("GetStatus"),
+                                              .encoded = FV_OK,
+                                              .request = &request,
+                                              .timeout_ms = timeout_ms,
+                                              .decode = decode_cluster_status,
+                                              .out = &status},
+                          error);
     if (code == FOVEA_OK) {
         code = copy_status(&status, out, error);
         fv_cluster_status_free(&status);
@@ -245,8 +251,14 @@ fovea_code_t fovea_get_placement(fovea_client_t *client,
     }
     fv_session_request_t wire = {.session = fv_client_session(session)};
     fv_status_t status = fv_wire_placement_request_encode(&wire, &request);
-    code = fv_client_call(client, METHOD("GetPlacement"), status, &request, timeout_ms,
-                          decode_placement, &placement, error);
+    code = fv_client_call(client,
+                          &(fv_client_call_t){.method = METHOD("GetPlacement"),
+                                              .encoded = status,
+                                              .request = &request,
+                                              .timeout_ms = timeout_ms,
+                                              .decode = decode_placement,
+                                              .out = &placement},
+                          error);
     if (code == FOVEA_OK) {
         code = copy_placement(&placement, out, error);
         fv_placement_info_free(&placement);
@@ -279,8 +291,14 @@ fovea_code_t fovea_drain(fovea_client_t *client,
         return fv_client_null(error, "client");
     }
     fv_status_t status = fv_wire_drain_request_encode(&drain_timeout_ms, &request);
-    code = fv_client_call(client, METHOD("Drain"), status, &request, timeout_ms,
-                          decode_drain_response, &response, error);
+    code = fv_client_call(client,
+                          &(fv_client_call_t){.method = METHOD("Drain"),
+                                              .encoded = status,
+                                              .request = &request,
+                                              .timeout_ms = timeout_ms,
+                                              .decode = decode_drain_response,
+                                              .out = &response},
+                          error);
     if ((code == FOVEA_OK) && (out != NULL)) {
         out->n_sessions = response.n_sessions;
         out->n_requests_finished = response.n_requests_finished;

@@ -37,18 +37,18 @@ fovea_code_t fv_client_decode(const fv_span_t *spans,
                               void *out,
                               fovea_error_t *error);
 
-/*
- * One small unary call. `encoded` is the status of encoding `request` (taken and freed in any case).
- * decode == NULL: the answer has no fields.
- */
-fovea_code_t fv_client_call(fovea_client_t *client,
-                            const char *method,
-                            fv_status_t encoded,
-                            fv_bytes_t *request,
-                            int64_t timeout_ms,
-                            fv_decode_fn_t decode,
-                            void *out,
-                            fovea_error_t *error);
+/* One small unary call. decode == NULL: the answer has no fields. */
+typedef struct fv_client_call {
+    const char *method;
+    fv_status_t encoded; /* of encoding `request` */
+    fv_bytes_t *request; /* freed in any case */
+    int64_t timeout_ms;
+    fv_decode_fn_t decode;
+    void *out;
+} fv_client_call_t;
+
+fovea_code_t
+fv_client_call(fovea_client_t *client, const fv_client_call_t *call, fovea_error_t *error);
 
 /* Defines decode_NAME(), fv_wire_NAME_decode() with the signature of fv_decode_fn_t. */
 #define FV_CLIENT_DECODER(name, type)                         \

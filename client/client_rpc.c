@@ -388,16 +388,10 @@ unary_finish(fv_unary_t *u, fv_reply_fn_t on_reply, void *ctx, fovea_error_t *er
     return code;
 }
 
-fovea_code_t fv_channel_unary(fv_channel_t *channel,
-                              const char *method,
-                              const fv_out_piece_t *pieces,
-                              size_t n_pieces,
-                              int64_t deadline_us,
-                              fv_reply_fn_t on_reply,
-                              void *ctx,
-                              fovea_error_t *error)
+fovea_code_t
+fv_channel_unary(fv_channel_t *channel, const fv_unary_call_t *unary, fovea_error_t *error)
 {
-    grpc_byte_buffer *message = fv_rpc_message(pieces, n_pieces);
+    grpc_byte_buffer *message = fv_rpc_message(unary->pieces, unary->n_pieces);
     grpc_completion_queue *queue = NULL;
     grpc_call *call = NULL;
     fovea_code_t code = FOVEA_OK;
@@ -409,14 +403,14 @@ fovea_code_t fv_channel_unary(fv_channel_t *channel,
     grpc_metadata_array_init(&u.initial);
     grpc_metadata_array_init(&u.trailing);
     queue = fv_channel_queue_get(channel);
-    call = fv_channel_call(channel, method, queue, deadline_us);
+    call = fv_channel_call(channel, unary->method, queue, unary->deadline_us);
     unary_run(call, queue, message, &u);
     grpc_byte_buffer_destroy(message);
-    code = unary_finish(&u, on_reply, ctx, error);
+    code = unary_finish(&u, unary->on_reply, unary->ctx, error);
     grpc_metadata_array_destroy(&u.initial);
     grpc_metadata_array_destroy(&u.trailing);
-    grpc_call_unref(call);
-    wait_unpinned(queue, pieces, n_pieces);
+    grpc_call_unref(call); /* first: a call cut short holds on to what it has not sent */
+    wait_unpinned(queue, unary->pieces, unary->n_pieces);
     fv_channel_queue_put(channel, queue);
     return code;
 }

@@ -59,15 +59,18 @@ typedef fovea_code_t (*fv_reply_fn_t)(void *ctx,
                                       size_t n_spans,
                                       fovea_error_t *error);
 
+typedef struct fv_unary_call {
+    const char *method;
+    const fv_out_piece_t *pieces;
+    size_t n_pieces;
+    int64_t deadline_us;
+    fv_reply_fn_t on_reply;
+    void *ctx;
+} fv_unary_call_t;
+
 /* One unary call. Returns when it is over and every piece's memory is free again. Thread: any. */
-fovea_code_t fv_channel_unary(fv_channel_t *channel,
-                              const char *method,
-                              const fv_out_piece_t *pieces,
-                              size_t n_pieces,
-                              int64_t deadline_us,
-                              fv_reply_fn_t on_reply,
-                              void *ctx,
-                              fovea_error_t *error);
+fovea_code_t
+fv_channel_unary(fv_channel_t *channel, const fv_unary_call_t *unary, fovea_error_t *error);
 
 /* ------------------------------------------------------------------ streaming calls */
 

@@ -129,8 +129,14 @@ fovea_code_t fovea_register_model(fovea_client_t *client,
         return code;
     }
     fv_status_t status = fv_wire_register_request_encode(&wire, &request);
-    code = fv_client_call(client, METHOD("RegisterModel"), status, &request, timeout_ms,
-                          decode_register_response, &response, error);
+    code = fv_client_call(client,
+                          &(fv_client_call_t){.method = METHOD("RegisterModel"),
+                                              .encoded = status,
+                                              .request = &request,
+                                              .timeout_ms = timeout_ms,
+                                              .decode = decode_register_response,
+                                              .out = &response},
+                          error);
     if (code != FOVEA_OK) {
         return code;
     }
@@ -171,8 +177,14 @@ fovea_code_t fovea_open_session(fovea_client_t *client,
         }
     }
     fv_status_t status = fv_wire_open_request_encode(&wire, &request);
-    code = fv_client_call(client, METHOD("OpenSession"), status, &request, timeout_ms,
-                          decode_open_response, &session, error);
+    code = fv_client_call(client,
+                          &(fv_client_call_t){.method = METHOD("OpenSession"),
+                                              .encoded = status,
+                                              .request = &request,
+                                              .timeout_ms = timeout_ms,
+                                              .decode = decode_open_response,
+                                              .out = &session},
+                          error);
     if (code == FOVEA_OK) {
         *out = fv_client_session_out(&session);
     }
@@ -197,8 +209,14 @@ fovea_code_t fovea_fork_session(fovea_client_t *client,
                                  .has_position = at_position != FOVEA_WHOLE,
                                  .position = (at_position != FOVEA_WHOLE) ? at_position : 0};
     fv_status_t status = fv_wire_fork_request_encode(&wire, &request);
-    code = fv_client_call(client, METHOD("ForkSession"), status, &request, timeout_ms,
-                          decode_fork_response, &forked, error);
+    code = fv_client_call(client,
+                          &(fv_client_call_t){.method = METHOD("ForkSession"),
+                                              .encoded = status,
+                                              .request = &request,
+                                              .timeout_ms = timeout_ms,
+                                              .decode = decode_fork_response,
+                                              .out = &forked},
+                          error);
     if (code == FOVEA_OK) {
         *out = fv_client_session_out(&forked);
     }
@@ -219,8 +237,12 @@ fovea_code_t fovea_truncate_session(fovea_client_t *client,
     fv_session_request_t wire = {
         .session = fv_client_session(session), .position = position, .has_position = true};
     fv_status_t status = fv_wire_truncate_request_encode(&wire, &request);
-    return fv_client_call(client, METHOD("TruncateSession"), status, &request, timeout_ms, NULL,
-                          NULL, error);
+    return fv_client_call(client,
+                          &(fv_client_call_t){.method = METHOD("TruncateSession"),
+                                              .encoded = status,
+                                              .request = &request,
+                                              .timeout_ms = timeout_ms},
+                          error);
 }
 
 fovea_code_t fovea_close_session(fovea_client_t *client,
@@ -235,7 +257,11 @@ fovea_code_t fovea_close_session(fovea_client_t *client,
     }
     fv_session_request_t wire = {.session = fv_client_session(session)};
     fv_status_t status = fv_wire_close_request_encode(&wire, &request);
-    return fv_client_call(client, METHOD("CloseSession"), status, &request, timeout_ms, NULL, NULL,
+    return fv_client_call(client,
+                          &(fv_client_call_t){.method = METHOD("CloseSession"),
+                                              .encoded = status,
+                                              .request = &request,
+                                              .timeout_ms = timeout_ms},
                           error);
 }
 
@@ -270,8 +296,14 @@ fovea_code_t fovea_get_session(fovea_client_t *client,
     }
     fv_session_request_t wire = {.session = fv_client_session(session)};
     fv_status_t status = fv_wire_get_request_encode(&wire, &request);
-    code = fv_client_call(client, METHOD("GetSession"), status, &request, timeout_ms,
-                          decode_session_info, &info, error);
+    code = fv_client_call(client,
+                          &(fv_client_call_t){.method = METHOD("GetSession"),
+                                              .encoded = status,
+                                              .request = &request,
+                                              .timeout_ms = timeout_ms,
+                                              .decode = decode_session_info,
+                                              .out = &info},
+                          error);
     if (code == FOVEA_OK) {
         take_info(&info, out);
         fv_session_info_free(&info);
@@ -337,8 +369,14 @@ fovea_code_t fovea_list_sessions(fovea_client_t *client,
         }
     }
     fv_status_t status = fv_wire_list_request_encode(&wire, &request);
-    code = fv_client_call(client, METHOD("ListSessions"), status, &request, timeout_ms,
-                          decode_list_response, &response, error);
+    code = fv_client_call(client,
+                          &(fv_client_call_t){.method = METHOD("ListSessions"),
+                                              .encoded = status,
+                                              .request = &request,
+                                              .timeout_ms = timeout_ms,
+                                              .decode = decode_list_response,
+                                              .out = &response},
+                          error);
     if (code == FOVEA_OK) {
         code = take_list(&response, out, error);
         fv_list_response_free(&response);

@@ -58,7 +58,7 @@ static const struct argp_option k_options[] = {
     {0},
 };
 
-static error_t parse_paths(int key, char *arg, fv_attend_args_t *a)
+static error_t parse_paths(int key, const char *arg, fv_attend_args_t *a)
 {
     switch (key) {
     case 'q':

@@ -12,6 +12,8 @@
  */
 #include "client/cli.h"
 
+#include <limits.h>
+#include <malloc.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -187,7 +189,7 @@ static bool lane_init(fv_bench_t *b, fv_lane_t *lane, uint64_t *seed)
     lane->q = random_tensor(n * b->q_token, b->args.dtype, seed);
     lane->k = random_tensor(n * b->k_token, b->args.dtype, seed);
     lane->v = random_tensor(n * b->v_token, b->args.dtype, seed);
-    lane->out = malloc(n * b->out_token);
+    lane->out = malloc((n * b->out_token) + 1);
     return (lane->items != NULL) && (lane->q != NULL) && (lane->k != NULL) && (lane->v != NULL) &&
            (lane->out != NULL);
 }
@@ -458,6 +460,10 @@ int fv_cmd_bench(const fv_cli_t *cli, int argc, char **argv)
     int rc = FV_EXIT_OK;
 
     (void)argp_parse(&k_argp, argc, argv, 0, NULL, &b.args);
+    /* As a frontend should: keep the memory of large messages instead of faulting it in each time. */
+    (void)mallopt(M_MMAP_THRESHOLD, 1 << 30);
+    (void)mallopt(M_TRIM_THRESHOLD, INT_MAX);
+    (void)mallopt(M_TOP_PAD, 64 << 20);
     rc = fv_cli_connect(cli, &b.client);
     if (rc != FV_EXIT_OK) {
         return rc;

@@ -53,6 +53,8 @@
 extern "C" {
 #endif
 
+/* The public prefix is fovea_, not the project's own. NOLINTBEGIN(readability-identifier-naming) */
+
 /* ------------------------------------------------------------------ errors */
 
 /* The gRPC status codes. */
@@ -544,6 +546,8 @@ FOVEA_API fovea_code_t fovea_drain(fovea_client_t *client,
                                    int64_t timeout_ms,
                                    fovea_drained_t *out,
                                    fovea_error_t *error);
+
+/* NOLINTEND(readability-identifier-naming) */
 
 #ifdef __cplusplus
 }
