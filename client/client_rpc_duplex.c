@@ -36,9 +36,10 @@ struct fv_duplex {
     char tags[TAG_COUNT];
 };
 
+/* Release: whoever takes the batch's event sees what was set up for it (fv_duplex_next() acquires). */
 static bool start(fv_duplex_t *d, const grpc_op *ops, size_t n_ops, fv_duplex_tag_t tag)
 {
-    (void)atomic_fetch_add_explicit(&d->n_under_way, 1, memory_order_relaxed);
+    (void)atomic_fetch_add_explicit(&d->n_under_way, 1, memory_order_release);
     if (grpc_call_start_batch(d->call, ops, n_ops, &d->tags[tag], NULL) == GRPC_CALL_OK) {
         return true;
     }
@@ -189,6 +190,7 @@ fv_duplex_event_t fv_duplex_next(fv_duplex_t *d, int64_t deadline_us)
         return event;
     }
     raw = grpc_completion_queue_next(d->queue, fv_rpc_timespec(deadline_us), NULL);
+    (void)atomic_load_explicit(&d->n_under_way, memory_order_acquire); /* pairs with start() */
     if (raw.type != GRPC_OP_COMPLETE) {
         event.kind = FV_DUPLEX_TIMEOUT;
         return event;
