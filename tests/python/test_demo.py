@@ -23,7 +23,7 @@ CONTROL, NORMAL = 3, 1
 def tiny_tokenizer() -> Tokenizer:
     from fovea.demo.tokenizer import _CHAR_OF_BYTE
 
-    merges = ["h e", "l l", "he ll", "hell o", "Ġ hello", "o o"]
+    merges = ["h e", "l l", "he ll", "hell o", "Ġ hello", "o o", "1 2"]
     tokens = ["<end>", *_CHAR_OF_BYTE.values(), *("".join(m.split()) for m in merges)]
     return Tokenizer(tokens, [CONTROL] + [NORMAL] * (len(tokens) - 1), merges)
 

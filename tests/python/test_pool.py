@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 import pytest
@@ -13,8 +12,8 @@ from helpers import Known, attend, small_spec
 
 @pytest.fixture
 def small(own_service):
-    """A service with little memory (per rank); the mock, slow at long contexts, with less."""
-    with own_service("16m" if "FOVEAD" in os.environ else "4m").connect() as client:
+    """A service with 4 MiB of KV (on each rank)."""
+    with own_service("4m").connect() as client:
         yield client
 
 
