@@ -135,12 +135,39 @@ static void bury_if_over(fv_call_t *call)
     fv_call_unref(call); /* the one of its life */
 }
 
+/* Asks gRPC for one more call. */
+static void request_next(fv_calls_t *calls)
+{
+    fv_call_t *call = fv_call_create(calls);
+
+    if (call == NULL) { /* the other requests posted keep the door open */
+        fv_error("out of memory: one call fewer can be accepted at a time");
+        return;
+    }
+    (void)pthread_mutex_lock(&calls->lock);
+    calls->n_requests++;
+    (void)pthread_mutex_unlock(&calls->lock);
+    /* After a shutdown the tag comes back at once, failed: that is counted like any other. */
+    grpc_call_error error =
+        grpc_server_request_call(calls->server, &call->call, &call->details, &call->metadata,
+                                 calls->queue, calls->queue, &call->tag_request);
+    FV_ASSERT(error == GRPC_CALL_OK);
+}
+
+static void count_request_back(fv_calls_t *calls)
+{
+    (void)pthread_mutex_lock(&calls->lock);
+    calls->n_requests--;
+    signal_if_idle(calls);
+    (void)pthread_mutex_unlock(&calls->lock);
+}
+
 static void on_request(fv_call_t *call, bool is_ok)
 {
     fv_calls_t *calls = call->calls;
 
     if (is_ok) {
-        fv_calls_request(calls);
+        request_next(calls);
         call->method = fv_method_find((const char *)GRPC_SLICE_START_PTR(call->details.method),
                                       GRPC_SLICE_LENGTH(call->details.method));
         call->deadline_us = deadline_us(call->details.deadline);
@@ -157,10 +184,7 @@ static void on_request(fv_call_t *call, bool is_ok)
     }
     grpc_metadata_array_destroy(&call->metadata);
     grpc_call_details_destroy(&call->details);
-    (void)pthread_mutex_lock(&calls->lock);
-    calls->n_requests--;
-    signal_if_idle(calls);
-    (void)pthread_mutex_unlock(&calls->lock);
+    count_request_back(calls);
     if (!is_ok) { /* the server is shutting down */
         fv_call_unref(call);
     }
@@ -284,22 +308,12 @@ void fv_calls_fini(fv_calls_t *calls)
     (void)pthread_mutex_destroy(&calls->lock);
 }
 
-void fv_calls_request(fv_calls_t *calls)
+void fv_calls_begin(fv_calls_t *calls, size_t n_requests)
 {
-    fv_call_t *call = fv_call_create(calls);
-
-    if (call == NULL) { /* the other requests posted keep the door open */
-        fv_error("out of memory: one call fewer can be accepted at a time");
-        return;
+    for (size_t i = 0; i < n_requests; i++) {
+        request_next(calls);
     }
-    (void)pthread_mutex_lock(&calls->lock);
-    calls->n_requests++;
-    (void)pthread_mutex_unlock(&calls->lock);
-    /* After a shutdown the tag comes back at once, failed: that is counted like any other. */
-    grpc_call_error error =
-        grpc_server_request_call(calls->server, &call->call, &call->details, &call->metadata,
-                                 calls->queue, calls->queue, &call->tag_request);
-    FV_ASSERT(error == GRPC_CALL_OK);
+    count_request_back(calls);
 }
 
 void fv_calls_stop(fv_calls_t *calls)

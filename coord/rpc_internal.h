@@ -135,8 +135,8 @@ typedef struct fv_calls {
 
 void fv_calls_init(fv_calls_t *calls);
 void fv_calls_fini(fv_calls_t *calls);
-/* Asks gRPC for one more call. Thread: start, rpc. */
-void fv_calls_request(fv_calls_t *calls);
+/* Asks gRPC for the first calls; n_requests was 1 until now, so that no stop overtakes it. Thread: rpc. */
+void fv_calls_begin(fv_calls_t *calls, size_t n_requests);
 /* One event of the completion queue. Thread: rpc. */
 void fv_calls_on_event(void *tag, bool is_ok);
 /* New calls are refused from here on, streams end as soon as nothing of theirs is under way. */

@@ -151,6 +151,7 @@ static void *run(void *arg)
     fv_rpc_t *rpc = arg;
 
     fv_log_thread_name("rpc");
+    fv_calls_begin(&rpc->calls, REQUESTS_POSTED);
     for (;;) {
         grpc_event event =
             grpc_completion_queue_next(rpc->queue, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
@@ -208,13 +209,12 @@ static fv_status_t start(fv_rpc_t *rpc, const fv_rpc_config_t *config)
         grpc_server_start(rpc->server);
         rpc->calls.server = rpc->server;
         rpc->calls.queue = rpc->queue;
+        rpc->calls.n_requests = 1; /* given up by fv_calls_begin(): a stop waits for it */
         if (pthread_create(&rpc->thread, NULL, run, rpc) == 0) {
             rpc->is_running = true;
-            for (int i = 0; i < REQUESTS_POSTED; i++) {
-                fv_calls_request(&rpc->calls);
-            }
             return FV_OK;
         }
+        rpc->calls.n_requests = 0;
         status = fv_fail(FV_ERR_SYSTEM, "rpc: cannot create a thread");
     }
     grpc_server_shutdown_and_notify(rpc->server, rpc->stop_queue, rpc);

@@ -59,17 +59,9 @@ fv_raw_client_t *fv_raw_open(const char *target)
     return client;
 }
 
-void fv_raw_vanish(fv_raw_client_t *client)
-{
-    grpc_channel_destroy(client->channel);
-    client->channel = NULL;
-}
-
 void fv_raw_close(fv_raw_client_t *client)
 {
-    if (client->channel != NULL) {
-        grpc_channel_destroy(client->channel);
-    }
+    grpc_channel_destroy(client->channel);
     grpc_completion_queue_shutdown(client->queue);
     grpc_completion_queue_destroy(client->queue);
     grpc_shutdown_blocking();

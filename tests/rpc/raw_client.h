@@ -17,9 +17,8 @@ typedef struct fv_raw_call fv_raw_call_t;
 
 /* `target`: as fv_rpc_address() gives it. */
 fv_raw_client_t *fv_raw_open(const char *target);
-/* Destroys the channel at once, calls under way included: the client vanishes. */
-void fv_raw_vanish(fv_raw_client_t *client);
-void fv_raw_close(fv_raw_client_t *client); /* after its calls were freed */
+/* After its calls were freed. */
+void fv_raw_close(fv_raw_client_t *client);
 
 /* timeout_ms 0 = none. */
 fv_raw_call_t *fv_raw_start(fv_raw_client_t *client, const char *method, uint32_t timeout_ms);

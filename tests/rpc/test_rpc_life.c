@@ -11,6 +11,8 @@
 #include <arpa/inet.h>
 #include <fcntl.h>
 #include <netinet/in.h>
+#include <signal.h>
+#include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,12 +20,16 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define ONCE   "/fovea.v1.Attention/AttendOnce"
 #define ATTEND "/fovea.v1.Attention/Attend"
 
+extern char **environ;
+
 static uint64_t g_random = 1;
+static char g_program[512];
 
 static uint8_t random_byte(void)
 {
@@ -47,32 +53,48 @@ static void check_alive(const char *address)
 
 /* ------------------------------------------------------------------ clients that go away */
 
-static void test_client_vanishes_mid_stream(void **state)
+/* What the child does: messages that are held, then a large one that never arrives whole. Killed while it waits. */
+static int run_client(const char *address)
+{
+    const size_t large_bytes = (size_t)16U << 20U;
+    uint8_t *large = calloc(1, large_bytes);
+    fv_raw_client_t *client = fv_raw_open(address);
+    fv_raw_call_t *unary = fv_raw_start(client, ONCE, 0);
+    fv_raw_call_t *stream = fv_raw_start(client, ATTEND, 0);
+
+    fv_raw_send(unary, "never answered in time", 22);
+    for (int i = 0; i < ECHO_INFLIGHT_MAX; i++) {
+        fv_raw_send(stream, "nor this", 8);
+        (void)fv_raw_sent(stream, RAW_WAIT_MS);
+    }
+    fv_raw_send(stream, large, large_bytes);
+    (void)fv_raw_sent(stream, RAW_WAIT_MS);
+    return 1; /* the parent should have killed us */
+}
+
+/* The program itself, as a client that is killed: nothing is said to the server, its socket just ends. */
+static void test_client_is_killed_mid_stream(void **state)
 {
     fv_echo_t echo;
+    char address[128];
+    char mode[] = "--client";
+    char *argv[] = {g_program, mode, address, NULL};
+    pid_t pid = 0;
 
     (void)state;
     fv_echo_start(&echo, "127.0.0.1:0", FV_ECHO_HOLD);
-    fv_raw_client_t *client = fv_raw_open(fv_rpc_address(echo.rpc, 0));
-    fv_raw_call_t *stream = fv_raw_start(client, ATTEND, 0);
-    fv_raw_call_t *unary = fv_raw_start(client, ONCE, 0);
-    for (int i = 0; i < ECHO_INFLIGHT_MAX; i++) {
-        fv_raw_send(stream, "never answered in time", 22);
-        assert_true(fv_raw_sent(stream, RAW_WAIT_MS));
-    }
-    fv_raw_send(unary, "nor this", 8);
+    (void)snprintf(address, sizeof(address), "%s", fv_rpc_address(echo.rpc, 0));
+    assert_int_equal(posix_spawn(&pid, g_program, NULL, NULL, argv, environ), 0);
     assert_true(fv_echo_wait(&echo, &echo.n_delivered, ECHO_INFLIGHT_MAX + 1));
-    fv_raw_cancel(stream); /* a channel lives as long as its calls: drop all of them at once */
-    fv_raw_cancel(unary);
-    fv_raw_free(stream);
-    fv_raw_free(unary);
-    fv_raw_vanish(client);
+    assert_int_equal(kill(pid, SIGKILL), 0);
+    assert_int_equal(waitpid(pid, NULL, 0), pid);
     assert_true(fv_echo_wait(&echo, &echo.n_closed, 2)); /* both calls, once each */
     fv_echo_answer_held(&echo);
-    fv_raw_close(client);
+    assert_int_equal(fv_echo_read(&echo, &echo.n_released), ECHO_INFLIGHT_MAX + 1);
     fv_echo_set_mode(&echo, FV_ECHO_WORKER);
-    check_alive(fv_rpc_address(echo.rpc, 0));
+    check_alive(address);
     fv_echo_stop(&echo, 2000);
+    assert_int_equal(echo.n_closed, 3);
 }
 
 /* ------------------------------------------------------------------ stop */
@@ -335,11 +357,11 @@ static void test_random_bytes_on_the_port(void **state)
     fv_echo_stop(&echo, 2000);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     const char *seed = getenv("FV_SEED"); /* NOLINT(concurrency-mt-unsafe): one thread yet */
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_client_vanishes_mid_stream),
+        cmocka_unit_test(test_client_is_killed_mid_stream),
         cmocka_unit_test(test_stop_finishes_what_runs),
         cmocka_unit_test(test_stop_cancels_after_the_grace),
         cmocka_unit_test(test_start_stop_again_and_again),
@@ -350,6 +372,12 @@ int main(void)
         cmocka_unit_test(test_random_bytes_on_the_port),
     };
 
+    if ((argc == 3) && (strcmp(argv[1], "--client") == 0)) {
+        return run_client(argv[2]);
+    }
+    if (readlink("/proc/self/exe", g_program, sizeof(g_program) - 1U) <= 0) {
+        return 1;
+    }
     g_random = (seed != NULL) ? strtoull(seed, NULL, 10) : 20261122U;
     g_random += (g_random == 0U);
     (void)printf("FV_SEED=%llu\n", (unsigned long long)g_random);
