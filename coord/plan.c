@@ -178,19 +178,17 @@ static int32_t n_cells(const fv_plan_grid_t *grid)
     return grid->n_head_parts * grid->n_ctx_parts;
 }
 
-/* The least loaded ranks with at least `need` bytes free; false when there are not enough of them. */
-static bool pick_ranks(fv_planner_t *planner, placing_t *p, double need)
-{
-    int32_t n = 0;
-    uint32_t rank = 0;
+/* Which ranks have room for a part of the grid. */
+typedef struct room {
+    const fv_planner_t *planner;
+    double need;
+} room_t;
 
-    fv_plan_order_walk(&planner->order);
-    while ((n < n_cells(&p->grid)) && fv_plan_order_next(&planner->order, &rank)) {
-        if (free_bytes(planner, rank) >= need) {
-            p->ranks[n++] = rank;
-        }
-    }
-    return n == n_cells(&p->grid);
+static bool has_room(const void *arg, uint32_t rank)
+{
+    const room_t *room = arg;
+
+    return free_bytes(room->planner, rank) >= room->need;
 }
 
 static bool fits(const void *arg, const fv_plan_grid_t *grid)
@@ -228,13 +226,13 @@ static void find_room(const fv_planner_t *planner, placing_t *p)
  * the hinted length: the cheapest grid for which enough ranks have room, on those. When there is no such grid
  * the first choice stands: a hint reserves nothing, and the session may stay shorter.
  */
-static void choose(fv_planner_t *planner, placing_t *p)
+static void choose(const fv_planner_t *planner, placing_t *p)
 {
-    bool is_found =
-        fv_plan_grid_choose(&p->shape, &p->ask, &p->grid) && pick_ranks(planner, p, 0.0);
+    bool is_found = fv_plan_grid_choose(&p->shape, &p->ask, &p->grid);
     bool is_short = false;
 
-    FV_ASSERT(is_found); /* there are n_ranks_max ranks, and nothing else was asked */
+    FV_ASSERT(is_found); /* nothing was asked that a grid could fail */
+    fv_plan_order_first(&planner->order, (uint32_t)n_cells(&p->grid), p->ranks);
     for (int32_t i = 0; p->ask.has_hint && (i < n_cells(&p->grid)); i++) {
         is_short = is_short || (free_bytes(planner, p->ranks[i]) < p->grid.rank_bytes);
     }
@@ -246,8 +244,11 @@ static void choose(fv_planner_t *planner, placing_t *p)
     p->ask.arg = p;
     p->memory = FV_PLAN_MEMORY_SHORT;
     if (fv_plan_grid_choose(&p->shape, &p->ask, &p->grid)) {
+        room_t room = {.planner = planner, .need = p->grid.rank_bytes};
+        uint32_t k = (uint32_t)n_cells(&p->grid);
+
         p->memory = FV_PLAN_MEMORY_DECIDED;
-        is_found = pick_ranks(planner, p, p->grid.rank_bytes);
+        is_found = fv_plan_order_first_of(&planner->order, k, has_room, &room, p->ranks) == k;
         FV_ASSERT(is_found);
     }
 }

@@ -13,8 +13,7 @@ fv_status_t fv_plan_order_init(fv_plan_order_t *order, uint32_t n_ranks)
 
     o.heap = calloc(n_ranks, sizeof(*o.heap));
     o.where = calloc(n_ranks, sizeof(*o.where));
-    o.frontier = calloc(n_ranks, sizeof(*o.frontier));
-    if ((o.heap == NULL) || (o.where == NULL) || (o.frontier == NULL)) {
+    if ((o.heap == NULL) || (o.where == NULL)) {
         fv_plan_order_finish(&o);
         return fv_fail(FV_ERR_NO_MEMORY, "planner: no memory for %u ranks", n_ranks);
     }
@@ -29,7 +28,6 @@ void fv_plan_order_finish(fv_plan_order_t *order)
 {
     free(order->heap);
     free(order->where);
-    free(order->frontier);
     *order = (fv_plan_order_t){0};
 }
 
@@ -105,78 +103,66 @@ void fv_plan_order_remove(fv_plan_order_t *order, uint32_t rank)
     }
 }
 
-bool fv_plan_order_has(const fv_plan_order_t *order, uint32_t rank)
-{
-    return order->where[rank] != NOWHERE;
-}
-
 /*
- * The walk. The next rank in order is always a child of one already yielded; those children are the
- * frontier, itself a heap, of at most n_yielded + 1 keys.
+ * The next rank in order is always a child of one already taken; those children are the frontier, at most
+ * k + 1 of them. A frontier this short is not worth a heap of its own.
  */
-static void frontier_push(fv_plan_order_t *o, fv_plan_spot_t spot)
+void fv_plan_order_first(const fv_plan_order_t *order, uint32_t k, uint32_t *ranks)
 {
-    uint32_t at = o->n_frontier++;
+    uint32_t frontier[FV_PLACEMENT_RANKS_MAX + 1];
+    fv_plan_key_t keys[FV_PLACEMENT_RANKS_MAX + 1]; /* of the frontier's positions */
+    uint32_t n = 1;
 
-    while (at > 0) {
-        uint32_t parent = (at - 1) / 2;
+    FV_ASSERT((k >= 1) && (k <= FV_PLACEMENT_RANKS_MAX) && (k <= order->n));
+    frontier[0] = 0;
+    keys[0] = order->heap[0];
+    for (uint32_t taken = 0; taken < k; taken++) {
+        fv_plan_key_t best_key = keys[0];
+        uint32_t best = 0;
 
-        if (!is_before(spot.key, o->frontier[parent].key)) {
-            break;
+        for (uint32_t i = 1; i < n; i++) {
+            bool is_better = is_before(keys[i], best_key);
+
+            best_key = is_better ? keys[i] : best_key;
+            best = is_better ? i : best;
         }
-        o->frontier[at] = o->frontier[parent];
-        at = parent;
-    }
-    o->frontier[at] = spot;
-}
-
-/* Puts `spot` where the root was. */
-static void frontier_replace(fv_plan_order_t *o, fv_plan_spot_t spot)
-{
-    fv_plan_spot_t *f = o->frontier;
-    uint32_t at = 0;
-
-    for (uint32_t child = 1; child < o->n_frontier; child = (2 * at) + 1) {
-        child += (child + 1 < o->n_frontier) && is_before(f[child + 1].key, f[child].key);
-        if (!is_before(f[child].key, spot.key)) {
-            break;
-        }
-        f[at] = f[child];
-        at = child;
-    }
-    f[at] = spot;
-}
-
-static fv_plan_spot_t spot_at(const fv_plan_order_t *o, uint32_t at)
-{
-    return (fv_plan_spot_t){.key = o->heap[at], .at = at};
-}
-
-void fv_plan_order_walk(fv_plan_order_t *order)
-{
-    order->n_frontier = 0;
-    if (order->n > 0) {
-        frontier_push(order, spot_at(order, 0));
-    }
-}
-
-bool fv_plan_order_next(fv_plan_order_t *order, uint32_t *rank)
-{
-    if (order->n_frontier == 0) {
-        return false;
-    }
-    uint32_t child = (2 * order->frontier[0].at) + 1;
-    *rank = fv_plan_key_rank(order->frontier[0].key);
-    if (child < order->n) {
-        frontier_replace(order, spot_at(order, child));
-    } else {
-        order->n_frontier--;
-        if (order->n_frontier > 0) {
-            frontier_replace(order, order->frontier[order->n_frontier]);
+        ranks[taken] = fv_plan_key_rank(best_key);
+        uint32_t child = (2 * frontier[best]) + 1;
+        n--; /* the last one fills the gap, then the children join */
+        frontier[best] = frontier[n];
+        keys[best] = keys[n];
+        for (uint32_t last = child + 1; (child <= last) && (child < order->n); child++) {
+            frontier[n] = child;
+            keys[n++] = order->heap[child];
         }
     }
-    if (child + 1 < order->n) {
-        frontier_push(order, spot_at(order, child + 1));
+}
+
+uint32_t fv_plan_order_first_of(const fv_plan_order_t *order,
+                                uint32_t k,
+                                bool (*keep)(const void *arg, uint32_t rank),
+                                const void *arg,
+                                uint32_t *ranks)
+{
+    fv_plan_key_t best[FV_PLACEMENT_RANKS_MAX]; /* ascending */
+    uint32_t n = 0;
+
+    FV_ASSERT((k >= 1) && (k <= FV_PLACEMENT_RANKS_MAX));
+    for (uint32_t i = 0; i < order->n; i++) {
+        fv_plan_key_t key = order->heap[i];
+        uint32_t at = 0;
+
+        if (((n == k) && !is_before(key, best[n - 1])) || !keep(arg, fv_plan_key_rank(key))) {
+            continue;
+        }
+        n += (n < k) ? 1U : 0U;
+        for (at = n - 1; (at > 0) && is_before(key, best[at - 1]); at--) {
+            best[at] = best[at - 1];
+        }
+        best[at] = key;
     }
-    return true;
+    for (uint32_t i = 0; i < n; i++) {
+        ranks[i] = fv_plan_key_rank(best[i]);
+    }
+    return n;
 }

@@ -267,6 +267,40 @@ static void test_least_loaded_are_chosen(void **state)
     }
 }
 
+/* When memory decides, the ranks chosen have room, and are the least loaded of those that have. */
+static void test_least_loaded_with_room(void **state)
+{
+    int32_t n_decided = 0;
+    (void)state;
+
+    for (int32_t round = 0; round < N_ROUNDS; round++) {
+        cluster_t *c = random_cluster((uint32_t)between(8, 100));
+        fv_model_spec_t spec = random_spec();
+        fv_sharding_t sharding = {.mode = FV_SHARDING_CONTEXT, .max_ranks = (int32_t)between(1, 8)};
+        uint64_t hint = log_between(10, 22);
+        char reason[FV_PLAN_REASON_BYTES];
+        fv_placement_t p = place(c, &spec, &sharding, hint, reason);
+        uint64_t need =
+            fv_plan_growth_bytes(&spec, &p, 0, 0, hint) * (uint64_t)spec.n_layers; /* the fullest */
+
+        if (strstr(reason, "memory decided") != NULL) {
+            double highest = load(c, p.ranks[n_cells(&p) - 1]);
+            n_decided++;
+            for (int32_t i = 0; i < n_cells(&p); i++) {
+                assert_true(c->used[p.ranks[i]] + need <= c->total[p.ranks[i]]);
+                assert_true((i == 0) || (load(c, p.ranks[i - 1]) <= load(c, p.ranks[i])));
+            }
+            for (uint32_t rank = 0; rank < c->n_ranks; rank++) {
+                if ((c->used[rank] + need <= c->total[rank]) && (fv_placement_cell(&p, rank) < 0)) {
+                    assert_true(load(c, rank) >= highest);
+                }
+            }
+        }
+        free_cluster(c);
+    }
+    assert_true(n_decided > N_ROUNDS / 50);
+}
+
 static void test_same_calls_same_plan(void **state)
 {
     (void)state;
@@ -459,9 +493,13 @@ static void test_large_cluster_churn(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_placement_is_valid),   cmocka_unit_test(test_least_loaded_are_chosen),
-        cmocka_unit_test(test_same_calls_same_plan), cmocka_unit_test(test_auto_is_near_the_best),
-        cmocka_unit_test(test_growth_adds_up),       cmocka_unit_test(test_load_is_balanced),
+        cmocka_unit_test(test_placement_is_valid),
+        cmocka_unit_test(test_least_loaded_are_chosen),
+        cmocka_unit_test(test_least_loaded_with_room),
+        cmocka_unit_test(test_same_calls_same_plan),
+        cmocka_unit_test(test_auto_is_near_the_best),
+        cmocka_unit_test(test_growth_adds_up),
+        cmocka_unit_test(test_load_is_balanced),
         cmocka_unit_test(test_large_cluster_churn),
     };
     const char *text = getenv("FV_SEED");
