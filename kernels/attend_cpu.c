@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define FETCH_ROWS_MIN 8
 #define SHARE_COST_MIN 2000U /* ns; less is not worth waking a thread for */
 
 static int32_t block_tokens(const fv_attn_item_t *item)
@@ -171,6 +172,24 @@ static void attend_tile(const fv_tile_ops_t *ops,
     ops->accumulate(block, v);
 }
 
+/*
+ * The page of tile i, when fetching it early pays: few rows are bound by memory alone, and the hardware's own
+ * prefetching is better then; very many (prefill) find it in the cache.
+ */
+static const uint8_t *next_page(const fv_backend_t *backend,
+                                const fv_tile_block_t *block,
+                                const fv_tile_query_t *query,
+                                const fv_lean_group_t *group,
+                                const fv_page_ref_t *pages,
+                                int32_t i)
+{
+    if ((block->n_rows < FETCH_ROWS_MIN) || (i < 0)) {
+        return NULL;
+    }
+    return fv_cpu_page(backend, pages[fv_tile_at(query, &group->tiles, i).local_page],
+                       block->page_bytes);
+}
+
 /* Tiles [begin, end) of a group into `block`, from the empty state. */
 static void attend_piece(fv_backend_t *backend,
                          fv_tile_block_t *block,
@@ -186,6 +205,7 @@ static void attend_piece(fv_backend_t *backend,
     fv_tile_query_t query = group_query(item, group);
 
     load_block(block, item, group);
+    block->page_bytes = page_bytes;
     if (ops->begin != NULL) {
         ops->begin(block);
     }
@@ -197,6 +217,8 @@ static void attend_piece(fv_backend_t *backend,
             atomic_store_explicit(&backend->bad_page, true, memory_order_relaxed);
             continue;
         }
+        block->next_page =
+            next_page(backend, block, &query, group, pages, i + 1 < piece.end ? i + 1 : -1);
         attend_tile(ops, block, item, &query, &tile, page);
     }
     if (ops->end != NULL) {

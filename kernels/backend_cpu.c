@@ -14,7 +14,7 @@
 #include <sys/mman.h>
 
 #define THREADS_MAX       1024
-#define SHARES_PER_THREAD 1
+#define SHARES_PER_THREAD 4 /* a thread that is held up leaves the rest of its work to the others */
 #define ALIGNMENT         64U
 #define ARENA_SLACK       4096U /* vector loads of a page's last row may reach past it */
 #define ROWS_PADDED       ((size_t)FV_BLOCK_ROWS_MAX + 16U) /* AMX works on 16 rows at a time */
@@ -128,7 +128,9 @@ static fv_status_t cpu_init(fv_backend_t *backend, const fv_backend_config_t *co
     }
     FV_RETURN_IF_ERR(fv_isa_choose(config->isa, &backend->isa)); /* before threads: see isa.c */
     backend->n_threads = (config->n_threads == 0) ? fv_pool_cpus() : config->n_threads;
-    backend->n_shares_max = backend->n_threads * SHARES_PER_THREAD;
+    /* one thread cuts nothing: its results do not depend on what else is in the step */
+    backend->n_shares_max =
+        (backend->n_threads == 1) ? 1 : (backend->n_threads * SHARES_PER_THREAD);
     backend->kv_arena_bytes = config->kv_arena_bytes;
     backend->arena_map_bytes = config->kv_arena_bytes + ARENA_SLACK;
     FV_RETURN_IF_ERR(map_memory("KV arena", backend->arena_map_bytes, &backend->arena));

@@ -38,6 +38,9 @@ typedef struct fv_tile_block {
     float score_scale;          /* log2 units of one unit of S, after softcap if any */
     float cap_inner, cap_outer; /* S = cap_outer * tanh(S * cap_inner) */
 
+    const uint8_t *next_page; /* the page to fetch while this one is computed, or NULL */
+    size_t page_bytes;
+
     /* Workspace of one thread, 64-byte aligned. */
     float *q;           /* [n_rows, dk] */
     float *s;           /* [n_rows, P]: S, then P */
