@@ -19,6 +19,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #define ROUNDS_MAX 200
 
@@ -282,7 +283,11 @@ int main(int argc, char **argv)
     top.n_threads = options.n_threads;
     top.stream_bytes = options.memory_bytes;
     top.window_bytes = options.memory_bytes / 8U;
-    top.stream = fv_bench_alloc(top.stream_bytes);
+    top.stream = aligned_alloc((size_t)2 << 20U, top.stream_bytes);
+    if (top.stream == NULL) {
+        fv_bench_die("no memory for the read buffer");
+    }
+    (void)madvise(top.stream, top.stream_bytes, MADV_HUGEPAGE); /* as the KV arena is */
     memset(top.stream, 1, top.stream_bytes);
     if (fv_pool_create(top.n_threads, &top.pool) != FV_OK) {
         fv_bench_die("pool");

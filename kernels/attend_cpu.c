@@ -173,8 +173,8 @@ static void attend_tile(const fv_tile_ops_t *ops,
 }
 
 /*
- * The page of tile i, when fetching it early pays: few rows are bound by memory alone, and the hardware's own
- * prefetching is better then; very many (prefill) find it in the cache.
+ * The page of tile i, when fetching it early pays. With few rows memory is all there is to wait for, and the hardware's
+ * own prefetching does better alone.
  */
 static const uint8_t *next_page(const fv_backend_t *backend,
                                 const fv_tile_block_t *block,

@@ -126,7 +126,7 @@ static fv_status_t cpu_init(fv_backend_t *backend, const fv_backend_config_t *co
         return fv_fail(FV_ERR_INVALID_ARG, "kv_arena_bytes: given %zu, expected a multiple of %d",
                        config->kv_arena_bytes, FV_PAGE_UNIT);
     }
-    FV_RETURN_IF_ERR(fv_isa_choose(config->isa, &backend->isa)); /* before threads: see isa.c */
+    FV_RETURN_IF_ERR(fv_isa_choose(config->isa, &backend->isa));
     backend->n_threads = (config->n_threads == 0) ? fv_pool_cpus() : config->n_threads;
     /* one thread cuts nothing: its results do not depend on what else is in the step */
     backend->n_shares_max =

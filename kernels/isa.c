@@ -1,8 +1,8 @@
 /*
  * isa.c - which instruction set this process may use.
  *
- * AMX needs three yeses: the CPU has it, the kernel grants its 8 KiB of state (asked for once, before threads
- * exist), and the compiler knew it.
+ * AMX needs three yeses: the CPU has it, the kernel grants its 8 KiB of state (asked once for the whole process), and the
+ * compiler knew it.
  */
 #define _GNU_SOURCE /* syscall */
 #include "kernels/tile.h"

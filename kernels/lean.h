@@ -9,10 +9,11 @@
  *     line   |g0 g0 g0 g0|g1 g1|g2 g2 g2 g2 g2 g2|
  *     shares |---- 0 ----|---- 1 ----|---- 2 ----|      g2 is cut: shares 1 and 2 hold partial states
  *
- * There are a few shares per thread, so that a thread that is held up leaves the rest of its work to the others. The
- * cuts depend on the step and on n_shares alone, never on timing or on who does which share. Whoever finishes the last piece of a cut
- * group merges its pieces in ascending order: nobody waits, and the same step with the same number of shares gives
- * the same bits. A share has at most two pieces of cut groups, its first and its last: two slots a share.
+ * There are a few shares per thread, so that a thread that is held up leaves the rest of its work to the others.
+ * The cuts depend on the step and on n_shares alone, never on timing or on who does which share. Whoever finishes
+ * the last piece of a cut group merges its pieces in ascending order: nobody waits, and the same step with the same
+ * number of shares gives the same bits. A share has at most two pieces of cut groups, its first and its last: two
+ * slots a share.
  */
 #ifndef FV_KERNELS_LEAN_H
 #define FV_KERNELS_LEAN_H
