@@ -15,13 +15,14 @@ Installs what is missing and runs the steps named, or all of them:
   release  release build
   python   the Python client's tests: against the numpy model, fovead alone, fovead on 3 ranks
   hosts    fovead over three hosts in network namespaces (needs root)
+  slurm    the Slurm batch script on a Slurm of its own (needs root and slurm-wlm, munge)
   demo     a real model's text, token for token equal to local attention (needs the model's package)
 
 Logs: build/logs. A step that fails does not stop the others.
 HELP
 }
 
-all_steps=(scripts asan headers tsan release python hosts demo)
+all_steps=(scripts asan headers tsan release python hosts slurm demo)
 steps=("$@")
 [[ ${1:-} == --help ]] && usage && exit 0
 [[ $# -gt 0 ]] || steps=("${all_steps[@]}")
@@ -105,6 +106,8 @@ run_python() {
 }
 
 run_hosts() { tests/deploy/test_hosts.sh build/release/bin/fovead .venv/bin/python; }
+
+run_slurm() { tests/deploy/test_slurm.sh build/release/bin/fovead build/release/bin/fovea; }
 
 run_demo() { deploy/demo.sh --check --max-tokens 24 --frontends 2; }
 
