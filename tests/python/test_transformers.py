@@ -12,6 +12,8 @@ transformers = pytest.importorskip("transformers")
 import fovea  # noqa: E402
 import fovea.transformers as bridge  # noqa: E402
 
+torch.set_num_threads(1)  # its threads spin, and the service needs the other cores
+
 SIZES = {
     "vocab_size": 500,
     "hidden_size": 64,
@@ -210,3 +212,28 @@ def test_a_service_that_refuses(client, batch):
             session.close()
         with pytest.raises(fovea.NotFound):
             model(batch["input_ids"], past_key_values=cache)
+
+
+def test_a_real_model(client):
+    """SmolLM2-135M, loaded by transformers from the GGUF file that the demo uses."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    from fovea.demo.weights import default_path
+
+    try:
+        path = default_path()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    text = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    inputs = tokenizer(text, return_tensors="pt")
+    answers = []
+    for name in ("sdpa", "fovea"):
+        model.set_attn_implementation(name)
+        ids = model.generate(**inputs, max_new_tokens=10, do_sample=False)
+        answers.append(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]))
+    assert "Paris" in answers[1]
+    assert answers[0] == answers[1]

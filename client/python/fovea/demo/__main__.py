@@ -101,6 +101,11 @@ class Frontend:
     def _answer(self, prompt: str) -> tuple[Answer, bool]:
         args, tokenizer = self._args, self._weights.tokenizer
         ids = tokenizer.encode(prompt if args.raw else chat_prompt(prompt, args.system))
+        if len(ids) + args.max_tokens > self._weights.config.n_context:
+            raise ValueError(
+                f"prompt: given {len(ids)} tokens and --max-tokens {args.max_tokens}, expected at most "
+                f"{self._weights.config.n_context} together: that is the model's context"
+            )
         sampling = Sampling(args.max_tokens, args.temperature, args.seed, args.prefill_chunk)
         text = TextStream(tokenizer)
         self._printer.prompt(prompt)

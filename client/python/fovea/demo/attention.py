@@ -36,16 +36,16 @@ class Attention(Protocol):
 
 
 class FoveaAttention:
-    """One session of the service is the whole KV cache; one request per layer and step."""
+    """One session of the service is the whole KV cache; one request per layer and step, on one stream."""
 
     def __init__(self, client: fovea.Client, model_id: str, max_tokens_hint: int) -> None:
         self.times = AttentionTimes()
-        self._client = client
         self.session = client.open_session(model_id, max_tokens_hint)
+        self._stream = client.stream()
 
     def attend(self, layer: int, position: int, q: F32, k: F32, v: F32) -> F32:
         began = time.perf_counter()
-        result = self._client.attend(layer, [(self.session, position, len(q))], q, k, v)
+        result = self._stream.submit(layer, [(self.session, position, len(q))], q, k, v).result()
         self.times.client_s += time.perf_counter() - began
         self.times.n_calls += 1
         for part in self.times.server_us:
@@ -53,6 +53,7 @@ class FoveaAttention:
         return result.out
 
     def close(self) -> None:
+        self._stream.close()
         self.session.close()
 
 
