@@ -14,7 +14,7 @@
 
 /*
  * On every rank of `mpi_comm` (a MPI_Comm *). `hello` is this rank's own, complete but for secret and host, which
- * are filled in. control_address: "auto", or the host or IP on which rank 0 listens for the others.
+ * are filled in. control_address: "auto", "unix:/path", or "host:port" (port 0 = any) on which rank 0 listens.
  * Rank 0: out_fds[r] is the socket of rank r (-1 for itself), out_hellos[r] its introduction.
  * Others: out_fds[0] is the socket to rank 0; out_hellos is not used.
  * Errors: FV_ERR_TIMED_OUT naming who did not come; FV_ERR_SYSTEM; FV_ERR_MPI.

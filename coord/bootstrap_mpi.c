@@ -23,6 +23,7 @@
 #include <string.h>
 #include <sys/random.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -57,14 +58,44 @@ static bool is_one_host(MPI_Comm comm, const char host[64])
 
 /* ------------------------------------------------------------------ where rank 0 listens */
 
-static fv_status_t resolve_host(const char *name, fv_meeting_t *out)
+static fv_status_t unix_address(const char *path, fv_meeting_t *out)
 {
+    struct sockaddr_un *un = (struct sockaddr_un *)(void *)&out->address;
+
+    un->sun_family = AF_UNIX;
+    if (strlen(path) >= sizeof(un->sun_path)) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "control_address: a path of %zu bytes, expected at most %zu", strlen(path),
+                       sizeof(un->sun_path) - 1U);
+    }
+    memcpy(un->sun_path, path, strlen(path) + 1U);
+    struct stat old;
+    if ((lstat(path, &old) == 0) && S_ISSOCK(old.st_mode)) {
+        (void)unlink(path); /* left by a job that was killed */
+    }
+    out->address_bytes = (uint32_t)sizeof(*un);
+    return FV_OK;
+}
+
+/* "host:port" or "[v6]:port" (the configuration has checked the form); port 0 = any. */
+static fv_status_t tcp_address(const char *text, fv_meeting_t *out)
+{
+    char host[128];
+    const char *colon = strrchr(text, ':');
     struct addrinfo hints = {.ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM};
     struct addrinfo *list = NULL;
-    int rc = getaddrinfo(name, NULL, &hints, &list);
+    size_t n = (colon == NULL) ? 0U : (size_t)(colon - text);
 
+    if ((n == 0) || (n >= sizeof(host))) {
+        return fv_fail(FV_ERR_INVALID_ARG, "control_address: given \"%s\", expected host:port",
+                       text);
+    }
+    bool is_bracketed = (text[0] == '[') && (text[n - 1U] == ']');
+    (void)snprintf(host, sizeof(host), "%.*s", (int)(is_bracketed ? (n - 2U) : n),
+                   is_bracketed ? (text + 1) : text);
+    int rc = getaddrinfo(host, colon + 1, &hints, &list);
     if (rc != 0) {
-        return fv_fail(FV_ERR_INVALID_ARG, "control_address: \"%s\": %s", name, gai_strerror(rc));
+        return fv_fail(FV_ERR_INVALID_ARG, "control_address: \"%s\": %s", text, gai_strerror(rc));
     }
     memcpy(&out->address, list->ai_addr, list->ai_addrlen);
     out->address_bytes = (uint32_t)list->ai_addrlen;
@@ -108,8 +139,11 @@ static fv_status_t choose_address(bool one_host, const char *control_address, fv
     bool is_auto = (strcmp(control_address, "auto") == 0);
     unsigned long long tag = 0;
 
+    if (strncmp(control_address, "unix:", 5) == 0) {
+        return unix_address(control_address + 5, out);
+    }
     if (!is_auto) {
-        return resolve_host(control_address, out);
+        return tcp_address(control_address, out);
     }
     if (!one_host) {
         return pick_interface(out);
@@ -320,5 +354,8 @@ fv_status_t fv_bootstrap(void *mpi_comm,
     out_hellos[0] = *hello;
     status = accept_all(listen_fd, &meeting, epoch, (uint32_t)n_ranks, out_fds, out_hellos);
     (void)close(listen_fd);
+    if (strncmp(control_address, "unix:", 5) == 0) {
+        (void)unlink(control_address + 5); /* everybody is in */
+    }
     return status;
 }
