@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,10 @@ SEED = int(os.environ.get("FV_SEED", "20"))
 START_SECONDS = 30
 
 
+# a service goes when pytest is killed
+_TIED_TO_US = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+
+
 class Service:
     """A running service on a unix socket. Everything it prints is in `log`."""
 
@@ -38,7 +43,10 @@ class Service:
         self.log = folder / "service.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                self._command(kv_memory), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                [*_TIED_TO_US, *self._command(kv_memory)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         try:
             self.connect(START_SECONDS).close()

@@ -96,6 +96,39 @@ def test_closed_stream_refuses(client, rng):
         stream.submit(0, [(s.session, 0, 1)], q, k, v)
 
 
+def test_closed_client_refuses(service, client, rng):
+    """Closing the client ends its streams; sessions stay."""
+    first = service.connect()
+    s = Known(first, small_spec(), rng)
+    attend([s], [5])
+    stream = first.stream()
+    first.close()
+    q, k, v = s.fresh(1)
+    with pytest.raises(fovea.Cancelled):
+        first.attend(0, [(s.session, 5, 1)], q, k, v)
+    with pytest.raises(fovea.Cancelled):
+        first.stream()
+    stream.close(10)
+    with pytest.raises(fovea.Cancelled):
+        stream.submit(0, [(s.session, 5, 1)], q, k, v)
+    assert client.session_info(s.session).max_tokens == 5
+
+
+def test_a_service_that_dies_under_a_stream(own_service, rng):
+    """Futures under way fail as Unavailable: a retry is safe."""
+    service = own_service()
+    client = service.connect()
+    s = Known(client, small_spec(), rng)
+    attend([s], [5])
+    stream = client.stream()
+    service.stop()
+    q, k, v = s.fresh(1)
+    with pytest.raises(fovea.Unavailable):
+        stream.submit(0, [(s.session, 5, 1)], q, k, v).result(20)
+    with pytest.raises(fovea.Unavailable):
+        client.status()
+
+
 def test_many_streams(client, rng):
     s = Known(client, small_spec(), rng)
     attend([s], [30])

@@ -12,7 +12,7 @@ from fovea import attend as attend_message
 from fovea._pb import attention_pb2 as pb
 from fovea.attend import AttendResult, Item
 from fovea.dtypes import Array
-from fovea.errors import Unavailable, from_rpc
+from fovea.errors import Cancelled, Unavailable, from_rpc
 from fovea.model import ModelSpec, Sharding
 from fovea.rpc import Rpc
 from fovea.session import Session, SessionLike, as_items, session_id
@@ -68,9 +68,11 @@ class Client:
         self._channel = channel
         self._rpc = Rpc(channel)
         self._ids = itertools.count(1)
+        self._is_closed = False
 
     def close(self) -> None:
         """Ends the connection (and its streams). Sessions stay: they belong to the service."""
+        self._is_closed = True
         self._channel.close()
 
     def __enter__(self) -> Client:
@@ -170,6 +172,8 @@ class Client:
 
     def stream(self, inflight_max: int = INFLIGHT_MAX) -> AttendStream:
         """A pipelined stream: submit() returns futures. Cheaper than attend() per call when kept full."""
+        if self._is_closed:
+            raise Cancelled("the client is closed")
         return AttendStream(self._rpc, inflight_max)
 
     # ------------------------------------------------------------------ cluster
@@ -199,6 +203,8 @@ class Client:
         return cast(pb.DrainResponse, self._call("Drain", request))
 
     def _call(self, method: str, request: Any, timeout: float | None = None) -> Any:
+        if self._is_closed:
+            raise Cancelled("the client is closed")
         try:
             return getattr(self._rpc, method)(request, timeout=timeout)
         except grpc.RpcError as error:

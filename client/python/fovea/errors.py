@@ -91,8 +91,11 @@ def from_code(code: grpc.StatusCode, message: str) -> FoveaError:
 
 
 def from_rpc(error: grpc.RpcError, cancelled_here: bool = False) -> FoveaError:
-    """The exception of a call that failed as a whole."""
-    code = error.code()
-    if code is grpc.StatusCode.CANCELLED and not cancelled_here:
+    """The exception of a call that failed as a whole.
+
+    A call cancelled by nobody here was under way, or just arriving, when the service stopped.
+    """
+    code, details = error.code(), error.details() or ""
+    if code is grpc.StatusCode.CANCELLED and not cancelled_here and "Channel closed" not in details:
         return Unavailable("the service ended the call: it is stopping")
-    return from_code(code, error.details() or "")
+    return from_code(code, details)

@@ -365,7 +365,7 @@ def _close_quietly(sessions: list[Session]) -> None:
     for session in sessions:
         try:
             session.close()
-        except (FoveaError, ValueError):  # ValueError: the client's channel is closed
+        except FoveaError:
             return
 
 
