@@ -14,7 +14,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define FETCH_ROWS_MIN 8
+#define PRIME_EVERY    4096U /* bytes: the hardware's streams end at every page of memory */
+#define PRIME_BYTES    512U  /* of each are asked for ahead; the hardware then fetches the rest */
 #define SHARE_COST_MIN 2000U /* ns; less is not worth waking a thread for */
 
 static int32_t block_tokens(const fv_attn_item_t *item)
@@ -143,6 +144,19 @@ load_block(fv_tile_block_t *block, const fv_attn_item_t *item, const fv_lean_gro
     }
 }
 
+/*
+ * Starts the streams of a matrix that is needed next, while the core computes. Asking for every line would be slower:
+ * such requests wait in the core's few line buffers, the hardware's own do not.
+ */
+static void prime_streams(const uint8_t *matrix, size_t n_bytes)
+{
+    for (size_t i = 0; i < n_bytes; i += PRIME_EVERY) {
+        for (size_t j = 0; j < PRIME_BYTES; j += 64U) {
+            __builtin_prefetch(matrix + i + j, 0, 3);
+        }
+    }
+}
+
 static void attend_tile(const fv_tile_ops_t *ops,
                         fv_tile_block_t *block,
                         const fv_attn_item_t *item,
@@ -151,14 +165,20 @@ static void attend_tile(const fv_tile_ops_t *ops,
                         const uint8_t *page)
 {
     const uint8_t *v = page + fv_page_v_offset(block->kv_dtype, block->head_dim_qk);
+    size_t v_bytes =
+        fv_page_v_offset(block->kv_dtype, block->head_dim_v); /* [P, dv], as K is [dk, P] */
     bool whole = tile->n_tokens == FV_PAGE_TOKENS;
 
     ops->scores(block, page);
+    prime_streams(v, v_bytes);
     if (item->logit_softcap > 0.0F) {
         ops->softcap(block);
     }
     if (whole && tile->full) {
         ops->softmax(block);
+        if (block->next_page != NULL) {
+            prime_streams(block->next_page, fv_page_v_offset(block->kv_dtype, block->head_dim_qk));
+        }
         ops->accumulate(block, v);
         return;
     }
@@ -170,24 +190,6 @@ static void attend_tile(const fv_tile_ops_t *ops,
         return;
     }
     ops->accumulate(block, v);
-}
-
-/*
- * The page of tile i, when fetching it early pays. With few rows memory is all there is to wait for, and the hardware's
- * own prefetching does better alone.
- */
-static const uint8_t *next_page(const fv_backend_t *backend,
-                                const fv_tile_block_t *block,
-                                const fv_tile_query_t *query,
-                                const fv_lean_group_t *group,
-                                const fv_page_ref_t *pages,
-                                int32_t i)
-{
-    if ((block->n_rows < FETCH_ROWS_MIN) || (i < 0)) {
-        return NULL;
-    }
-    return fv_cpu_page(backend, pages[fv_tile_at(query, &group->tiles, i).local_page],
-                       block->page_bytes);
 }
 
 /* Tiles [begin, end) of a group into `block`, from the empty state. */
@@ -205,7 +207,6 @@ static void attend_piece(fv_backend_t *backend,
     fv_tile_query_t query = group_query(item, group);
 
     load_block(block, item, group);
-    block->page_bytes = page_bytes;
     if (ops->begin != NULL) {
         ops->begin(block);
     }
@@ -217,8 +218,11 @@ static void attend_piece(fv_backend_t *backend,
             atomic_store_explicit(&backend->bad_page, true, memory_order_relaxed);
             continue;
         }
-        block->next_page =
-            next_page(backend, block, &query, group, pages, i + 1 < piece.end ? i + 1 : -1);
+        block->next_page = NULL;
+        if (i + 1 < piece.end) {
+            fv_tile_t next = fv_tile_at(&query, &group->tiles, i + 1);
+            block->next_page = fv_cpu_page(backend, pages[next.local_page], page_bytes);
+        }
         attend_tile(ops, block, item, &query, &tile, page);
     }
     if (ops->end != NULL) {

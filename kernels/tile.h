@@ -38,8 +38,8 @@ typedef struct fv_tile_block {
     float score_scale;          /* log2 units of one unit of S, after softcap if any */
     float cap_inner, cap_outer; /* S = cap_outer * tanh(S * cap_inner) */
 
-    const uint8_t *next_page; /* the page to fetch while this one is computed, or NULL */
-    size_t page_bytes;
+    const uint8_t
+        *next_page; /* of the walk, or NULL: attend_cpu.c primes it while this one is computed */
 
     /* Workspace of one thread, 64-byte aligned. */
     float *q;           /* [n_rows, dk] */

@@ -350,17 +350,6 @@ static void simd_softcap(fv_tile_block_t *block)
     }
 }
 
-/* Row r's part of fetching the next page: spread over the rows, so that memory works while exponentials are computed. */
-ALWAYS_INLINE void fetch_ahead(const fv_tile_block_t *block, size_t r)
-{
-    size_t part = fv_align_up(block->page_bytes / (size_t)block->n_rows, 64U);
-    size_t end = fv_page_min((r + 1U) * part, block->page_bytes);
-
-    for (size_t i = r * part; (block->next_page != NULL) && (i < end); i += 64U) {
-        __builtin_prefetch(block->next_page + i, 0, 2);
-    }
-}
-
 static void simd_softmax(fv_tile_block_t *block)
 {
     vec_t scale = vec_set1(block->score_scale);
@@ -373,7 +362,6 @@ static void simd_softmax(fv_tile_block_t *block)
         vec_t base;
         float m = 0.0F;
 
-        fetch_ahead(block, (size_t)r);
 #pragma GCC unroll 8
         for (size_t i = 1; i < S_VECS; i++) {
             largest = vec_max(largest, vec_load(s + i * VEC_W));
