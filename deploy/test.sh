@@ -36,6 +36,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 root=$PWD
 logs=$root/build/logs
 mkdir -p "$logs"
+rm -f "$logs"/*.log # so that nothing is counted twice
 jobs=$(nproc)
 summary=() n_failed=0
 
