@@ -30,6 +30,7 @@ fv_status_t fv_engine_create(const fv_engine_config_t *config, fv_engine_t **out
     engine->config = *config;
     engine->start_us = fv_clock_us();
     engine->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    (void)pthread_mutex_init(&engine->turn, NULL);
     engine->hellos = calloc(n_ranks, sizeof(*engine->hellos));
     engine->rank_stats = calloc(n_ranks, sizeof(*engine->rank_stats));
     engine->scan_items = calloc(FV_ITEMS_MAX, sizeof(*engine->scan_items));
@@ -73,13 +74,17 @@ void fv_engine_destroy(fv_engine_t *engine)
     if (engine->wake_fd >= 0) {
         (void)close(engine->wake_fd);
     }
+    (void)pthread_mutex_destroy(&engine->turn);
     free(engine);
 }
 
 fv_rpc_handlers_t fv_engine_handlers(fv_engine_t *engine)
 {
-    return (fv_rpc_handlers_t){
-        .ctx = engine, .on_message = fv_engine_on_message, .on_closed = fv_engine_on_closed};
+    return (fv_rpc_handlers_t){.ctx = engine,
+                               .on_message = fv_engine_on_message,
+                               .on_closed = fv_engine_on_closed,
+                               .wants_idle = fv_engine_wants_idle,
+                               .on_idle = fv_engine_on_idle};
 }
 
 /* ------------------------------------------------------------------ drain */
@@ -90,6 +95,7 @@ void fv_engine_begin_drain(fv_engine_t *engine, uint32_t timeout_ms)
         return;
     }
     engine->is_draining = true;
+    engine->wants_own_thread = true;
     engine->n_done_at_drain = engine->n_done;
     engine->drain_deadline_us =
         fv_clock_us() +
@@ -182,7 +188,7 @@ static fv_status_t serve_inbox(fv_engine_t *engine, bool *out_had_work)
     return status;
 }
 
-static fv_status_t work(fv_engine_t *engine)
+fv_status_t fv_engine_work(fv_engine_t *engine)
 {
     bool had_inbox = false;
     bool had_step = false;
@@ -215,6 +221,7 @@ static void read_wakeups(fv_engine_t *engine, const struct pollfd *fds, int sign
     }
     if ((signal_fd >= 0) && ((fds[1].revents & POLLIN) != 0) &&
         (read(signal_fd, &info, sizeof(info)) == (ssize_t)sizeof(info))) {
+        (void)pthread_mutex_lock(&engine->turn);
         if (engine->is_draining) {
             fv_warn("signal %u again: stopping without waiting", info.ssi_signo);
             engine->drain_deadline_us = 0;
@@ -222,6 +229,7 @@ static void read_wakeups(fv_engine_t *engine, const struct pollfd *fds, int sign
             fv_info("signal %u: stopping", info.ssi_signo);
             fv_engine_begin_drain(engine, 0);
         }
+        (void)pthread_mutex_unlock(&engine->turn);
     }
 }
 
@@ -264,33 +272,64 @@ static bool is_drained(const fv_engine_t *engine)
                                    (fv_clock_us() >= engine->drain_deadline_us));
 }
 
-fv_status_t fv_engine_run(fv_engine_t *engine, fv_rpc_t *rpc, int signal_fd)
+/* One turn of the engine's own thread. *out_until_us: when it wants to be woken at the latest. */
+static fv_status_t take_own_turn(fv_engine_t *engine, bool *out_is_done, int64_t *out_until_us)
 {
     fv_status_t status = FV_OK;
 
+    (void)pthread_mutex_lock(&engine->turn);
+    engine->wants_own_thread = false;
+    if (engine->broken.status != FV_OK) {
+        status = fv_fail((fv_status_t)engine->broken.status, "%s", engine->broken.text);
+    } else {
+        status = fv_engine_work(engine);
+    }
+    *out_is_done = (status != FV_OK) || is_drained(engine);
+    *out_until_us = fv_engine_serve_watchers(engine, fv_clock_us());
+    if (engine->is_draining && (engine->drain_deadline_us < *out_until_us)) {
+        *out_until_us = engine->drain_deadline_us;
+    }
+    (void)pthread_mutex_unlock(&engine->turn);
+    return status;
+}
+
+static void refuse_rest_in_turn(fv_engine_t *engine, const char *why)
+{
+    (void)pthread_mutex_lock(&engine->turn);
+    refuse_rest(engine, why);
+    (void)pthread_mutex_unlock(&engine->turn);
+}
+
+fv_status_t fv_engine_run(fv_engine_t *engine, fv_rpc_t *rpc, int signal_fd)
+{
+    fv_status_t status = FV_OK;
+    bool is_done = false;
+    int64_t until_us = INT64_MAX;
+
     fv_log_thread_name("engine");
+    (void)pthread_mutex_lock(&engine->turn);
     engine->rpc = rpc;
+    (void)pthread_mutex_unlock(&engine->turn);
     fv_rpc_set_serving(rpc, true);
-    while (status == FV_OK) {
-        status = work(engine);
-        if ((status != FV_OK) || is_drained(engine)) {
+    for (;;) {
+        status = take_own_turn(engine, &is_done, &until_us);
+        if (is_done) {
             break;
         }
-        int64_t until_us = fv_engine_serve_watchers(engine, fv_clock_us());
-        if (engine->is_draining && (engine->drain_deadline_us < until_us)) {
-            until_us = engine->drain_deadline_us;
-        }
         status = sleep_until_needed(engine, signal_fd, until_us);
+        if (status != FV_OK) {
+            break;
+        }
     }
     fv_error_t error = fv_error_capture(status);
     if (status != FV_OK) {
         fv_error("the service ends: %s", error.text);
     }
     fv_rpc_set_serving(rpc, false);
-    refuse_rest(engine, (status == FV_OK) ? "the service is stopping" : error.text);
+    refuse_rest_in_turn(engine, (status == FV_OK) ? "the service is stopping" : error.text);
     answer_drain(engine);
     int64_t left_ms = (engine->drain_deadline_us - fv_clock_us()) / 1000;
     fv_rpc_stop(rpc, ((status == FV_OK) && (left_ms > 100)) ? (uint32_t)left_ms : 100U);
-    refuse_rest(engine, "the service is stopping"); /* what came in between */
+    refuse_rest_in_turn(engine, "the service is stopping"); /* what came in between */
     return (status == FV_OK) ? FV_OK : fv_fail(status, "%s", error.text);
 }

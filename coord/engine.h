@@ -4,11 +4,11 @@
  * Decode path: stations 3, 9 and 10 of 10 happen on its thread. Before: coord/rpc_call.c (rpc thread). After: the same.
  *
  * The engine owns the clock, the inbox, the requests' memory and the scheduler core. Its thread also computes
- * rank 0's own share, so a request on one rank costs one hand-over between threads (rpc -> engine): the
- * engine hands its answer to gRPC itself.
+ * rank 0's own share, and hands answers to gRPC itself: one hand-over between threads (rpc -> engine). A small request on
+ * a single rank has none: the rpc thread takes the engine's turn and serves it on the spot.
  *
- *   rpc thread:    scan, gather tensors into staging, digest           -> inbox (lock-free) + eventfd
- *   engine thread: commands; then steps while anything waits            -> replies
+ *   rpc thread:    scan, gather tensors into staging, digest -> inbox (lock-free); its own turn, or an eventfd
+ *   engine thread: commands; then steps while anything waits  -> replies
  */
 #ifndef FV_COORD_ENGINE_H
 #define FV_COORD_ENGINE_H

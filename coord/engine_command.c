@@ -12,9 +12,9 @@
 #include <sys/random.h>
 #include <time.h>
 
-#define OWN_RANK         0U
-#define LIST_DEFAULT     100U
-#define LIST_MAX         1000U
+#define OWN_RANK     0U
+#define LIST_DEFAULT 100U
+#define LIST_MAX     1000U
 
 /* ------------------------------------------------------------------ to the ranks */
 

@@ -16,7 +16,61 @@
 
 #define ALIGNMENT 64U
 
-static void push(fv_engine_t *engine, fv_entry_t *entry)
+/*
+ * A request at most this large, over contexts at most this long, is served on the rpc thread. What it keeps waiting meanwhile
+ * would wait for the step anyway; only the copying of large requests is worth overlapping with a step, and a context
+ * that takes many milliseconds would keep gRPC's own business (cancellations, pings) waiting too long.
+ */
+#define INLINE_BYTES_MAX  ((size_t)128 << 10)
+#define INLINE_TOKENS_MAX 32768U
+
+static void ring(fv_engine_t *engine)
+{
+    uint64_t one = 1;
+    ssize_t n = write(engine->wake_fd, &one, sizeof(one));
+
+    (void)n; /* fails only when the counter is full: then it is readable anyway */
+}
+
+/* seq_cst on both sides of (inbox, is_asleep): either we see the engine asleep and ring, or it sees what was pushed when it
+ * looks once more before it sleeps. */
+static void ring_if_asleep(fv_engine_t *engine)
+{
+    if (atomic_load_explicit(&engine->is_asleep, memory_order_seq_cst)) {
+        ring(engine);
+    }
+}
+
+/*
+ * Serves what waits on this (the rpc) thread if nobody else is at it. A hand-over to another thread costs more than a small
+ * step; a large one would keep gRPC waiting, and MPI belongs to the engine's thread, so those are handed over.
+ * False: somebody holds the turn, and looks at the inbox again before sleeping.
+ */
+static bool take_turn(fv_engine_t *engine)
+{
+    if (pthread_mutex_trylock(&engine->turn) != 0) {
+        return false;
+    }
+    if (engine->rpc == NULL) { /* the service is still starting; its first turn sees the inbox */
+        (void)pthread_mutex_unlock(&engine->turn);
+        return false;
+    }
+    if (engine->broken.status == FV_OK) {
+        fv_status_t status = fv_engine_work(engine);
+        if (status != FV_OK) {
+            engine->broken = fv_error_capture(status);
+            engine->wants_own_thread = true;
+        }
+    }
+    bool must_ring = engine->wants_own_thread;
+    (void)pthread_mutex_unlock(&engine->turn);
+    if (must_ring) {
+        ring(engine);
+    }
+    return true;
+}
+
+static void push(fv_engine_t *engine, fv_entry_t *entry, bool is_small)
 {
     fv_entry_t *head = atomic_load_explicit(&engine->inbox, memory_order_relaxed);
 
@@ -25,12 +79,31 @@ static void push(fv_engine_t *engine, fv_entry_t *entry)
         /* release: the entry's fields are written before it can be seen */
     } while (!atomic_compare_exchange_weak_explicit(&engine->inbox, &head, entry,
                                                     memory_order_seq_cst, memory_order_relaxed));
-    /* seq_cst on both sides of (inbox, is_asleep): either we see the engine asleep and ring, or it sees the entry
-     * when it looks once more before it sleeps. */
-    if (atomic_load_explicit(&engine->is_asleep, memory_order_seq_cst)) {
-        uint64_t one = 1;
-        ssize_t n = write(engine->wake_fd, &one, sizeof(one));
-        (void)n; /* fails only when the counter is full: then it is readable anyway */
+    if (is_small && (engine->config.link == NULL)) {
+        engine->has_deferred =
+            true; /* until nothing more is ready to be read: fv_engine_on_idle() */
+        return;
+    }
+    ring_if_asleep(engine);
+}
+
+bool fv_engine_wants_idle(void *ctx)
+{
+    const fv_engine_t *engine = ctx;
+
+    return engine->has_deferred;
+}
+
+void fv_engine_on_idle(void *ctx)
+{
+    fv_engine_t *engine = ctx;
+
+    if (!engine->has_deferred) {
+        return;
+    }
+    engine->has_deferred = false;
+    if (!take_turn(engine)) {
+        ring_if_asleep(engine);
     }
 }
 
@@ -85,7 +158,7 @@ static void take_small(fv_engine_t *engine,
     *entry = (fv_entry_t){.call = call, .method = method, .n_bytes = n_bytes};
     fv_wire_gather(spans, n_spans, (fv_region_t){.offset = 0, .n_bytes = n_bytes}, entry + 1);
     fv_call_ref(call);
-    push(engine, entry);
+    push(engine, entry, true);
 }
 
 /* ------------------------------------------------------------------ attend */
@@ -140,6 +213,20 @@ static void take_digests(const fv_attend_request_t *head,
     }
 }
 
+static bool is_small(const fv_attend_request_t *head, const fv_attend_item_t *items, size_t n_bytes)
+{
+    uint64_t n_tokens = 0;
+
+    if (n_bytes > INLINE_BYTES_MAX) {
+        return false;
+    }
+    for (uint32_t i = 0; (i < head->n_items) && (n_tokens <= INLINE_TOKENS_MAX); i++) {
+        n_tokens += (items[i].position > INLINE_TOKENS_MAX) ? INLINE_TOKENS_MAX : items[i].position;
+        n_tokens += items[i].n_tokens;
+    }
+    return n_tokens <= INLINE_TOKENS_MAX;
+}
+
 static void take_attend(fv_engine_t *engine,
                         fv_call_t *call,
                         fv_method_t method,
@@ -185,7 +272,7 @@ static void take_attend(fv_engine_t *engine,
         .user = job,
     };
     fv_call_ref(call);
-    push(engine, &job->entry);
+    push(engine, &job->entry, is_small(&head, engine->scan_items, l.n_bytes));
 }
 
 void fv_engine_on_message(void *ctx,

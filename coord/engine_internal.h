@@ -9,6 +9,7 @@
 #include "coord/engine.h"
 #include "coord/staging.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 
 /* What waits in the inbox: a small RPC with its message, or an attend job. One staging buffer each. */
@@ -49,9 +50,20 @@ struct fv_engine {
     fv_rpc_t *rpc;
 
     _Atomic(fv_entry_t *) inbox; /* a stack; the engine takes all of it and turns it round */
-    atomic_bool is_asleep;       /* the engine is in, or on its way into, poll() */
+    atomic_bool is_asleep;       /* the engine's thread is in, or on its way into, poll() */
     atomic_bool is_closed;       /* nothing is accepted any more */
     int wake_fd;
+    /*
+     * Whoever holds it is the engine: its own thread, or for small requests on a single rank the rpc thread, which saves
+     * the hand-over (engine_inbox.c). Guards everything below and the scheduler core.
+     */
+    pthread_mutex_t turn;
+    fv_error_t
+        broken; /* what ended a turn taken by the rpc thread; the engine's thread ends the service */
+    bool
+        wants_own_thread; /* a turn left something that only the engine's thread does: timers, drain, the end */
+
+    bool has_deferred;            /* rpc thread: small requests wait for its idle moment */
     fv_attend_item_t *scan_items; /* rpc thread: scratch of FV_ITEMS_MAX */
 
     fv_watcher_t *watchers;
@@ -73,6 +85,8 @@ void fv_engine_on_message(void *ctx,
                           size_t n_spans,
                           int64_t received_us,
                           int64_t deadline_us);
+bool fv_engine_wants_idle(void *ctx);
+void fv_engine_on_idle(void *ctx);
 void fv_engine_on_closed(void *ctx, fv_call_t *call);
 fv_entry_t *fv_engine_take_inbox(fv_engine_t *engine); /* oldest first, NULL when empty */
 void fv_entry_release(fv_entry_t *entry);
@@ -92,6 +106,9 @@ void fv_reply_refused(fv_call_t *call, fv_method_t method, uint64_t request_id, 
 
 /* engine_step.c: runs one step if anything waits; *out_ran says whether. An error ends the service. */
 FV_MUST_CHECK fv_status_t fv_engine_step(fv_engine_t *engine, bool *out_ran);
+
+/* engine.c: commands and steps until nothing waits. The turn is held. An error ends the service. */
+FV_MUST_CHECK fv_status_t fv_engine_work(fv_engine_t *engine);
 
 /* engine_command.c: answers one small RPC. An error ends the service. */
 FV_MUST_CHECK fv_status_t fv_engine_command(fv_engine_t *engine, fv_entry_t *entry);

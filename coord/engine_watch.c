@@ -43,6 +43,7 @@ fv_status_t fv_engine_add_watcher(fv_engine_t *engine, fv_call_t *call, uint32_t
     watcher->due_us = fv_clock_us();
     watcher->interval_us = (int64_t)((interval_ms == 0) ? INTERVAL_MS_DEFAULT : interval_ms) * 1000;
     engine->watchers = watcher;
+    engine->wants_own_thread = true; /* its timer */
     return FV_OK;
 }
 

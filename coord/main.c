@@ -120,10 +120,36 @@ static bool all_fine(const fv_process_t *p, bool mine)
 
 /* ------------------------------------------------------------------ the worker */
 
+/* NULL: not in this build. */
 static const fv_backend_ops_t *backend_named(const char *name)
 {
-    /* auto: the CPU until a build has a GPU backend and the rank sees a GPU */
+#if defined(FV_WITH_CUDA)
+    if ((strcmp(name, fv_backend_cuda.name) == 0) ||
+        ((strcmp(name, "auto") == 0) && fv_backend_cuda_is_visible())) {
+        return &fv_backend_cuda;
+    }
+#endif
+    if (strcmp(name, "cuda") == 0) {
+        return NULL;
+    }
     return (strcmp(name, fv_backend_null.name) == 0) ? &fv_backend_null : &fv_backend_cpu;
+}
+
+/* A share of the memory is one of the device's own. */
+static uint64_t
+kv_memory(const fv_memory_limit_t *limit, const fv_backend_ops_t *backend, int32_t n_local_workers)
+{
+#if defined(FV_WITH_CUDA)
+    if ((backend == &fv_backend_cuda) && (limit->percent > 0)) {
+        fv_memory_limit_t device = {.bytes = fv_backend_cuda_memory_free() / 100U *
+                                             (uint64_t)limit->percent};
+
+        return fv_resolve_kv_memory(&device, 1);
+    }
+#else
+    (void)backend;
+#endif
+    return fv_resolve_kv_memory(limit, n_local_workers);
 }
 
 static bool has_worker(const fv_process_t *p)
@@ -134,7 +160,13 @@ static bool has_worker(const fv_process_t *p)
 static fv_status_t start_worker(fv_process_t *p)
 {
     int32_t n_local_workers = p->n_local_ranks;
+    const fv_backend_ops_t *backend = backend_named(p->config.backend);
 
+    if (backend == NULL) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "backend: given %s, expected auto, cpu or null: this build has no CUDA",
+                       p->config.backend);
+    }
     if (p->config.dedicated_coordinator && (p->n_ranks == 1)) {
         return fv_fail(FV_ERR_INVALID_ARG,
                        "dedicated_coordinator: given true for one rank, expected at least two");
@@ -150,10 +182,10 @@ static fv_status_t start_worker(fv_process_t *p)
     fv_worker_config_t config = {
         .rank = (uint32_t)p->rank,
         .n_ranks = (uint32_t)p->n_ranks,
-        .backend = backend_named(p->config.backend),
+        .backend = backend,
         .backend_config = {.n_threads = fv_resolve_threads(p->config.threads, n_local_workers),
                            .kv_arena_bytes =
-                               fv_resolve_kv_memory(&p->config.kv_memory, n_local_workers),
+                               kv_memory(&p->config.kv_memory, backend, n_local_workers),
                            .isa = p->config.isa},
         .exchange = (p->n_ranks > 1) ? &fv_exchange_mpi_ops : NULL,
         .exchange_ctx = p->exchange,

@@ -71,6 +71,12 @@ typedef struct fv_rpc_handlers {
                        int64_t deadline_us);
     /* The call is over (cancelled, client gone, finished): once per call that saw on_message. Thread: rpc. */
     void (*on_closed)(void *ctx, fv_call_t *call);
+    /*
+     * May be NULL. While wants_idle() says true, on_idle() is called as soon as no further event is ready (and after some
+     * events at the latest): the moment to serve on this thread, together, what came in. Thread: rpc.
+     */
+    bool (*wants_idle)(void *ctx);
+    void (*on_idle)(void *ctx);
 } fv_rpc_handlers_t;
 
 /*

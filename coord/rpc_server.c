@@ -21,6 +21,7 @@
 #include <string.h>
 
 #define REQUESTS_POSTED    64       /* calls that can be matched before the thread comes round */
+#define EVENTS_PER_IDLE    32U      /* a busy door still lets its handler serve */
 #define MAX_FRAME_BYTES    16777215 /* the largest HTTP/2 allows: fewer frames per tensor */
 #define KEEPALIVE_MS       30000    /* a silent client is asked, then dropped */
 #define KEEPALIVE_REPLY_MS 20000
@@ -146,20 +147,41 @@ static fv_status_t bind_all(fv_rpc_t *rpc, const fv_rpc_config_t *config)
     return status;
 }
 
+/* Waits for the next event, or returns at once when the handler has something to do meanwhile. */
+static grpc_event next_event(fv_rpc_t *rpc, uint32_t *n_since_idle)
+{
+    const fv_rpc_handlers_t *handlers = rpc->calls.handlers;
+    bool wants_idle = (handlers->wants_idle != NULL) && handlers->wants_idle(handlers->ctx);
+
+    if (!wants_idle) {
+        *n_since_idle = 0;
+    } else if (*n_since_idle >= EVENTS_PER_IDLE) {
+        *n_since_idle = 0;
+        return (grpc_event){.type = GRPC_QUEUE_TIMEOUT};
+    }
+    (*n_since_idle)++;
+    return grpc_completion_queue_next(
+        rpc->queue,
+        wants_idle ? gpr_time_0(GPR_CLOCK_MONOTONIC) : gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
+}
+
 static void *run(void *arg)
 {
     fv_rpc_t *rpc = arg;
+    const fv_rpc_handlers_t *handlers = rpc->calls.handlers;
+    uint32_t n_since_idle = 0;
 
     fv_log_thread_name("rpc");
     fv_calls_begin(&rpc->calls, REQUESTS_POSTED);
     for (;;) {
-        grpc_event event =
-            grpc_completion_queue_next(rpc->queue, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
+        grpc_event event = next_event(rpc, &n_since_idle);
         if (event.type == GRPC_QUEUE_SHUTDOWN) {
             return NULL;
         }
         if (event.type == GRPC_OP_COMPLETE) {
             fv_calls_on_event(event.tag, event.success != 0);
+        } else if (handlers->on_idle != NULL) {
+            handlers->on_idle(handlers->ctx);
         }
     }
 }
