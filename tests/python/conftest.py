@@ -1,6 +1,6 @@
 """conftest.py - which service the tests talk to.
 
-pytest tests/python                            the numpy model of the service, mock_server.py
+pytest tests/python                            the numpy model of the service, mock_service.py
 FOVEAD=/path/to/fovead pytest tests/python     the service; FV_TEST_RANKS=3: under mpirun -np 3
 FV_SEED=7                                      the seed of every random test (printed at the top)
 """
