@@ -4,7 +4,7 @@
  * Decode path: station 7 of 10. Before: worker/step.c. After: worker/exchange_*.c.
  *
  * The only header of kernels/ that others include (with tiles.h, which it needs). It names no CUDA type.
- * A backend is a table of functions; backend_cpu.c implements it, backend_cuda.c will.
+ * A backend is a table of functions; backend_cpu.c and backend_cuda.c implement it.
  *
  * One step of a rank is: append (new K/V into pages), attend (partial softmax states of this rank's rows), and, for
  * rows whose KV spans ranks, merge (after the exchange). All take the whole step at once: items of any sessions,
@@ -171,6 +171,12 @@ typedef struct fv_backend_ops {
 extern const fv_backend_ops_t fv_backend_cpu;
 /* Moves no KV and computes nothing: outputs are left as they are. For measuring the service around it. */
 extern const fv_backend_ops_t fv_backend_null;
+#if defined(FV_WITH_CUDA)
+/* One NVIDIA GPU of compute capability 9.0: the first that this process sees. */
+extern const fv_backend_ops_t fv_backend_cuda;
+bool fv_backend_cuda_is_visible(void);    /* the driver shows this process a GPU */
+size_t fv_backend_cuda_memory_free(void); /* bytes on that GPU; 0 when there is none */
+#endif
 
 /* ------------------------------------------------------------------ oracle */
 

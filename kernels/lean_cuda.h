@@ -35,6 +35,12 @@ extern "C" {
 #define FV_LEAN_ROWS_MAX  64 /* of one block: 16 for each computing warp */
 #define FV_LEAN_SLOTS_MAX 24 /* of the ring in shared memory */
 
+#ifdef __cplusplus
+#    define FV_CONSTEXPR constexpr
+#else
+#    define FV_CONSTEXPR
+#endif
+
 /* How elements of K and V reach the tensor cores. */
 typedef enum fv_lean_kind {
     FV_LEAN_BF16 = 0,     /* bf16 KV; Q in 1 to 3 bf16 parts, whatever its dtype */
@@ -107,7 +113,7 @@ typedef struct fv_page_swizzle {
     uint32_t shift, mask;
 } fv_page_swizzle_t;
 
-static inline FV_HD fv_page_swizzle_t fv_page_swizzle(uint32_t n_chunks)
+static inline FV_HD fv_page_swizzle_t fv_page_swizzle_make(uint32_t n_chunks)
 {
     fv_page_swizzle_t s;
 
@@ -118,6 +124,14 @@ static inline FV_HD fv_page_swizzle_t fv_page_swizzle(uint32_t n_chunks)
                   : (((n_chunks & 2U) != 0) ? 2U : (((n_chunks & 4U) != 0) ? 1U : 0U));
     s.mask = (1U << (3U - s.shift)) - 1U;
     return s;
+}
+
+/* CTAs of one launch that an SM holds, registers permitting. */
+static inline FV_HD FV_CONSTEXPR int32_t fv_lean_cuda_ctas(int32_t kind,
+                                                           int32_t m_warps,
+                                                           int32_t head_dim_v)
+{
+    return ((head_dim_v > 128) || ((kind >= FV_LEAN_F32_WIDE) && (m_warps == 4))) ? 1 : 2;
 }
 
 /* The share that holds a tile of the line. */

@@ -34,7 +34,8 @@ template <> struct fv_lean_traits<FV_LEAN_F16_WIDE> {
     static constexpr int n_kv_parts = 2, n_p_parts = 2;
     static constexpr float p_bias = 0.0F;
 };
-#define FV_LEAN_PARTS_SUM 2 /* products of part i and part j matter while i + j <= 2 (2^-24 beyond) */
+#define FV_LEAN_PARTS_SUM \
+    2 /* products of part i and part j matter while i + j <= 2 (2^-24 beyond) */
 
 /* One matrix of a page in shared memory: rows of tokens, chunks permuted (fv_page_swizzle). */
 typedef struct fv_lean_matrix {
@@ -66,7 +67,7 @@ static __device__ __forceinline__ void fv_lean_load_k(uint32_t b[][4],
                                                       uint32_t lane)
 {
     using traits = fv_lean_traits<KIND>;
-    bool is_cut = (ks + 1U) * 16U > dk; /* dk = 8 mod 16: the last half lies beyond */
+    bool is_cut = (ks + 1U) * 16U > dk; /* dk = 8 mod 16: the last side lies beyond */
 
     if (traits::is_f32) {
 #pragma unroll
@@ -88,10 +89,10 @@ static __device__ __forceinline__ void fv_lean_load_k(uint32_t b[][4],
         return;
     }
     uint32_t r[4];
-    uint32_t half = (lane >> 3U) & 1U;
+    uint32_t side = (lane >> 3U) & 1U;
 
     fv_ldmatrix_x4(r, fv_smem(fv_lean_chunk(m, token0 + (lane & 7U) + ((lane >> 4U) * 8U),
-                                            ks * 2U + (is_cut ? 0U : half))));
+                                            ks * 2U + (is_cut ? 0U : side))));
     if (is_cut) {
         r[1] = 0;
         r[3] = 0;
@@ -119,7 +120,8 @@ static __device__ __forceinline__ void fv_lean_load_v_raw(uint32_t *r,
                                                           uint32_t dv,
                                                           uint32_t lane)
 {
-    bool is_cut = (n2 + 1U) * 16U > dv; /* the second n-tile lies beyond the row: never written out */
+    bool is_cut =
+        (n2 + 1U) * 16U > dv; /* the second n-tile lies beyond the row: never written out */
 
     if (fv_lean_traits<KIND>::is_f32) {
 #pragma unroll
@@ -131,9 +133,9 @@ static __device__ __forceinline__ void fv_lean_load_v_raw(uint32_t *r,
         }
         return;
     }
-    uint32_t half = is_cut ? 0U : (lane >> 4U);
+    uint32_t side = is_cut ? 0U : (lane >> 4U);
 
-    fv_ldmatrix_x4_trans(r, fv_smem(fv_lean_chunk(m, token0 + (lane & 15U), n2 * 2U + half)));
+    fv_ldmatrix_x4_trans(r, fv_smem(fv_lean_chunk(m, token0 + (lane & 15U), n2 * 2U + side)));
 }
 
 /* Of a raw fragment: words that hold an inf or NaN become 0; true if there was one. `keep` as in fv_lean_keep(). */
@@ -174,7 +176,8 @@ static __device__ __forceinline__ bool fv_lean_clean_v(uint32_t *r, const uint32
 }
 
 /* Raw V into parts. */
-template <int KIND> static __device__ __forceinline__ void fv_lean_split_v(uint32_t b[][4], const uint32_t *r)
+template <int KIND>
+static __device__ __forceinline__ void fv_lean_split_v(uint32_t b[][4], const uint32_t *r)
 {
     using traits = fv_lean_traits<KIND>;
 
@@ -203,13 +206,15 @@ template <int KIND> static __device__ __forceinline__ void fv_lean_split_v(uint3
 
 /* Element of V, for the careful way round inf and NaN. */
 template <int KIND>
-static __device__ __forceinline__ float fv_lean_v_at(const fv_lean_matrix_t &m, uint32_t token, uint32_t d)
+static __device__ __forceinline__ float
+fv_lean_v_at(const fv_lean_matrix_t &m, uint32_t token, uint32_t d)
 {
     if (fv_lean_traits<KIND>::is_f32) {
         return *(const float *)(fv_lean_chunk(m, token, d >> 2U) + (d & 3U) * 4U);
     }
     uint16_t x = *(const uint16_t *)(fv_lean_chunk(m, token, d >> 3U) + (d & 7U) * 2U);
-    return (KIND == FV_LEAN_BF16) ? __uint_as_float((uint32_t)x << 16U) : __half2float(__ushort_as_half(x));
+    return (KIND == FV_LEAN_BF16) ? __uint_as_float((uint32_t)x << 16U)
+                                  : __half2float(__ushort_as_half(x));
 }
 
 #endif /* FV_KERNELS_LEAN_FRAG_CUH */

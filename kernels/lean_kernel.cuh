@@ -43,16 +43,18 @@ static __device__ __forceinline__ void fv_lean_issue(const fv_lean_launch_t &p,
     s->tile[ring.slot].n_tokens = tile.n_tokens;
     s->tile[ring.slot].is_full = tile.full && (tile.n_tokens == FV_PAGE_TOKENS);
     fv_mbar_expect(&s->full[ring.slot], n_tokens * p.k_bytes);
-    fv_bulk_load(ring_data + ring.slot * p.slot_bytes, k, n_tokens * p.k_bytes, &s->full[ring.slot], policy);
+    fv_bulk_load(ring_data + ring.slot * p.slot_bytes, k, n_tokens * p.k_bytes, &s->full[ring.slot],
+                 policy);
     fv_lean_ring_next(&ring, (uint32_t)p.ring_slots);
     fv_mbar_wait(&s->empty[ring.slot], ring.parity);
     fv_mbar_expect(&s->full[ring.slot], n_tokens * p.v_bytes);
-    fv_bulk_load(ring_data + ring.slot * p.slot_bytes, k + FV_PAGE_TOKENS * p.k_bytes, n_tokens * p.v_bytes,
-                 &s->full[ring.slot], policy);
+    fv_bulk_load(ring_data + ring.slot * p.slot_bytes, k + FV_PAGE_TOKENS * p.k_bytes,
+                 n_tokens * p.v_bytes, &s->full[ring.slot], policy);
 }
 
 /* 32 tiles at a time: each lane looks up one, then they are issued in order. */
-static __device__ void fv_lean_copy(const fv_lean_launch_t &p, fv_lean_smem_t *s, uint8_t *ring_data)
+static __device__ void
+fv_lean_copy(const fv_lean_launch_t &p, fv_lean_smem_t *s, uint8_t *ring_data)
 {
     const int32_t lane = (int32_t)(threadIdx.x & 31U);
     const uint64_t policy = fv_evict_first();
@@ -73,7 +75,8 @@ static __device__ void fv_lean_copy(const fv_lean_launch_t &p, fv_lean_smem_t *s
 
             if (lane < some) {
                 tile = fv_tile_at(&query, &tiles, walk.tile + done + lane);
-                page = pages[tile.local_page - ((tile.local_page >= run->gap_begin) ? run->gap_pages : 0)];
+                page = pages[tile.local_page -
+                             ((tile.local_page >= run->gap_begin) ? run->gap_pages : 0)];
             }
             for (int32_t i = 0; i < some; i++) {
                 if (i == lane) {
@@ -118,7 +121,8 @@ static __device__ __forceinline__ float fv_lean_q_at(const uint8_t *q, int32_t i
 
 /* Rows of Q to shared memory, in parts; rows and columns that do not exist are zero. */
 template <int KIND, int M_WARPS>
-static __device__ void fv_lean_load_q(const fv_lean_smem_t *s, uint16_t *q_smem, uint32_t dk, int32_t head)
+static __device__ void
+fv_lean_load_q(const fv_lean_smem_t *s, uint16_t *q_smem, uint32_t dk, int32_t head)
 {
     const uint32_t pitch = fv_lean_q_pitch(dk);
     const uint32_t n_pairs = (pitch - 8U) / 2U;
@@ -148,7 +152,8 @@ static __device__ void fv_lean_load_q(const fv_lean_smem_t *s, uint16_t *q_smem,
 #pragma unroll
         for (int part = 0; part < ((KIND == FV_LEAN_F16) ? 1 : 3); part++) {
             if (part < s->run.n_q_parts) {
-                *(uint32_t *)(q_smem + ((uint32_t)part * 16U * M_WARPS + r) * pitch + c) = parts[part];
+                *(uint32_t *)(q_smem + ((uint32_t)part * 16U * M_WARPS + r) * pitch + c) =
+                    parts[part];
             }
         }
     }
@@ -168,27 +173,36 @@ static __device__ __forceinline__ void fv_lean_scores(float (*sc)[4],
     const uint32_t pitch_bytes = fv_lean_q_pitch(dk) * 2U;
     const uint32_t q_lane = q_smem + (lane & 15U) * pitch_bytes + (lane >> 4U) * 16U;
 
-#pragma unroll 4
+    /* kinds of several parts hold one pair of n-tiles at a time: registers */
+    constexpr int n_unroll = (traits::n_kv_parts == 1) ? 4 : 1;
+    constexpr int n_pairs = (traits::n_kv_parts == 1) ? M_WARPS : 1;
+
+#pragma unroll n_unroll
     for (uint32_t ks = 0; ks * 16U < dk; ks++) {
-        uint32_t b[M_WARPS][traits::n_kv_parts][4];
+#pragma unroll
+        for (int pair0 = 0; pair0 < M_WARPS; pair0 += n_pairs) {
+            uint32_t b[n_pairs][traits::n_kv_parts][4];
 
 #pragma unroll
-        for (int pair = 0; pair < M_WARPS; pair++) {
-            fv_lean_load_k<KIND>(b[pair], k, token0 + (uint32_t)pair * 16U, ks, dk, lane);
-        }
-        for (int qp = 0; qp < n_q_parts; qp++) {
-            uint32_t a[4];
+            for (int i = 0; i < n_pairs; i++) {
+                fv_lean_load_k<KIND>(b[i], k, token0 + (uint32_t)(pair0 + i) * 16U, ks, dk, lane);
+            }
+            for (int qp = 0; qp < n_q_parts; qp++) {
+                uint32_t a[4];
 
-            fv_ldmatrix_x4(a, q_lane + (uint32_t)qp * 16U * M_WARPS * pitch_bytes + ks * 32U);
+                fv_ldmatrix_x4(a, q_lane + (uint32_t)qp * 16U * M_WARPS * pitch_bytes + ks * 32U);
 #pragma unroll
-            for (int kp = 0; kp < traits::n_kv_parts; kp++) {
-                if (qp + kp > FV_LEAN_PARTS_SUM) {
-                    break;
-                }
+                for (int kp = 0; kp < traits::n_kv_parts; kp++) {
+                    if (qp + kp > FV_LEAN_PARTS_SUM) {
+                        break;
+                    }
 #pragma unroll
-                for (int pair = 0; pair < M_WARPS; pair++) {
-                    fv_mma<traits::is_f16>(sc[2 * pair], a, b[pair][kp][0], b[pair][kp][1]);
-                    fv_mma<traits::is_f16>(sc[2 * pair + 1], a, b[pair][kp][2], b[pair][kp][3]);
+                    for (int i = 0; i < n_pairs; i++) {
+                        float(*d)[4] = sc + 2 * (pair0 + i);
+
+                        fv_mma<traits::is_f16>(d[0], a, b[i][kp][0], b[i][kp][1]);
+                        fv_mma<traits::is_f16>(d[1], a, b[i][kp][2], b[i][kp][3]);
+                    }
                 }
             }
         }
@@ -202,8 +216,11 @@ static __device__ __forceinline__ bool fv_lean_sees(const fv_row_range_t &range,
 
 /* Scale, softcap and mask: S in units of log2, -inf where unseen. */
 template <int M_WARPS>
-static __device__ __forceinline__ void
-fv_lean_mask(float (*sc)[4], const fv_lean_smem_t *s, const fv_lean_tile_t &tile, uint32_t row0, uint32_t token0)
+static __device__ __forceinline__ void fv_lean_mask(float (*sc)[4],
+                                                    const fv_lean_smem_t *s,
+                                                    const fv_lean_tile_t &tile,
+                                                    uint32_t row0,
+                                                    uint32_t token0)
 {
     const uint32_t lane = threadIdx.x & 31U;
     const float scale = s->run.score_scale;
@@ -225,8 +242,8 @@ fv_lean_mask(float (*sc)[4], const fv_lean_smem_t *s, const fv_lean_tile_t &tile
         return;
     }
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const fv_row_range_t range = s->ranges[row0 + (lane >> 2U) + (uint32_t)half * 8U];
+    for (int side = 0; side < 2; side++) {
+        const fv_row_range_t range = s->ranges[row0 + (lane >> 2U) + (uint32_t)side * 8U];
 
 #pragma unroll
         for (int n = 0; n < 2 * M_WARPS; n++) {
@@ -235,7 +252,7 @@ fv_lean_mask(float (*sc)[4], const fv_lean_smem_t *s, const fv_lean_tile_t &tile
                 int32_t token = (int32_t)(token0 + (uint32_t)n * 8U + (lane & 3U) * 2U) + i;
 
                 if ((token >= tile.n_tokens) || !fv_lean_sees(range, tile.begin + token)) {
-                    sc[n][2 * half + i] = -INFINITY;
+                    sc[n][2 * side + i] = -INFINITY;
                 }
             }
         }
@@ -250,32 +267,32 @@ fv_lean_softmax(float (*sc)[4], float (*o)[4], float m[2], float l[2])
     float alpha[2];
 
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
+    for (int side = 0; side < 2; side++) {
         float top = -INFINITY;
         float base = 0.0F;
         float sum = 0.0F;
 
 #pragma unroll
         for (int n = 0; n < 2 * M_WARPS; n++) {
-            top = fmaxf(top, fmaxf(sc[n][2 * half], sc[n][2 * half + 1]));
+            top = fmaxf(top, fmaxf(sc[n][2 * side], sc[n][2 * side + 1]));
         }
         top = fmaxf(top, __shfl_xor_sync(0xffffffffU, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffU, top, 2));
-        top = fmaxf(m[half], top - fv_lean_traits<KIND>::p_bias);
+        top = fmaxf(m[side], top - fv_lean_traits<KIND>::p_bias);
         base = (top == -INFINITY) ? 0.0F : top;
-        alpha[half] = fv_exp2(m[half] - base);
-        m[half] = top;
+        alpha[side] = fv_exp2(m[side] - base);
+        m[side] = top;
 #pragma unroll
         for (int n = 0; n < 2 * M_WARPS; n++) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                float x = fv_exp2(sc[n][2 * half + i] - base);
+                float x = fv_exp2(sc[n][2 * side + i] - base);
 
-                sc[n][2 * half + i] = x;
+                sc[n][2 * side + i] = x;
                 sum += x;
             }
         }
-        l[half] = l[half] * alpha[half] + sum;
+        l[side] = l[side] * alpha[side] + sum;
     }
     if (__any_sync(0xffffffffU, !(alpha[0] == 1.0F) || !(alpha[1] == 1.0F))) {
 #pragma unroll
@@ -288,7 +305,7 @@ fv_lean_softmax(float (*sc)[4], float (*o)[4], float m[2], float l[2])
     }
 }
 
-/* For tokens 2 (lane % 4) + {0, 1} and + {8, 9} of 16: half-word masks, set where some row of the block may see. */
+/* For tokens 2 (lane % 4) + {0, 1} and + {8, 9} of 16: side-word masks, set where some row of the block may see. */
 static __device__ __forceinline__ void
 fv_lean_keep(uint32_t keep[2], const fv_lean_smem_t *s, const fv_lean_tile_t &tile, uint32_t token0)
 {
@@ -316,13 +333,13 @@ fv_lean_keep(uint32_t keep[2], const fv_lean_smem_t *s, const fv_lean_tile_t &ti
 
 /* O += V over the tokens whose V is inf or NaN, for the rows that see them. */
 template <int KIND, int M_WARPS, int N_TILES>
-static __device__ __noinline__ void fv_lean_spoil(float (*o)[4],
-                                                  const fv_lean_smem_t *s,
-                                                  const fv_lean_matrix_t &v,
-                                                  const fv_lean_tile_t &tile,
-                                                  uint32_t row0,
-                                                  uint32_t token0,
-                                                  uint32_t dv)
+static __device__ __forceinline__ void fv_lean_spoil(float (*o)[4],
+                                                     const fv_lean_smem_t *s,
+                                                     const fv_lean_matrix_t &v,
+                                                     const fv_lean_tile_t &tile,
+                                                     uint32_t row0,
+                                                     uint32_t token0,
+                                                     uint32_t dv)
 {
     const uint32_t lane = threadIdx.x & 31U;
 
@@ -408,8 +425,10 @@ static __device__ __forceinline__ void fv_lean_accumulate(float (*o)[4],
 }
 
 template <int KIND, int M_WARPS, int DV_MAX>
-static __device__ void
-fv_lean_compute(const fv_lean_launch_t &p, fv_lean_smem_t *s, uint16_t *q_smem, const uint8_t *ring_data)
+static __device__ void fv_lean_compute(const fv_lean_launch_t &p,
+                                       fv_lean_smem_t *s,
+                                       uint16_t *q_smem,
+                                       const uint8_t *ring_data)
 {
     constexpr int n_tiles = DV_MAX / 8;
     const uint32_t warp = threadIdx.x >> 5U;
@@ -442,7 +461,8 @@ fv_lean_compute(const fv_lean_launch_t &p, fv_lean_smem_t *s, uint16_t *q_smem, 
 
             fv_mbar_wait(&s->full[ring.slot], ring.parity);
             const fv_lean_tile_t tile = s->tile[ring.slot];
-            fv_lean_scores<KIND, M_WARPS>(sc, k, q_warp, (uint32_t)p.head_dim_qk, s->run.n_q_parts, token0);
+            fv_lean_scores<KIND, M_WARPS>(sc, k, q_warp, (uint32_t)p.head_dim_qk, s->run.n_q_parts,
+                                          token0);
             __syncwarp();
             if (lane == 0) {
                 fv_mbar_arrive(&s->empty[ring.slot]);
@@ -474,14 +494,14 @@ fv_lean_compute(const fv_lean_launch_t &p, fv_lean_smem_t *s, uint16_t *q_smem, 
 /* ------------------------------------------------------------------ the kernel */
 
 template <int KIND, int M_WARPS, int DV_MAX>
-static __global__ void __launch_bounds__(FV_LEAN_THREADS, (DV_MAX <= 128) ? 2 : 1)
+static __global__ void __launch_bounds__(FV_LEAN_THREADS, fv_lean_cuda_ctas(KIND, M_WARPS, DV_MAX))
     fv_lean_kernel(const __grid_constant__ fv_lean_launch_t p)
 {
     extern __shared__ __align__(128) uint8_t memory[];
     fv_lean_smem_t *s = (fv_lean_smem_t *)memory;
     uint16_t *q_smem = (uint16_t *)(memory + FV_LEAN_SMEM_FIXED);
-    uint8_t *ring_data = (uint8_t *)q_smem +
-                         fv_lean_q_bytes((uint32_t)p.head_dim_qk, 16U * M_WARPS, (uint32_t)p.n_q_parts);
+    uint8_t *ring_data = (uint8_t *)q_smem + fv_lean_q_bytes((uint32_t)p.head_dim_qk, 16U * M_WARPS,
+                                                             (uint32_t)p.n_q_parts);
 
     if (threadIdx.x == 0) {
         for (int32_t i = 0; i < p.ring_slots; i++) {

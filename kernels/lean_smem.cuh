@@ -9,10 +9,10 @@
 #include "kernels/lean_cuda.h"
 #include "kernels/ptx.cuh"
 
-#define FV_LEAN_THREADS   (32 * (FV_LEAN_WARPS + 1))
-#define FV_LEAN_COMPUTE   (32 * FV_LEAN_WARPS)
-#define FV_LEAN_PASS_COLS 64 /* columns of O that pass through shared memory at once */
-#define FV_LEAN_PASS_ROWS 8
+#define FV_LEAN_THREADS    (32 * (FV_LEAN_WARPS + 1))
+#define FV_LEAN_COMPUTE    (32 * FV_LEAN_WARPS)
+#define FV_LEAN_PASS_COLS  64 /* columns of O that pass through shared memory at once */
+#define FV_LEAN_PASS_ROWS  8
 #define FV_LEAN_PASS_PITCH 72 /* floats: 8 rows x 4 float2 hit different banks */
 
 /* What the copying warp tells the computing ones of a tile, beside its bytes. */
@@ -80,7 +80,8 @@ static __device__ __forceinline__ fv_lean_walk_t fv_lean_walk_begin(const fv_lea
 }
 
 /* After n_tiles that end a group or the share. */
-static __device__ __forceinline__ void fv_lean_walk_next(fv_lean_walk_t *walk, int32_t n_tiles, int32_t n_kv_heads)
+static __device__ __forceinline__ void
+fv_lean_walk_next(fv_lean_walk_t *walk, int32_t n_tiles, int32_t n_kv_heads)
 {
     walk->left -= n_tiles;
     walk->tile = 0;

@@ -6,6 +6,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
 #include <stdint.h>
 
 /* ------------------------------------------------------------------ shared-memory barriers */
@@ -17,7 +18,8 @@ static __device__ __forceinline__ uint32_t fv_smem(const void *p)
 
 static __device__ __forceinline__ void fv_mbar_init(uint64_t *bar, uint32_t n_arrivals)
 {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(fv_smem(bar)), "r"(n_arrivals) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(fv_smem(bar)), "r"(n_arrivals)
+                 : "memory");
 }
 
 /* Makes the initialisations visible to the copy engine. */
@@ -28,7 +30,8 @@ static __device__ __forceinline__ void fv_mbar_init_fence()
 
 static __device__ __forceinline__ void fv_mbar_expect(uint64_t *bar, uint32_t n_bytes)
 {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(fv_smem(bar)), "r"(n_bytes)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(fv_smem(bar)),
+                 "r"(n_bytes)
                  : "memory");
 }
 
@@ -96,18 +99,21 @@ static __device__ __forceinline__ void fv_ldmatrix_x4_trans(uint32_t r[4], uint3
 
 /* D[16,8] += A[16,16] B[16,8], fp32 sums. */
 template <bool IS_F16>
-static __device__ __forceinline__ void fv_mma(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
+static __device__ __forceinline__ void
+fv_mma(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
 {
     if (IS_F16) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                     "{%0,%1,%2,%3};"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+            "{%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     } else {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                     "{%0,%1,%2,%3};"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+            "{%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     }
 }
 
@@ -150,7 +156,8 @@ static __device__ __forceinline__ void fv_split(uint32_t parts[N_PARTS], float l
 
 /* The same by rounding: for weights, where two parts must reach 2^-17. */
 template <bool IS_F16, int N_PARTS>
-static __device__ __forceinline__ void fv_split_rounded(uint32_t *parts, int stride, float low, float high)
+static __device__ __forceinline__ void
+fv_split_rounded(uint32_t *parts, int stride, float low, float high)
 {
 #pragma unroll
     for (int i = 0; i < N_PARTS; i++) {

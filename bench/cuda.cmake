@@ -1,0 +1,14 @@
+# The GPU benchmark of the lean kernel (FV_WITH_CUDA).
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+add_library(fv_cuda_peak STATIC cuda_peak.cu)
+target_include_directories(fv_cuda_peak PRIVATE ${PROJECT_SOURCE_DIR})
+target_compile_features(fv_cuda_peak PRIVATE cuda_std_17)
+set_target_properties(fv_cuda_peak PROPERTIES CUDA_ARCHITECTURES 90a CUDA_EXTENSIONS OFF)
+
+add_executable(bench_kernels_cuda bench_kernels_cuda.c ../tests/support/attn_case.c ../tests/support/attn_load.c)
+set_target_properties(bench_kernels_cuda PROPERTIES CUDA_ARCHITECTURES 90a)
+target_include_directories(bench_kernels_cuda PRIVATE ${PROJECT_SOURCE_DIR})
+target_compile_definitions(bench_kernels_cuda PRIVATE _DEFAULT_SOURCE)
+target_link_libraries(bench_kernels_cuda PRIVATE fv_cuda_peak fv_kernels CUDA::cudart_static m)
+fv_target_defaults(bench_kernels_cuda)

@@ -1,0 +1,482 @@
+/*
+ * attend_cuda.c - the step's attention on the GPU: items become runs, runs a line, the line shares; one launch a geometry.
+ *
+ * Decode path: station 7 of 10. Before: worker/step.c. After: lean_cuda.cu.
+ *
+ * The plan is arithmetic on the host: a run for each (item, block of rows) and a record for each CTA, some ns each
+ * (lean_cuda.h). Items of one geometry (how K and V are stored, head dims, how many rows a KV head has) share
+ * a launch, so a step of one model is one launch for decode and one for prefill.
+ */
+#include "kernels/backend_cuda.h"
+#include "kernels/lean_cuda_launch.h"
+
+#include <math.h>
+#include <string.h>
+
+#define LOG2E          1.44269504088896340736F
+#define LINE_TILES_MAX ((uint64_t)1 << 31)
+#define CTA_RESERVED   1024U /* bytes of shared memory that the driver takes of each CTA */
+#define RING_SLOTS_MIN 4U
+
+/* Items with the same geometry go into one launch. */
+typedef struct geometry {
+    int32_t kind, m_warps, head_dim_qk, head_dim_v;
+} geometry_t;
+
+/* A launch in the making: offsets into the staging area. */
+typedef struct draft {
+    geometry_t geometry;
+    size_t runs, shares;
+    uint32_t n_runs, runs_max;
+    uint64_t n_tiles;
+    int32_t n_q_parts, rows_max;
+} draft_t;
+
+static int32_t item_kind(const fv_attn_item_t *item)
+{
+    if (item->kv_dtype == (int32_t)FV_DTYPE_F32) {
+        return FV_LEAN_F32_WIDE;
+    }
+    if (item->kv_dtype == (int32_t)FV_DTYPE_BF16) {
+        return FV_LEAN_BF16;
+    }
+    return (item->io_dtype == (int32_t)FV_DTYPE_F16) ? FV_LEAN_F16 : FV_LEAN_F16_WIDE;
+}
+
+static geometry_t item_geometry(const fv_attn_item_t *item)
+{
+    int64_t n_rows = (int64_t)item->n_tokens * item->group;
+    geometry_t g = {
+        .kind = item_kind(item), .head_dim_qk = item->head_dim_qk, .head_dim_v = item->head_dim_v};
+
+    g.m_warps = (n_rows <= 16) ? 1 : ((n_rows <= 32) ? 2 : 4);
+    return g;
+}
+
+static bool same_geometry(const geometry_t *a, const geometry_t *b)
+{
+    return (a->kind == b->kind) && (a->m_warps == b->m_warps) &&
+           (a->head_dim_qk == b->head_dim_qk) && (a->head_dim_v == b->head_dim_v);
+}
+
+static uint32_t item_runs(const fv_attn_item_t *item)
+{
+    uint64_t n_rows = (uint64_t)item->n_tokens * (uint64_t)item->group;
+
+    return (uint32_t)fv_div_up(n_rows, FV_LEAN_ROWS_MAX);
+}
+
+static fv_tile_query_t rows_query(const fv_attn_item_t *item, int32_t row_begin, int32_t n_rows)
+{
+    fv_tile_query_t query = {.policy = item->policy, .shard = item->shard, .kv_end = item->kv_end};
+
+    query.causal = item->causal;
+    query.q_begin = item->position + row_begin / item->group;
+    query.q_end = item->position + (row_begin + n_rows - 1) / item->group + 1;
+    return query;
+}
+
+/* The pages that any row of the item reads: local pages [a_begin, a_end) and [b_begin, b_end). */
+static fv_tile_list_t item_pages(const fv_attn_item_t *item)
+{
+    fv_tile_query_t query = rows_query(item, 0, item->n_tokens * item->group);
+
+    return fv_tiles_make(&query);
+}
+
+/* Staging bytes of everything an item needs beside its launch. */
+static size_t item_stage_bytes(const fv_attn_item_t *item)
+{
+    fv_tile_list_t pages = item_pages(item);
+    size_t n_rows = (size_t)item->n_tokens * (size_t)(item->n_kv_heads * item->group);
+    size_t row = (size_t)item->head_dim_v * 4U;
+
+    return FV_CUDA_STAGE_BYTES((size_t)fv_tiles_count(&pages) * (size_t)item->n_kv_heads *
+                               sizeof(fv_page_ref_t)) +
+           FV_CUDA_STAGE_BYTES(n_rows * (size_t)item->head_dim_qk * 4U) +
+           FV_CUDA_STAGE_BYTES((size_t)item->n_dst * sizeof(fv_lean_dst_t)) +
+           FV_CUDA_STAGE_BYTES(n_rows * row) + FV_CUDA_STAGE_BYTES(n_rows * sizeof(float)) +
+           (size_t)item->n_dst * 2U * FV_CUDA_STAGE_BYTES(1) +
+           item_runs(item) * sizeof(fv_lean_run_t);
+}
+
+/* Copies the item's page references, closed up, and checks each. */
+static fv_status_t
+stage_pages(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_run_t *run)
+{
+    const fv_tile_list_t list = item_pages(item);
+    const size_t n_a = (size_t)(list.a_end - list.a_begin);
+    const size_t n_b = (size_t)(list.b_end - list.b_begin);
+    const size_t page_bytes =
+        fv_cuda_page_bytes(item->kv_dtype, item->head_dim_qk, item->head_dim_v);
+    size_t offset = 0;
+
+    run->pages_stride = (int32_t)(n_a + n_b);
+    run->gap_begin = list.b_begin;
+    run->gap_pages = list.b_begin - (int32_t)n_a;
+    if (n_a + n_b == 0) {
+        return FV_OK;
+    }
+    if (item->pages == NULL) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "kernels: pages: given none, expected %d of each KV head",
+                       run->pages_stride);
+    }
+    offset = fv_cuda_stage(backend, (n_a + n_b) * (size_t)item->n_kv_heads * sizeof(fv_page_ref_t));
+    run->pages = fv_cuda_on_device(backend, offset);
+    for (int32_t h = 0; h < item->n_kv_heads; h++) {
+        const fv_page_ref_t *src = item->pages + (size_t)h * item->pages_head_stride;
+        fv_page_ref_t *dst =
+            (fv_page_ref_t *)fv_cuda_on_host(backend, offset) + (size_t)h * (n_a + n_b);
+        fv_page_ref_t top = 0;
+
+        memcpy(dst, src + list.a_begin, n_a * sizeof(*dst));
+        memcpy(dst + n_a, src + list.b_begin, n_b * sizeof(*dst));
+        for (size_t i = 0; i < n_a + n_b; i++) {
+            top = (dst[i] > top) ? dst[i] : top;
+        }
+        if (!fv_cuda_page_ok(backend, top, page_bytes)) {
+            return fv_fail(
+                FV_ERR_INVALID_ARG,
+                "kernels: pages[head %d]: given %u, expected a page inside the arena of %zu bytes",
+                h, top, backend->kv_arena_bytes);
+        }
+    }
+    return FV_OK;
+}
+
+static void stage_q(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_run_t *run)
+{
+    const size_t row = (size_t)(item->n_kv_heads * item->group) * (size_t)item->head_dim_qk *
+                       fv_dtype_bytes((fv_dtype_t)item->io_dtype);
+    const size_t offset = fv_cuda_stage(backend, row * (size_t)item->n_tokens);
+
+    for (int32_t t = 0; t < item->n_tokens; t++) {
+        memcpy(backend->staging_host + offset + (size_t)t * row,
+               (const uint8_t *)item->q + (size_t)t * item->q_token_bytes, row);
+    }
+    run->q = backend->staging_device + offset;
+    run->q_token_bytes = row;
+}
+
+/* A result of n_rows x row_bytes at dst: there if the device reaches it, else staged for finish(). */
+static fv_status_t stage_result(fv_backend_t *backend,
+                                void *dst,
+                                size_t row_bytes,
+                                size_t n_rows,
+                                size_t *stride,
+                                void **out)
+{
+    const size_t n_bytes = (n_rows == 0) ? 0 : ((n_rows - 1U) * *stride + row_bytes);
+    fv_cuda_scatter_t scatter = {
+        .dst = dst, .row_bytes = row_bytes, .n_rows = n_rows, .dst_stride = *stride};
+    uint8_t *staged = NULL;
+
+    if (fv_cuda_is_pinned(backend, dst, n_bytes)) {
+        *out = dst;
+        return FV_OK;
+    }
+    staged = backend->staging_host + fv_cuda_stage(backend, row_bytes * n_rows);
+    scatter.src = staged;
+    *out = staged;
+    *stride = row_bytes;
+    return fv_cuda_scatter(backend, scatter);
+}
+
+static fv_status_t
+stage_partials(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_run_t *run)
+{
+    const size_t offset = fv_cuda_stage(backend, (size_t)item->n_dst * sizeof(fv_lean_dst_t));
+    const uint64_t n_rows = (uint64_t)item->n_tokens * (uint64_t)(item->n_kv_heads * item->group);
+    fv_lean_dst_t *dst = fv_cuda_on_host(backend, offset);
+
+    for (int32_t i = 0; i < item->n_dst; i++) {
+        const uint64_t end = (i + 1 < item->n_dst) ? item->dst[i + 1].row_begin : n_rows;
+        const size_t n =
+            (end > item->dst[i].row_begin) ? (size_t)(end - item->dst[i].row_begin) : 0U;
+        size_t o_stride = n * (size_t)item->head_dim_v * sizeof(float);
+        size_t lse_stride = n * sizeof(float);
+        void *o = NULL;
+        void *lse = NULL;
+
+        FV_RETURN_IF_ERR(stage_result(backend, item->dst[i].o, o_stride, 1, &o_stride, &o));
+        FV_RETURN_IF_ERR(
+            stage_result(backend, item->dst[i].lse_log2, lse_stride, 1, &lse_stride, &lse));
+        dst[i] = (fv_lean_dst_t){.row_begin = item->dst[i].row_begin, .o = o, .lse_log2 = lse};
+    }
+    run->dst = fv_cuda_on_device(backend, offset);
+    run->n_dst = item->n_dst;
+    return FV_OK;
+}
+
+static fv_status_t
+stage_outputs(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_run_t *run)
+{
+    const size_t n_heads = (size_t)(item->n_kv_heads * item->group);
+    size_t out_stride = item->out_token_bytes;
+    size_t lse_stride = item->lse_token_stride * sizeof(float);
+    void *out = NULL;
+
+    if (item->n_dst > 0) {
+        return stage_partials(backend, item, run);
+    }
+    FV_RETURN_IF_ERR(stage_result(backend, item->out,
+                                  n_heads * (size_t)item->head_dim_v *
+                                      fv_dtype_bytes((fv_dtype_t)item->io_dtype),
+                                  (size_t)item->n_tokens, &out_stride, &out));
+    run->out = out;
+    run->out_token_bytes = out_stride;
+    if (item->lse != NULL) {
+        FV_RETURN_IF_ERR(stage_result(backend, item->lse, n_heads * sizeof(float),
+                                      (size_t)item->n_tokens, &lse_stride, &out));
+        run->lse = out;
+        run->lse_token_stride = lse_stride / sizeof(float);
+    }
+    return FV_OK;
+}
+
+static void set_scale(const fv_attn_item_t *item, fv_lean_run_t *run)
+{
+    run->score_scale = item->softmax_scale * LOG2E;
+    if (item->logit_softcap > 0.0F) {
+        run->score_scale = LOG2E;
+        run->cap_inner = item->softmax_scale / item->logit_softcap;
+        run->cap_outer = item->logit_softcap;
+    }
+}
+
+/* The item's runs join the draft. */
+static fv_status_t plan_item(fv_backend_t *backend, const fv_attn_item_t *item, draft_t *draft)
+{
+    const int32_t n_rows = item->n_tokens * item->group;
+    fv_lean_run_t run;
+
+    memset(&run, 0, sizeof(run));
+    FV_RETURN_IF_ERR(stage_pages(backend, item, &run));
+    stage_q(backend, item, &run);
+    FV_RETURN_IF_ERR(stage_outputs(backend, item, &run));
+    set_scale(item, &run);
+    run.position = item->position;
+    run.n_kv_heads = item->n_kv_heads;
+    run.group = item->group;
+    run.io_dtype = item->io_dtype;
+    run.n_q_parts =
+        (item->io_dtype == (int32_t)FV_DTYPE_F32)                                              ? 3
+        : ((item->io_dtype == (int32_t)FV_DTYPE_F16) && (draft->geometry.kind != FV_LEAN_F16)) ? 2
+                                                                                               : 1;
+    for (int32_t row = 0; row < n_rows; row += FV_LEAN_ROWS_MAX) {
+        run.row_begin = row;
+        run.n_rows = (n_rows - row < FV_LEAN_ROWS_MAX) ? (n_rows - row) : FV_LEAN_ROWS_MAX;
+        run.query = rows_query(item, row, run.n_rows);
+        run.tiles = fv_tiles_make(&run.query);
+        run.n_tiles = fv_tiles_count(&run.tiles);
+        run.is_empty = (run.n_tiles == 0);
+        run.n_tiles = run.is_empty ? 1 : run.n_tiles; /* somebody must write its empty result */
+        run.line_begin = (uint32_t)draft->n_tiles;
+        draft->n_tiles += (uint64_t)run.n_tiles * (uint64_t)run.n_kv_heads;
+        if (draft->n_tiles >= LINE_TILES_MAX) {
+            return fv_fail(FV_ERR_INVALID_ARG, "kernels: step: given more than %llu tiles",
+                           (unsigned long long)LINE_TILES_MAX);
+        }
+        ((fv_lean_run_t *)fv_cuda_on_host(backend, draft->runs))[draft->n_runs++] = run;
+        draft->rows_max = (run.n_rows > draft->rows_max) ? run.n_rows : draft->rows_max;
+    }
+    draft->n_q_parts = (run.n_q_parts > draft->n_q_parts) ? run.n_q_parts : draft->n_q_parts;
+    return FV_OK;
+}
+
+/* Shared memory: as many ring slots as two CTAs of an SM can have, or one CTA if those are too few. */
+static fv_status_t
+set_ring(const fv_backend_t *backend, const draft_t *draft, fv_lean_launch_t *launch, int32_t *ctas)
+{
+    const uint32_t fixed =
+        fv_lean_cuda_fixed_bytes(launch->head_dim_qk, launch->m_warps, draft->n_q_parts) +
+        CTA_RESERVED;
+    uint32_t n_slots = 0;
+
+    for (*ctas = fv_lean_cuda_ctas(launch->kind, launch->m_warps, launch->head_dim_v); *ctas >= 1;
+         (*ctas)--) {
+        const uint32_t each = (uint32_t)backend->smem_per_sm / (uint32_t)*ctas;
+
+        n_slots = (each > fixed) ? ((each - fixed) / launch->slot_bytes) : 0U;
+        if ((n_slots >= RING_SLOTS_MIN) || (*ctas == 1)) {
+            break;
+        }
+    }
+    if (n_slots < 2U) {
+        return fv_fail(FV_ERR_UNIMPLEMENTED,
+                       "cuda backend: head dims %d and %d do not fit into shared memory",
+                       launch->head_dim_qk, launch->head_dim_v);
+    }
+    n_slots = (n_slots < FV_LEAN_SLOTS_MAX) ? n_slots : FV_LEAN_SLOTS_MAX;
+    launch->ring_slots = (int32_t)n_slots;
+    launch->smem_bytes = fixed - CTA_RESERVED + n_slots * launch->slot_bytes;
+    return FV_OK;
+}
+
+/* Cuts the line of a draft; its runs are complete. */
+static void
+cut_line(fv_backend_t *backend, const draft_t *draft, fv_lean_launch_t *launch, int32_t shares_max)
+{
+    const fv_lean_run_t *run = fv_cuda_on_host(backend, draft->runs);
+    fv_lean_share_t *shares = fv_cuda_on_host(backend, draft->shares);
+    uint32_t r = 0;
+
+    launch->n_tiles = (uint32_t)draft->n_tiles;
+    launch->n_shares =
+        (launch->n_tiles < (uint32_t)shares_max) ? launch->n_tiles : (uint32_t)shares_max;
+    launch->share_tiles = launch->n_tiles / launch->n_shares;
+    launch->share_rest = launch->n_tiles % launch->n_shares;
+    for (uint32_t s = 0; s < launch->n_shares; s++) {
+        const uint32_t begin = fv_lean_cuda_share_begin(launch->share_tiles, launch->share_rest, s);
+        const uint32_t end =
+            fv_lean_cuda_share_begin(launch->share_tiles, launch->share_rest, s + 1U);
+
+        while (begin - run[r].line_begin >=
+               (uint32_t)run[r].n_tiles * (uint32_t)run[r].n_kv_heads) {
+            r++;
+        }
+        shares[s].run = r;
+        shares[s].head = (int32_t)((begin - run[r].line_begin) / (uint32_t)run[r].n_tiles);
+        shares[s].tile = (int32_t)((begin - run[r].line_begin) % (uint32_t)run[r].n_tiles);
+        shares[s].n_tiles = (int32_t)(end - begin);
+    }
+}
+
+/* Slots for the pieces of cut groups, of this launch's shape. */
+static fv_status_t reserve_slots(fv_backend_t *backend, fv_lean_launch_t *launch)
+{
+    const size_t n_slots = 2U * launch->n_shares;
+    const size_t o_elems = n_slots * (size_t)launch->slot_rows * (size_t)launch->head_dim_v;
+    const size_t n_bytes = (o_elems + n_slots * 2U * (size_t)launch->slot_rows) * sizeof(float);
+
+    if (n_bytes > backend->slots_bytes) {
+        FV_RETURN_IF_ERR(FV_CUDA(cudaStreamSynchronize(backend->stream)));
+        FV_RETURN_IF_ERR(FV_CUDA(cudaFree(backend->slots)));
+        backend->slots = NULL;
+        backend->slots_bytes = 0;
+        FV_RETURN_IF_ERR(FV_CUDA(cudaMalloc((void **)&backend->slots, n_bytes)));
+        backend->slots_bytes = n_bytes;
+    }
+    return FV_OK;
+}
+
+static fv_status_t finish_draft(fv_backend_t *backend, draft_t *draft)
+{
+    const geometry_t *g = &draft->geometry;
+    const uint32_t e = (g->kind == (int32_t)FV_LEAN_F32_WIDE) ? 4U : 2U;
+    const fv_page_swizzle_t k = fv_page_swizzle_make((uint32_t)g->head_dim_qk * e / 16U);
+    const fv_page_swizzle_t v = fv_page_swizzle_make((uint32_t)g->head_dim_v * e / 16U);
+    fv_lean_launch_t launch;
+    int32_t ctas = 0;
+
+    memset(&launch, 0, sizeof(launch));
+    launch.arena = backend->arena;
+    launch.runs = fv_cuda_on_device(backend, draft->runs);
+    launch.shares = fv_cuda_on_device(backend, draft->shares);
+    launch.head_dim_qk = g->head_dim_qk;
+    launch.head_dim_v = g->head_dim_v;
+    launch.kind = g->kind;
+    launch.m_warps = g->m_warps;
+    launch.n_q_parts = draft->n_q_parts;
+    launch.slot_rows = draft->rows_max;
+    launch.k_bytes = (uint32_t)g->head_dim_qk * e;
+    launch.v_bytes = (uint32_t)g->head_dim_v * e;
+    launch.k_shift = k.shift;
+    launch.k_xor = k.mask;
+    launch.v_shift = v.shift;
+    launch.v_xor = v.mask;
+    launch.slot_bytes =
+        FV_PAGE_TOKENS * ((launch.k_bytes > launch.v_bytes) ? launch.k_bytes : launch.v_bytes);
+    FV_RETURN_IF_ERR(set_ring(backend, draft, &launch, &ctas));
+    cut_line(backend, draft, &launch, backend->n_sms * ctas);
+    FV_RETURN_IF_ERR(reserve_slots(backend, &launch));
+    FV_RETURN_IF_ERR(fv_cuda_grow((void **)&backend->launches, &backend->launches_max,
+                                  backend->n_launches + 1U, sizeof(*backend->launches)));
+    backend->launches[backend->n_launches++] = launch;
+    return FV_OK;
+}
+
+/* All items from `first` on with its geometry, which no draft has yet. */
+static fv_status_t
+plan_geometry(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items, size_t first)
+{
+    draft_t draft = {.geometry = item_geometry(&items[first])};
+
+    for (size_t i = first; i < n_items; i++) {
+        const geometry_t g = item_geometry(&items[i]);
+
+        draft.runs_max += same_geometry(&g, &draft.geometry) ? item_runs(&items[i]) : 0U;
+    }
+    draft.runs = fv_cuda_stage(backend, draft.runs_max * sizeof(fv_lean_run_t));
+    draft.shares = fv_cuda_stage(backend, (size_t)backend->shares_max * sizeof(fv_lean_share_t));
+    for (size_t i = first; i < n_items; i++) {
+        const geometry_t g = item_geometry(&items[i]);
+
+        if (same_geometry(&g, &draft.geometry)) {
+            FV_RETURN_IF_ERR(plan_item(backend, &items[i], &draft));
+            backend->is_planned[i] = 1;
+        }
+    }
+    return finish_draft(backend, &draft);
+}
+
+fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items)
+{
+    size_t n_bytes = 0;
+    size_t begin = 0;
+
+    for (size_t i = 0; i < n_items; i++) {
+        FV_RETURN_IF_ERR(fv_cpu_check_attend(&items[i]));
+        /* at worst every item is a geometry of its own */
+        n_bytes += item_stage_bytes(&items[i]) + 2U * FV_CUDA_STAGE_BYTES(1) +
+                   (size_t)backend->shares_max * sizeof(fv_lean_share_t);
+    }
+    FV_RETURN_IF_ERR(fv_cuda_reserve(backend, n_bytes));
+    FV_RETURN_IF_ERR(fv_cuda_grow((void **)&backend->is_planned, &backend->items_max, n_items, 1));
+    memset(backend->is_planned, 0, n_items);
+    begin = backend->staging_used;
+    backend->n_launches = 0;
+    for (size_t i = 0; i < n_items; i++) {
+        if (backend->is_planned[i] == 0) {
+            FV_RETURN_IF_ERR(plan_geometry(backend, items, n_items, i));
+        }
+    }
+    /* slots may have moved while later launches were planned */
+    for (size_t i = 0; i < backend->n_launches; i++) {
+        fv_lean_launch_t *launch = &backend->launches[i];
+
+        launch->arrived = backend->arrived;
+        launch->slot_o = backend->slots;
+        launch->slot_ml = backend->slots + 2U * (size_t)launch->n_shares *
+                                               (size_t)launch->slot_rows *
+                                               (size_t)launch->head_dim_v;
+    }
+    return fv_cuda_stage_send(backend, begin);
+}
+
+fv_status_t
+fv_cuda_attend_start(fv_backend_t *backend, const fv_lean_launch_t *launches, size_t n_launches)
+{
+    for (size_t i = 0; i < n_launches; i++) {
+        FV_RETURN_IF_ERR(FV_CUDA(fv_lean_cuda_launch(&launches[i], backend->stream)));
+    }
+    return FV_OK;
+}
+
+fv_status_t fv_cuda_attend(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items)
+{
+    fv_status_t status = FV_OK;
+    size_t n_scatters = 0;
+
+    if (n_items == 0) {
+        return FV_OK;
+    }
+    n_scatters = backend->n_scatters;
+    status = fv_cuda_attend_plan(backend, items, n_items);
+    if (status != FV_OK) {
+        backend->n_scatters = n_scatters; /* nothing of this step will be written */
+        return status;
+    }
+    return fv_cuda_attend_start(backend, backend->launches, backend->n_launches);
+}

@@ -1,0 +1,139 @@
+/*
+ * backend_cuda.h - what the host files of the CUDA backend share. Private to kernels/, and to its GPU benchmark.
+ *
+ * Memory. The KV arena is one cudaMalloc. Everything a step needs beside it goes through one staging area that exists
+ * twice, pinned on the host and on the device, at the same offsets: descriptors, page tables and queries are written
+ * on the host side and travel in one copy a call. The area is given out by a bump pointer that finish() puts back,
+ * and grows only (a step larger than any before waits for the device once). Results go straight into the caller's
+ * memory when it came from host_alloc(), which maps it; otherwise into the staging area's host side,
+ * which is mapped too, and finish() copies them out. One stream; nothing waits for the device but finish().
+ */
+#ifndef FV_KERNELS_BACKEND_CUDA_H
+#define FV_KERNELS_BACKEND_CUDA_H
+
+#include "kernels/kernels.h"
+#include "kernels/lean_cuda.h"
+
+#include <cuda_runtime_api.h>
+
+#include <stdbool.h>
+
+/* Memory of host_alloc(): the device reaches it at the same address. */
+typedef struct fv_cuda_pinned {
+    uint8_t *begin;
+    size_t n_bytes;
+} fv_cuda_pinned_t;
+
+/* A result that waits in the staging area: n_rows of row_bytes, to dst + i * dst_stride. */
+typedef struct fv_cuda_scatter {
+    uint8_t *dst;
+    const uint8_t *src;
+    size_t row_bytes, n_rows, dst_stride;
+} fv_cuda_scatter_t;
+
+struct fv_backend {
+    int device;
+    int32_t n_sms;
+    size_t smem_per_sm;
+    char name[64];
+    cudaStream_t stream;
+    uint8_t *arena; /* device */
+    size_t kv_arena_bytes;
+
+    uint8_t *staging_host, *staging_device;
+    size_t staging_bytes, staging_used;
+
+    fv_cuda_scatter_t *scatters;
+    size_t n_scatters, scatters_max;
+
+    fv_cuda_pinned_t *pinned;
+    size_t n_pinned, pinned_max;
+
+    /* Of the lean kernel: cut groups' pieces, grow-only. */
+    float *slots;
+    size_t slots_bytes;
+    uint32_t *arrived; /* [shares_max] */
+    int32_t shares_max;
+
+    fv_lean_launch_t *launches; /* of the attend() under way */
+    size_t n_launches, launches_max;
+    uint8_t *is_planned; /* [items_max] */
+    size_t items_max;
+};
+
+/* FV_OK, or FV_ERR_CUDA with the call and the library's text. */
+fv_status_t fv_cuda_check(cudaError_t error, const char *call);
+#define FV_CUDA(expr) fv_cuda_check((expr), #expr)
+
+/* ------------------------------------------------------------------ staging_cuda.c */
+
+/*
+ * Makes sure that n_bytes more fit without another reserve; call it before the first fv_cuda_stage() of an operation.
+ * Waits for the device, finishes what is under way and grows when they do not.
+ */
+FV_MUST_CHECK fv_status_t fv_cuda_reserve(fv_backend_t *backend, size_t n_bytes);
+
+/* n_bytes of the reserved area, 256-byte aligned: offset from either base. */
+size_t fv_cuda_stage(fv_backend_t *backend, size_t n_bytes);
+#define FV_CUDA_STAGE_BYTES(n_bytes) fv_align_up((n_bytes), 256U)
+
+static inline void *fv_cuda_on_host(const fv_backend_t *backend, size_t offset)
+{
+    return backend->staging_host + offset;
+}
+
+static inline void *fv_cuda_on_device(const fv_backend_t *backend, size_t offset)
+{
+    return backend->staging_device + offset;
+}
+
+/* Copies [begin, staging_used) to the device. */
+FV_MUST_CHECK fv_status_t fv_cuda_stage_send(fv_backend_t *backend, size_t begin);
+
+/* True if [p, p + n) is memory of host_alloc(). */
+bool fv_cuda_is_pinned(const fv_backend_t *backend, const void *p, size_t n_bytes);
+
+/* Notes that finish() must copy rows from the staging area to dst. */
+FV_MUST_CHECK fv_status_t fv_cuda_scatter(fv_backend_t *backend, fv_cuda_scatter_t scatter);
+
+/* Grow-only array. */
+FV_MUST_CHECK fv_status_t fv_cuda_grow(void **array, size_t *max, size_t n, size_t elem_bytes);
+
+void fv_cuda_staging_free(fv_backend_t *backend);
+
+/* ------------------------------------------------------------------ operations, one file each: <name>_cuda.c */
+
+fv_status_t fv_cuda_finish(fv_backend_t *backend);
+fv_status_t fv_cuda_append(fv_backend_t *backend, const fv_append_item_t *items, size_t n_items);
+fv_status_t
+fv_cuda_copy_pages(fv_backend_t *backend, const fv_page_copy_t *copies, size_t n_copies);
+fv_status_t fv_cuda_merge(fv_backend_t *backend, const fv_merge_item_t *items, size_t n_items);
+
+/* attend in two halves, which the benchmark calls apart: plan and stage into backend->launches, then start them. */
+fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items);
+fv_status_t
+fv_cuda_attend_start(fv_backend_t *backend, const fv_lean_launch_t *launches, size_t n_launches);
+fv_status_t fv_cuda_attend(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items);
+
+/* Bytes of a page, and whether a reference lies in the arena. */
+static inline size_t fv_cuda_page_bytes(int32_t kv_dtype, int32_t head_dim_qk, int32_t head_dim_v)
+{
+    return (size_t)(head_dim_qk + head_dim_v) * FV_PAGE_TOKENS *
+           fv_dtype_bytes((fv_dtype_t)kv_dtype);
+}
+
+static inline bool
+fv_cuda_page_ok(const fv_backend_t *backend, fv_page_ref_t ref, size_t page_bytes)
+{
+    const size_t offset = (size_t)ref * FV_PAGE_UNIT;
+
+    return (offset < backend->kv_arena_bytes) && (backend->kv_arena_bytes - offset >= page_bytes);
+}
+
+/* check_cpu.c: descriptors are checked alike for every backend. Errors: FV_ERR_INVALID_ARG naming the field. */
+FV_MUST_CHECK fv_status_t fv_cpu_check_append(const fv_append_item_t *item);
+FV_MUST_CHECK fv_status_t fv_cpu_check_attend(const fv_attn_item_t *item);
+FV_MUST_CHECK fv_status_t fv_cpu_check_merge(const fv_merge_item_t *item);
+FV_MUST_CHECK fv_status_t fv_cpu_check_copy(const fv_page_copy_t *copy);
+
+#endif /* FV_KERNELS_BACKEND_CUDA_H */

@@ -1,0 +1,55 @@
+/*
+ * lean_cuda.cu - chooses the lean kernel of a launch and starts it.
+ *
+ * Decode path: station 7 of 10. Before: attend_cuda.c. After: lean_kernel.cuh.
+ */
+#include "kernels/lean_cuda_launch.h"
+#include "kernels/lean_kind.cuh"
+
+uint32_t fv_lean_cuda_fixed_bytes(int32_t head_dim_qk, int32_t m_warps, int32_t n_q_parts)
+{
+    return FV_LEAN_SMEM_FIXED +
+           fv_lean_q_bytes((uint32_t)head_dim_qk, 16U * (uint32_t)m_warps, (uint32_t)n_q_parts);
+}
+
+static fv_lean_kernel_t choose(int32_t kind, int32_t m_warps, int32_t head_dim_v)
+{
+    switch (kind) {
+    case FV_LEAN_BF16:
+        return fv_lean_choose_bf16(m_warps, head_dim_v);
+    case FV_LEAN_F16:
+        return fv_lean_choose_f16(m_warps, head_dim_v);
+    case FV_LEAN_F32_WIDE:
+        return fv_lean_choose_f32_wide(m_warps, head_dim_v);
+    default:
+        return fv_lean_choose_f16_wide(m_warps, head_dim_v);
+    }
+}
+
+cudaError_t fv_lean_cuda_init(int32_t smem_max)
+{
+    static const int32_t k_dims[] = {64, 128, 256};
+
+    for (int32_t kind = FV_LEAN_BF16; kind <= FV_LEAN_F16_WIDE; kind++) {
+        for (int32_t m_warps = 1; m_warps <= 4; m_warps *= 2) {
+            for (int32_t dim : k_dims) {
+                const cudaError_t error =
+                    cudaFuncSetAttribute((const void *)choose(kind, m_warps, dim),
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize, smem_max);
+
+                if (error != cudaSuccess) {
+                    return error;
+                }
+            }
+        }
+    }
+    return cudaSuccess;
+}
+
+cudaError_t fv_lean_cuda_launch(const fv_lean_launch_t *launch, cudaStream_t stream)
+{
+    const fv_lean_kernel_t kernel = choose(launch->kind, launch->m_warps, launch->head_dim_v);
+
+    kernel<<<launch->n_shares, FV_LEAN_THREADS, launch->smem_bytes, stream>>>(*launch);
+    return cudaGetLastError();
+}
