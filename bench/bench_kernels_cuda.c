@@ -349,6 +349,42 @@ static double verify(bench_t *b, const bench_case_t *c)
     return worst;
 }
 
+#if defined(FV_LEAN_TRACE)
+/* Where a launch's time goes, CTA by CTA: microseconds since the first CTA began. */
+static void print_trace(bench_t *b)
+{
+    static uint64_t rows[1024][8];
+    static double column[1024];
+    static const char *const k_names[] = {"begin", "first K", "tiles done", "end"};
+    const size_t n = b->launches[0].n_shares;
+    uint64_t *trace = NULL;
+    uint64_t begin = UINT64_MAX;
+
+    check_cuda(cudaMalloc((void **)&trace, sizeof(rows)), "trace");
+    for (size_t i = 0; i < 3; i++) { /* the last one is looked at */
+        fv_lean_launch_t launch = b->launches[i % b->n_sets];
+
+        check_cuda(cudaMemsetAsync(trace, 0, sizeof(rows), b->backend->stream), "trace");
+        launch.trace = trace;
+        check(fv_cuda_attend_start(b->backend, &launch, 1), "launch");
+    }
+    check_cuda(cudaStreamSynchronize(b->backend->stream), "trace");
+    check_cuda(cudaMemcpy(rows, trace, n * sizeof(rows[0]), cudaMemcpyDeviceToHost), "trace");
+    check_cuda(cudaFree(trace), "trace");
+    for (size_t i = 0; i < n; i++) {
+        begin = (rows[i][0] < begin) ? rows[i][0] : begin;
+    }
+    for (int k = 0; k < 4; k++) {
+        for (size_t i = 0; i < n; i++) {
+            column[i] = (double)(rows[i][k] - begin) * 1e-3;
+        }
+        qsort(column, n, sizeof(column[0]), compare_double);
+        (void)printf("    %-10s min %7.1f p10 %7.1f p50 %7.1f p90 %7.1f max %7.1f\n", k_names[k],
+                     column[0], column[n / 10], column[n / 2], column[n * 9 / 10], column[n - 1]);
+    }
+}
+#endif
+
 static double time_case(bench_t *b)
 {
     const size_t rounds = (b->n_sets >= 32) ? 2U : ((b->bytes > 1e9) ? 1U : (32U / b->n_sets + 1U));
@@ -392,6 +428,9 @@ static void run_case(bench_t *b, const bench_case_t *c)
             c->name, b->bytes, us, b->bytes / us * 1e-3, floor_us, us / floor_us, c->peer_us,
             b->n_sets, error, b->read_gbps);
     }
+#if defined(FV_LEAN_TRACE)
+    print_trace(b);
+#endif
     (void)fflush(stdout);
 }
 
@@ -402,6 +441,9 @@ static void prepare(bench_t *b, size_t arena_bytes)
     void *memory = NULL;
 
     check(fv_backend_cuda.create(&config, &b->backend), "create");
+    if (getenv("FV_BENCH_CTAS") != NULL) {
+        b->backend->ctas_max = (int32_t)strtol(getenv("FV_BENCH_CTAS"), NULL, 10);
+    }
     b->n_pages = config.kv_arena_bytes / PAGE_BYTES;
     b->order = must_alloc(b->n_pages, sizeof(*b->order));
     for (size_t i = 0; i < b->n_pages; i++) {

@@ -48,7 +48,7 @@ while [ $# -gt 0 ]; do
         if [ $# -gt 1 ]; then
             case $2 in tests | sanitize | bench) ;; *) filter=$2 && shift ;; esac
         fi
-        run bench 400 "$here/bin/bench_kernels_cuda" "$out/bench.json" 0 "$filter"
+        run bench 400 "$here/bin/bench_kernels_cuda" "$out/bench.json" "${FV_BENCH_GIB:-0}" "$filter"
         cat "$out/bench.log"
         ;;
     esac

@@ -50,6 +50,10 @@ static geometry_t item_geometry(const fv_attn_item_t *item)
         .kind = item_kind(item), .head_dim_qk = item->head_dim_qk, .head_dim_v = item->head_dim_v};
 
     g.m_warps = (n_rows <= 16) ? 1 : ((n_rows <= 32) ? 2 : 4);
+    if ((g.kind == (int32_t)FV_LEAN_F32_WIDE) && (g.m_warps == 4) &&
+        ((g.head_dim_qk > 128) || (g.head_dim_v > 128))) {
+        g.m_warps = 2; /* shared memory: 64 rows of Q in three parts leave no ring */
+    }
     return g;
 }
 
@@ -59,11 +63,18 @@ static bool same_geometry(const geometry_t *a, const geometry_t *b)
            (a->head_dim_qk == b->head_dim_qk) && (a->head_dim_v == b->head_dim_v);
 }
 
+/* Rows of one run: 16 for each warp along rows. */
+static int32_t run_rows(const geometry_t *g)
+{
+    return 16 * g->m_warps;
+}
+
 static uint32_t item_runs(const fv_attn_item_t *item)
 {
-    uint64_t n_rows = (uint64_t)item->n_tokens * (uint64_t)item->group;
+    const geometry_t g = item_geometry(item);
+    const uint64_t n_rows = (uint64_t)item->n_tokens * (uint64_t)item->group;
 
-    return (uint32_t)fv_div_up(n_rows, FV_LEAN_ROWS_MAX);
+    return (uint32_t)fv_div_up(n_rows, (uint64_t)run_rows(&g));
 }
 
 static fv_tile_query_t rows_query(const fv_attn_item_t *item, int32_t row_begin, int32_t n_rows)
@@ -249,6 +260,7 @@ static void set_scale(const fv_attn_item_t *item, fv_lean_run_t *run)
 static fv_status_t plan_item(fv_backend_t *backend, const fv_attn_item_t *item, draft_t *draft)
 {
     const int32_t n_rows = item->n_tokens * item->group;
+    const int32_t rows_max = run_rows(&draft->geometry);
     fv_lean_run_t run;
 
     memset(&run, 0, sizeof(run));
@@ -264,9 +276,9 @@ static fv_status_t plan_item(fv_backend_t *backend, const fv_attn_item_t *item, 
         (item->io_dtype == (int32_t)FV_DTYPE_F32)                                              ? 3
         : ((item->io_dtype == (int32_t)FV_DTYPE_F16) && (draft->geometry.kind != FV_LEAN_F16)) ? 2
                                                                                                : 1;
-    for (int32_t row = 0; row < n_rows; row += FV_LEAN_ROWS_MAX) {
+    for (int32_t row = 0; row < n_rows; row += rows_max) {
         run.row_begin = row;
-        run.n_rows = (n_rows - row < FV_LEAN_ROWS_MAX) ? (n_rows - row) : FV_LEAN_ROWS_MAX;
+        run.n_rows = (n_rows - row < rows_max) ? (n_rows - row) : rows_max;
         run.query = rows_query(item, row, run.n_rows);
         run.tiles = fv_tiles_make(&run.query);
         run.n_tiles = fv_tiles_count(&run.tiles);
@@ -294,8 +306,9 @@ set_ring(const fv_backend_t *backend, const draft_t *draft, fv_lean_launch_t *la
         CTA_RESERVED;
     uint32_t n_slots = 0;
 
-    for (*ctas = fv_lean_cuda_ctas(launch->kind, launch->m_warps, launch->head_dim_v); *ctas >= 1;
-         (*ctas)--) {
+    *ctas = fv_lean_cuda_ctas(launch->kind, launch->m_warps, launch->head_dim_v);
+    *ctas = (*ctas < backend->ctas_max) ? *ctas : backend->ctas_max;
+    for (; *ctas >= 1; (*ctas)--) {
         const uint32_t each = (uint32_t)backend->smem_per_sm / (uint32_t)*ctas;
 
         n_slots = (each > fixed) ? ((each - fixed) / launch->slot_bytes) : 0U;

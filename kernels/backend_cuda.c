@@ -9,7 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define CTAS_PER_SM_MAX 2
+#define CTAS_PER_SM_MAX   2
+#define COUNTERS(backend) (3U * (size_t)(backend)->shares_max) /* lean_cuda.h: arrived */
 
 fv_status_t fv_cuda_check(cudaError_t error, const char *call)
 {
@@ -77,12 +78,12 @@ static fv_status_t cuda_init(fv_backend_t *backend, const fv_backend_config_t *c
     if (config->kv_arena_bytes > 0) {
         FV_RETURN_IF_ERR(FV_CUDA(cudaMalloc((void **)&backend->arena, config->kv_arena_bytes)));
     }
+    backend->ctas_max = CTAS_PER_SM_MAX;
     backend->shares_max = backend->n_sms * CTAS_PER_SM_MAX;
-    FV_RETURN_IF_ERR(FV_CUDA(cudaMalloc((void **)&backend->arrived,
-                                        (size_t)backend->shares_max * sizeof(*backend->arrived))));
     FV_RETURN_IF_ERR(FV_CUDA(
-        cudaMemsetAsync(backend->arrived, 0,
-                        (size_t)backend->shares_max * sizeof(*backend->arrived), backend->stream)));
+        cudaMalloc((void **)&backend->arrived, COUNTERS(backend) * sizeof(*backend->arrived))));
+    FV_RETURN_IF_ERR(FV_CUDA(cudaMemsetAsync(
+        backend->arrived, 0, COUNTERS(backend) * sizeof(*backend->arrived), backend->stream)));
     /* the usual decode step's pieces: 2 slots a share, 16 rows of 128 */
     backend->slots_bytes = (size_t)backend->shares_max * 2U * 16U * (128U + 2U) * sizeof(float);
     FV_RETURN_IF_ERR(FV_CUDA(cudaMalloc((void **)&backend->slots, backend->slots_bytes)));
@@ -113,7 +114,7 @@ static void cuda_describe(const fv_backend_t *backend, fv_device_info_t *out)
     out->n_threads = backend->n_sms;
     out->kv_arena_bytes = backend->kv_arena_bytes;
     out->workspace_bytes = backend->staging_bytes + backend->slots_bytes +
-                           (size_t)backend->shares_max * sizeof(*backend->arrived);
+                           COUNTERS(backend) * sizeof(*backend->arrived);
 }
 
 static fv_status_t cuda_host_alloc(fv_backend_t *backend, size_t n_bytes, void **out)

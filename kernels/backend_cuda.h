@@ -52,8 +52,9 @@ struct fv_backend {
     /* Of the lean kernel: cut groups' pieces, grow-only. */
     float *slots;
     size_t slots_bytes;
-    uint32_t *arrived; /* [shares_max] */
+    uint32_t *arrived; /* [3 * shares_max] */
     int32_t shares_max;
+    int32_t ctas_max; /* of an SM; smaller only for measuring */
 
     fv_lean_launch_t *launches; /* of the attend() under way */
     size_t n_launches, launches_max;

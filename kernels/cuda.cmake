@@ -6,13 +6,13 @@ add_library(fv_kernels_cuda STATIC lean_bf16.cu lean_f16.cu lean_f32_wide.cu lea
                                    page_cuda.cu merge_cuda.cu)
 target_include_directories(fv_kernels_cuda PRIVATE ${PROJECT_SOURCE_DIR})
 target_compile_features(fv_kernels_cuda PRIVATE cuda_std_17)
-set_target_properties(fv_kernels fv_kernels_cuda PROPERTIES CUDA_ARCHITECTURES 90a CUDA_EXTENSIONS OFF)
+set_target_properties(fv_kernels fv_kernels_cuda PROPERTIES CUDA_ARCHITECTURES 90a-real CUDA_EXTENSIONS OFF)
 # (missing-launch-bounds is left out: nvcc 13.0 reports templates that have them.)
 # -Wshadow=local: headers shared with C name a function and its result type alike, which -Wshadow calls hiding.
 target_compile_options(fv_kernels_cuda PRIVATE
     -lineinfo
     "SHELL:--Werror default-stream-launch,cross-execution-space-call"
-    "SHELL:-Xcompiler -Wall,-Wextra,-Wshadow=local,-fno-exceptions,-fno-rtti")
+    "SHELL:-Xcompiler -Wall,-Wextra,-Wshadow=local,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics")
 # fp32 with 64 rows and head_dim_v 256 spills 20 bytes; every other kernel must not spill at all.
 set_source_files_properties(lean_bf16.cu lean_f16.cu lean_f16_wide.cu page_cuda.cu merge_cuda.cu
                             PROPERTIES COMPILE_OPTIONS "-Xptxas;-warn-spills")
@@ -22,4 +22,4 @@ endif()
 
 target_sources(fv_kernels PRIVATE backend_cuda.c staging_cuda.c append_cuda.c attend_cuda.c merge_cuda.c)
 target_compile_definitions(fv_kernels PUBLIC FV_WITH_CUDA)
-target_link_libraries(fv_kernels PRIVATE fv_kernels_cuda CUDA::cudart_static stdc++)
+target_link_libraries(fv_kernels PRIVATE fv_kernels_cuda CUDA::cudart_static)

@@ -91,7 +91,7 @@ typedef struct fv_lean_launch {
     const fv_lean_share_t *shares;
     float *slot_o;     /* [2 * n_shares][slot_rows, dv], unnormalised */
     float *slot_ml;    /* [2 * n_shares][2][slot_rows]: m, then l */
-    uint32_t *arrived; /* [n_shares], zero between launches */
+    uint32_t *arrived; /* [3 * n_shares], zero between launches: one a slot, one a cut group */
     uint32_t n_tiles, n_shares;
     uint32_t share_tiles, share_rest; /* q and rem */
     int32_t head_dim_qk, head_dim_v;
@@ -106,6 +106,9 @@ typedef struct fv_lean_launch {
     uint32_t smem_bytes;
     int32_t kind;    /* fv_lean_kind_t */
     int32_t m_warps; /* 1, 2 or 4: warps along rows; the others are along tokens */
+#if defined(FV_LEAN_TRACE)
+    uint64_t *trace; /* [n_shares][8] ns: begin, first K, last tile, end; SM */
+#endif
 } fv_lean_launch_t;
 
 /* The permutation of a row of n_chunks 16-byte chunks: chunk c of token t stands at c ^ ((t >> shift) & mask). */

@@ -159,6 +159,21 @@ fv_lean_load_q(const fv_lean_smem_t *s, uint16_t *q_smem, uint32_t dk, int32_t h
     }
 }
 
+/*
+ * Two n-tiles of sums join theirs. The tensor cores truncate what they add to, so kinds that promise fp32's accuracy
+ * let them sum a few products only and add those sums here, where they are rounded.
+ */
+static __device__ __forceinline__ void fv_lean_add_tiles(float (*sum)[4], const float (*more)[4])
+{
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            sum[n][i] += more[n][i];
+        }
+    }
+}
+
 /* S[16, 16 M_WARPS] of this warp. */
 template <int KIND, int M_WARPS>
 static __device__ __forceinline__ void fv_lean_scores(float (*sc)[4],
@@ -174,7 +189,7 @@ static __device__ __forceinline__ void fv_lean_scores(float (*sc)[4],
     const uint32_t q_lane = q_smem + (lane & 15U) * pitch_bytes + (lane >> 4U) * 16U;
 
     /* kinds of several parts hold one pair of n-tiles at a time: registers */
-    constexpr int n_unroll = (traits::n_kv_parts == 1) ? 4 : 1;
+    constexpr int n_unroll = (traits::n_kv_parts == 1) ? ((M_WARPS == 4) ? 2 : 4) : 1;
     constexpr int n_pairs = (traits::n_kv_parts == 1) ? M_WARPS : 1;
 
 #pragma unroll n_unroll
@@ -182,28 +197,33 @@ static __device__ __forceinline__ void fv_lean_scores(float (*sc)[4],
 #pragma unroll
         for (int pair0 = 0; pair0 < M_WARPS; pair0 += n_pairs) {
             uint32_t b[n_pairs][traits::n_kv_parts][4];
+            float own[2][4] = {};
 
 #pragma unroll
             for (int i = 0; i < n_pairs; i++) {
                 fv_lean_load_k<KIND>(b[i], k, token0 + (uint32_t)(pair0 + i) * 16U, ks, dk, lane);
             }
-            for (int qp = 0; qp < n_q_parts; qp++) {
+            for (int i_part = 0; i_part < n_q_parts; i_part++) {
+                const int qp = n_q_parts - 1 - i_part; /* small parts first */
                 uint32_t a[4];
 
                 fv_ldmatrix_x4(a, q_lane + (uint32_t)qp * 16U * M_WARPS * pitch_bytes + ks * 32U);
 #pragma unroll
-                for (int kp = 0; kp < traits::n_kv_parts; kp++) {
+                for (int kp = traits::n_kv_parts - 1; kp >= 0; kp--) {
                     if (qp + kp > FV_LEAN_PARTS_SUM) {
-                        break;
+                        continue;
                     }
 #pragma unroll
                     for (int i = 0; i < n_pairs; i++) {
-                        float(*d)[4] = sc + 2 * (pair0 + i);
+                        float(*d)[4] = (traits::n_kv_parts == 1) ? (sc + 2 * (pair0 + i)) : own;
 
                         fv_mma<traits::is_f16>(d[0], a, b[i][kp][0], b[i][kp][1]);
                         fv_mma<traits::is_f16>(d[1], a, b[i][kp][2], b[i][kp][3]);
                     }
                 }
+            }
+            if (traits::n_kv_parts > 1) {
+                fv_lean_add_tiles(sc + 2 * pair0, own);
             }
         }
     }
@@ -406,16 +426,22 @@ static __device__ __forceinline__ void fv_lean_accumulate(float (*o)[4],
                 is_spoiled |= fv_lean_clean_v<KIND>(raw, keep);
             }
             fv_lean_split_v<KIND>(b, raw);
+            float own[2][4] = {};
+            float(*d)[4] = (traits::n_kv_parts == 1) ? (o + 2 * n2) : own;
+
 #pragma unroll
-            for (int pp = 0; pp < traits::n_p_parts; pp++) {
+            for (int pp = traits::n_p_parts - 1; pp >= 0; pp--) {
 #pragma unroll
-                for (int vp = 0; vp < traits::n_kv_parts; vp++) {
+                for (int vp = traits::n_kv_parts - 1; vp >= 0; vp--) {
                     if (pp + vp > FV_LEAN_PARTS_SUM) {
                         continue;
                     }
-                    fv_mma<traits::is_f16>(o[2 * n2], a[pp], b[vp][0], b[vp][1]);
-                    fv_mma<traits::is_f16>(o[2 * n2 + 1], a[pp], b[vp][2], b[vp][3]);
+                    fv_mma<traits::is_f16>(d[0], a[pp], b[vp][0], b[vp][1]);
+                    fv_mma<traits::is_f16>(d[1], a[pp], b[vp][2], b[vp][3]);
                 }
+            }
+            if (traits::n_kv_parts > 1) {
+                fv_lean_add_tiles(o + 2 * n2, own);
             }
         }
     }
@@ -460,6 +486,7 @@ static __device__ void fv_lean_compute(const fv_lean_launch_t &p,
             const fv_lean_matrix_t k = {data, p.k_bytes, p.k_shift, p.k_xor};
 
             fv_mbar_wait(&s->full[ring.slot], ring.parity);
+            FV_LEAN_MARK_FIRST(p, 1);
             const fv_lean_tile_t tile = s->tile[ring.slot];
             fv_lean_scores<KIND, M_WARPS>(sc, k, q_warp, (uint32_t)p.head_dim_qk, s->run.n_q_parts,
                                           token0);
@@ -486,7 +513,9 @@ static __device__ void fv_lean_compute(const fv_lean_launch_t &p,
             }
             fv_lean_ring_next(&ring, (uint32_t)p.ring_slots);
         }
+        FV_LEAN_MARK(p, 2);
         fv_lean_store<M_WARPS, n_tiles>(p, s, o, m, l, walk, n);
+        FV_LEAN_MARK(p, 3);
         fv_lean_walk_next(&walk, n, s->run.n_kv_heads);
     }
 }
@@ -503,6 +532,7 @@ static __global__ void __launch_bounds__(FV_LEAN_THREADS, fv_lean_cuda_ctas(KIND
     uint8_t *ring_data = (uint8_t *)q_smem + fv_lean_q_bytes((uint32_t)p.head_dim_qk, 16U * M_WARPS,
                                                              (uint32_t)p.n_q_parts);
 
+    FV_LEAN_MARK(p, 0);
     if (threadIdx.x == 0) {
         for (int32_t i = 0; i < p.ring_slots; i++) {
             fv_mbar_init(&s->full[i], 1);

@@ -46,6 +46,29 @@ static inline FV_HD uint32_t fv_lean_q_bytes(uint32_t dk, uint32_t n_rows, uint3
     return (fv_lean_q_pitch(dk) * 2U * n_rows * n_parts + 127U) / 128U * 128U;
 }
 
+/* For measuring (FV_LEAN_TRACE): ns of the GPU's clock, written by the first computing thread. */
+#if defined(FV_LEAN_TRACE)
+static __device__ __forceinline__ void
+fv_lean_mark(const fv_lean_launch_t &p, uint32_t i, bool is_first)
+{
+    if ((threadIdx.x == 0) && (p.trace != NULL)) {
+        uint64_t *at = p.trace + blockIdx.x * 8U;
+        uint64_t now = 0;
+        uint32_t sm = 0;
+
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+        asm volatile("mov.u32 %0, %smid;" : "=r"(sm));
+        at[i] = (is_first && (at[i] != 0)) ? at[i] : now;
+        at[4] = sm;
+    }
+}
+#    define FV_LEAN_MARK(p, i)       fv_lean_mark((p), (i), false)
+#    define FV_LEAN_MARK_FIRST(p, i) fv_lean_mark((p), (i), true)
+#else
+#    define FV_LEAN_MARK(p, i)
+#    define FV_LEAN_MARK_FIRST(p, i)
+#endif
+
 /* A place in the ring: K and V of a tile take a slot each, one after the other. */
 typedef struct fv_lean_ring {
     uint32_t slot, parity;
