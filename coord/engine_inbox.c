@@ -23,6 +23,10 @@
  */
 #define INLINE_BYTES_MAX  ((size_t)128 << 10)
 #define INLINE_TOKENS_MAX 32768U
+/* A request that comes this soon after the last answer was waiting behind it: there are several in flight. */
+#define LONE_GAP_US 5
+/* So many in a row that came alone: one client with one request in flight. */
+#define LONE_RUN 16U
 
 static void ring(fv_engine_t *engine)
 {
@@ -70,6 +74,28 @@ static bool take_turn(fv_engine_t *engine)
     return true;
 }
 
+bool fv_engine_wants_idle(void *ctx)
+{
+    const fv_engine_t *engine = ctx;
+
+    return engine->n_deferred > 0;
+}
+
+void fv_engine_on_idle(void *ctx)
+{
+    fv_engine_t *engine = ctx;
+
+    if (engine->n_deferred == 0) {
+        return;
+    }
+    engine->n_lone = (engine->n_deferred == 1) ? (engine->n_lone + 1U) : 0U;
+    engine->n_deferred = 0;
+    if (!take_turn(engine)) {
+        ring_if_asleep(engine);
+    }
+    engine->served_us = fv_clock_us();
+}
+
 static void push(fv_engine_t *engine, fv_entry_t *entry, bool is_small)
 {
     fv_entry_t *head = atomic_load_explicit(&engine->inbox, memory_order_relaxed);
@@ -79,31 +105,17 @@ static void push(fv_engine_t *engine, fv_entry_t *entry, bool is_small)
         /* release: the entry's fields are written before it can be seen */
     } while (!atomic_compare_exchange_weak_explicit(&engine->inbox, &head, entry,
                                                     memory_order_seq_cst, memory_order_relaxed));
-    if (is_small && (engine->config.link == NULL)) {
-        engine->has_deferred =
-            true; /* until nothing more is ready to be read: fv_engine_on_idle() */
-        return;
-    }
-    ring_if_asleep(engine);
-}
-
-bool fv_engine_wants_idle(void *ctx)
-{
-    const fv_engine_t *engine = ctx;
-
-    return engine->has_deferred;
-}
-
-void fv_engine_on_idle(void *ctx)
-{
-    fv_engine_t *engine = ctx;
-
-    if (!engine->has_deferred) {
-        return;
-    }
-    engine->has_deferred = false;
-    if (!take_turn(engine)) {
+    if (!is_small || (engine->config.link != NULL)) {
         ring_if_asleep(engine);
+        return;
+    }
+    /* One at a time: serve it now. Several: wait until nothing more is ready, so that they share a step. */
+    engine->n_deferred++;
+    if (fv_clock_us() - engine->served_us <= LONE_GAP_US) {
+        engine->n_lone = 0;
+    }
+    if (engine->n_lone >= LONE_RUN) {
+        fv_engine_on_idle(engine);
     }
 }
 

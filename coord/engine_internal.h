@@ -63,7 +63,9 @@ struct fv_engine {
     bool
         wants_own_thread; /* a turn left something that only the engine's thread does: timers, drain, the end */
 
-    bool has_deferred;            /* rpc thread: small requests wait for its idle moment */
+    /* rpc thread only: small requests that wait for its idle moment, and how many in a row came alone */
+    uint32_t n_deferred, n_lone;
+    int64_t served_us;
     fv_attend_item_t *scan_items; /* rpc thread: scratch of FV_ITEMS_MAX */
 
     fv_watcher_t *watchers;

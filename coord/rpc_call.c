@@ -179,14 +179,14 @@ void fv_call_pump(fv_call_t *call)
     bool must_read = take_read(call);
     bool must_send = take_send(call, &send);
     (void)pthread_mutex_unlock(&call->lock);
+    if (must_send) {
+        start_batch(call, send.ops, send.n_ops, &call->tag_send);
+        grpc_slice_unref(send.details);
+    }
     if (must_read) {
         grpc_op op = {.op = GRPC_OP_RECV_MESSAGE};
         op.data.recv_message.recv_message = &call->received;
         start_batch(call, &op, 1, &call->tag_read);
-    }
-    if (must_send) {
-        start_batch(call, send.ops, send.n_ops, &call->tag_send);
-        grpc_slice_unref(send.details);
     }
 }
 

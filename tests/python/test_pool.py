@@ -47,11 +47,10 @@ def test_exhaustion(small, rng):
     if room:
         attend([short], [room])
 
-    known[0].session.close()
-    attend([known[1]], [64])  # what was freed can be used
     known[2].truncate(64)
-    attend([known[1]], [64])
-    attend([known[2]], [1])
+    attend([known[2]], [64])  # what was freed can be used again, by itself ...
+    known[0].session.close()
+    attend([Known(small, SPEC, rng)], [64])  # ... or by others: a new session goes where there is room
 
 
 def test_exhaustion_of_one_item_refuses_the_request(small, rng):
