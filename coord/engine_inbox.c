@@ -17,12 +17,12 @@
 #define ALIGNMENT 64U
 
 /*
- * A request at most this large, over contexts at most this long, is served on the rpc thread. What it keeps waiting meanwhile
- * would wait for the step anyway; only the copying of large requests is worth overlapping with a step, and a context
- * that takes many milliseconds would keep gRPC's own business (cancellations, pings) waiting too long.
+ * A request at most this large, with at most this many (query token, KV token) pairs, is served on the rpc thread: some
+ * milliseconds at the very most. What it keeps waiting meanwhile would wait for the step anyway; only long steps are worth
+ * a hand-over, so that gRPC's own business (cancellations, pings) and the copying of large requests go on beside them.
  */
-#define INLINE_BYTES_MAX  ((size_t)128 << 10)
-#define INLINE_TOKENS_MAX 32768U
+#define INLINE_BYTES_MAX ((size_t)2 << 20)
+#define INLINE_PAIRS_MAX 65536U
 /* A request that comes this soon after the last answer was waiting behind it: there are several in flight. */
 #define LONE_GAP_US 5
 /* So many in a row that came alone: one client with one request in flight. */
@@ -227,16 +227,18 @@ static void take_digests(const fv_attend_request_t *head,
 
 static bool is_small(const fv_attend_request_t *head, const fv_attend_item_t *items, size_t n_bytes)
 {
-    uint64_t n_tokens = 0;
+    uint64_t n_pairs = 0;
 
-    if (n_bytes > INLINE_BYTES_MAX) {
+    if ((n_bytes > INLINE_BYTES_MAX) || (head->n_tokens > INLINE_PAIRS_MAX)) {
         return false;
     }
-    for (uint32_t i = 0; (i < head->n_items) && (n_tokens <= INLINE_TOKENS_MAX); i++) {
-        n_tokens += (items[i].position > INLINE_TOKENS_MAX) ? INLINE_TOKENS_MAX : items[i].position;
-        n_tokens += items[i].n_tokens;
+    for (uint32_t i = 0; i < head->n_items; i++) {
+        if (items[i].position > INLINE_PAIRS_MAX) {
+            return false;
+        }
+        n_pairs += items[i].n_tokens * (items[i].position + items[i].n_tokens);
     }
-    return n_tokens <= INLINE_TOKENS_MAX;
+    return n_pairs <= INLINE_PAIRS_MAX;
 }
 
 static void take_attend(fv_engine_t *engine,
