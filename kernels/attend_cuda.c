@@ -13,10 +13,12 @@
 #include <math.h>
 #include <string.h>
 
-#define LOG2E          1.44269504088896340736F
-#define LINE_TILES_MAX ((uint64_t)1 << 31)
-#define CTA_RESERVED   1024U /* bytes of shared memory that the driver takes of each CTA */
-#define RING_SLOTS_MIN 4U
+#define LOG2E            1.44269504088896340736F
+#define LINE_TILES_MAX   ((uint64_t)1 << 31)
+#define CTA_RESERVED     1024U /* bytes of shared memory that the driver takes of each CTA */
+#define RING_SLOTS_MIN   4U
+#define ROUNDS_TILES_MIN 12U /* tiles for each CTA from which shares come in rounds */
+#define SHARE_TILES_MIN  3U  /* of a round but the last */
 
 /* Items with the same geometry go into one launch. */
 typedef struct geometry {
@@ -26,7 +28,7 @@ typedef struct geometry {
 /* A launch in the making: offsets into the staging area. */
 typedef struct draft {
     geometry_t geometry;
-    size_t runs, shares;
+    size_t runs;
     uint32_t n_runs, runs_max;
     uint64_t n_tiles;
     int32_t n_q_parts, rows_max;
@@ -327,33 +329,96 @@ set_ring(const fv_backend_t *backend, const draft_t *draft, fv_lean_launch_t *la
     return FV_OK;
 }
 
+/*
+ * Tiles of each share of a round: 3/4 of the line in the first, then half of what is left each time, down to
+ * SHARE_TILES_MIN. 0: the rest, in equal shares. A short line is one round, and so is prefill, whose pieces are large.
+ */
+static uint32_t share_tiles(uint32_t left, uint32_t n_ctas, bool is_first, int32_t m_warps)
+{
+    const uint32_t all = (uint32_t)fv_div_up(left, n_ctas);
+
+    if ((m_warps == 4) || (all < (is_first ? ROUNDS_TILES_MIN : 2U * SHARE_TILES_MIN))) {
+        return 0;
+    }
+    return is_first ? (left / n_ctas * 3U / 4U) : (all / 2U);
+}
+
+/* Where each share begins; returns how many there are. begins [FV_LEAN_SHARES_MAX * n_ctas + 1]. */
+static uint32_t cut_line(uint32_t n_tiles, uint32_t n_ctas, int32_t m_warps, uint32_t *begins)
+{
+    uint32_t n = 0;
+    uint32_t at = 0;
+
+    for (int round = 0; at < n_tiles; round++) {
+        const uint32_t left = n_tiles - at;
+        const uint32_t each =
+            (round == FV_LEAN_SHARES_MAX - 1) ? 0U : share_tiles(left, n_ctas, round == 0, m_warps);
+        const uint32_t here = (left < n_ctas) ? left : n_ctas;
+
+        for (uint32_t i = 0; i < here; i++) {
+            begins[n++] = at;
+            at += (each > 0U) ? each : (left / here + ((i < left % here) ? 1U : 0U));
+        }
+    }
+    begins[n] = n_tiles;
+    return n;
+}
+
+/* Which groups the borders of shares cut, and into how many pieces. */
+static void count_pieces(const fv_lean_run_t *runs,
+                         const uint32_t *begins,
+                         fv_lean_share_t *shares,
+                         uint32_t n_shares)
+{
+    uint32_t first = 0;
+
+    for (uint32_t s = 1; s < n_shares; s++) {
+        const uint32_t group = begins[s] - (uint32_t)shares[s].tile; /* its first tile */
+        const uint32_t end = group + (uint32_t)runs[shares[s].run].n_tiles;
+
+        if (shares[s].tile == 0) {
+            continue;
+        }
+        first = (group >= begins[s - 1U]) ? (s - 1U) : first;
+        shares[s].first = first;
+        if (end <= begins[s + 1U]) {
+            shares[first].n_last = s - first + 1U;
+            for (uint32_t i = first + 1U; i <= s; i++) {
+                shares[i].n_first = s - first + 1U;
+            }
+        }
+    }
+}
+
 /* Cuts the line of a draft; its runs are complete. */
 static void
-cut_line(fv_backend_t *backend, const draft_t *draft, fv_lean_launch_t *launch, int32_t shares_max)
+make_shares(fv_backend_t *backend, const draft_t *draft, fv_lean_launch_t *launch, uint32_t n_ctas)
 {
-    const fv_lean_run_t *run = fv_cuda_on_host(backend, draft->runs);
-    fv_lean_share_t *shares = fv_cuda_on_host(backend, draft->shares);
+    const fv_lean_run_t *runs = fv_cuda_on_host(backend, draft->runs);
+    const uint32_t *begins = backend->begins;
+    fv_lean_share_t *shares = NULL;
+    size_t offset = 0;
     uint32_t r = 0;
 
     launch->n_tiles = (uint32_t)draft->n_tiles;
-    launch->n_shares =
-        (launch->n_tiles < (uint32_t)shares_max) ? launch->n_tiles : (uint32_t)shares_max;
-    launch->share_tiles = launch->n_tiles / launch->n_shares;
-    launch->share_rest = launch->n_tiles % launch->n_shares;
+    launch->n_ctas = (launch->n_tiles < n_ctas) ? launch->n_tiles : n_ctas;
+    launch->n_shares = cut_line(launch->n_tiles, launch->n_ctas, launch->m_warps, backend->begins);
+    offset = fv_cuda_stage(backend, launch->n_shares * sizeof(*shares));
+    launch->shares = fv_cuda_on_device(backend, offset);
+    shares = fv_cuda_on_host(backend, offset);
     for (uint32_t s = 0; s < launch->n_shares; s++) {
-        const uint32_t begin = fv_lean_cuda_share_begin(launch->share_tiles, launch->share_rest, s);
-        const uint32_t end =
-            fv_lean_cuda_share_begin(launch->share_tiles, launch->share_rest, s + 1U);
-
-        while (begin - run[r].line_begin >=
-               (uint32_t)run[r].n_tiles * (uint32_t)run[r].n_kv_heads) {
+        while (begins[s] - runs[r].line_begin >=
+               (uint32_t)runs[r].n_tiles * (uint32_t)runs[r].n_kv_heads) {
             r++;
         }
-        shares[s].run = r;
-        shares[s].head = (int32_t)((begin - run[r].line_begin) / (uint32_t)run[r].n_tiles);
-        shares[s].tile = (int32_t)((begin - run[r].line_begin) % (uint32_t)run[r].n_tiles);
-        shares[s].n_tiles = (int32_t)(end - begin);
+        const uint32_t at = begins[s] - runs[r].line_begin;
+
+        shares[s] = (fv_lean_share_t){.run = r, .index = s};
+        shares[s].head = (int32_t)(at / (uint32_t)runs[r].n_tiles);
+        shares[s].tile = (int32_t)(at % (uint32_t)runs[r].n_tiles);
+        shares[s].n_tiles = (int32_t)(begins[s + 1U] - begins[s]);
     }
+    count_pieces(runs, begins, shares, launch->n_shares);
 }
 
 /* Slots for the pieces of cut groups, of this launch's shape. */
@@ -386,7 +451,6 @@ static fv_status_t finish_draft(fv_backend_t *backend, draft_t *draft)
     memset(&launch, 0, sizeof(launch));
     launch.arena = backend->arena;
     launch.runs = fv_cuda_on_device(backend, draft->runs);
-    launch.shares = fv_cuda_on_device(backend, draft->shares);
     launch.head_dim_qk = g->head_dim_qk;
     launch.head_dim_v = g->head_dim_v;
     launch.kind = g->kind;
@@ -402,7 +466,9 @@ static fv_status_t finish_draft(fv_backend_t *backend, draft_t *draft)
     launch.slot_bytes =
         FV_PAGE_TOKENS * ((launch.k_bytes > launch.v_bytes) ? launch.k_bytes : launch.v_bytes);
     FV_RETURN_IF_ERR(set_ring(backend, draft, &launch, &ctas));
-    cut_line(backend, draft, &launch, backend->n_sms * ctas);
+    launch.is_exact = (draft->n_q_parts == 1) && (g->head_dim_qk == g->head_dim_v) &&
+                      ((g->head_dim_v == 64) || (g->head_dim_v == 128));
+    make_shares(backend, draft, &launch, (uint32_t)(backend->n_sms * ctas));
     FV_RETURN_IF_ERR(reserve_slots(backend, &launch));
     FV_RETURN_IF_ERR(fv_cuda_grow((void **)&backend->launches, &backend->launches_max,
                                   backend->n_launches + 1U, sizeof(*backend->launches)));
@@ -422,7 +488,6 @@ plan_geometry(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items
         draft.runs_max += same_geometry(&g, &draft.geometry) ? item_runs(&items[i]) : 0U;
     }
     draft.runs = fv_cuda_stage(backend, draft.runs_max * sizeof(fv_lean_run_t));
-    draft.shares = fv_cuda_stage(backend, (size_t)backend->shares_max * sizeof(fv_lean_share_t));
     for (size_t i = first; i < n_items; i++) {
         const geometry_t g = item_geometry(&items[i]);
 
@@ -443,7 +508,7 @@ fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *ite
         FV_RETURN_IF_ERR(fv_cpu_check_attend(&items[i]));
         /* at worst every item is a geometry of its own */
         n_bytes += item_stage_bytes(&items[i]) + 2U * FV_CUDA_STAGE_BYTES(1) +
-                   (size_t)backend->shares_max * sizeof(fv_lean_share_t);
+                   FV_CUDA_STAGE_BYTES((size_t)backend->shares_max * sizeof(fv_lean_share_t));
     }
     FV_RETURN_IF_ERR(fv_cuda_reserve(backend, n_bytes));
     FV_RETURN_IF_ERR(fv_cuda_grow((void **)&backend->is_planned, &backend->items_max, n_items, 1));
@@ -460,6 +525,7 @@ fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *ite
         fv_lean_launch_t *launch = &backend->launches[i];
 
         launch->arrived = backend->arrived;
+        launch->claimed = backend->arrived + FV_LEAN_LEVELS * 2U * (size_t)backend->shares_max;
         launch->slot_o = backend->slots;
         launch->slot_ml = backend->slots + 2U * (size_t)launch->n_shares *
                                                (size_t)launch->slot_rows *

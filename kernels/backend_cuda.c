@@ -10,7 +10,7 @@
 #include <string.h>
 
 #define CTAS_PER_SM_MAX   2
-#define COUNTERS(backend) (3U * (size_t)(backend)->shares_max) /* lean_cuda.h: arrived */
+#define COUNTERS(backend) (FV_LEAN_LEVELS * 2U * (size_t)(backend)->shares_max + 1U)
 
 fv_status_t fv_cuda_check(cudaError_t error, const char *call)
 {
@@ -37,6 +37,7 @@ static void cuda_destroy(fv_backend_t *backend)
     free(backend->scatters);
     free(backend->pinned);
     free(backend->launches);
+    free(backend->begins);
     free(backend->is_planned);
     free(backend);
 }
@@ -79,13 +80,17 @@ static fv_status_t cuda_init(fv_backend_t *backend, const fv_backend_config_t *c
         FV_RETURN_IF_ERR(FV_CUDA(cudaMalloc((void **)&backend->arena, config->kv_arena_bytes)));
     }
     backend->ctas_max = CTAS_PER_SM_MAX;
-    backend->shares_max = backend->n_sms * CTAS_PER_SM_MAX;
+    backend->shares_max = backend->n_sms * CTAS_PER_SM_MAX * FV_LEAN_SHARES_MAX;
+    backend->begins = calloc((size_t)backend->shares_max + 1U, sizeof(*backend->begins));
+    if (backend->begins == NULL) {
+        return fv_fail(FV_ERR_NO_MEMORY, "cuda backend: no memory");
+    }
     FV_RETURN_IF_ERR(FV_CUDA(
         cudaMalloc((void **)&backend->arrived, COUNTERS(backend) * sizeof(*backend->arrived))));
     FV_RETURN_IF_ERR(FV_CUDA(cudaMemsetAsync(
         backend->arrived, 0, COUNTERS(backend) * sizeof(*backend->arrived), backend->stream)));
-    /* the usual decode step's pieces: 2 slots a share, 16 rows of 128 */
-    backend->slots_bytes = (size_t)backend->shares_max * 2U * 16U * (128U + 2U) * sizeof(float);
+    /* the usual decode step's pieces: 2 slots a share, 8 rows of 128 */
+    backend->slots_bytes = (size_t)backend->shares_max * 2U * 8U * (128U + 2U) * sizeof(float);
     FV_RETURN_IF_ERR(FV_CUDA(cudaMalloc((void **)&backend->slots, backend->slots_bytes)));
     return fv_cuda_reserve(backend, 1);
 }

@@ -52,8 +52,9 @@ struct fv_backend {
     /* Of the lean kernel: cut groups' pieces, grow-only. */
     float *slots;
     size_t slots_bytes;
-    uint32_t *arrived; /* [3 * shares_max] */
+    uint32_t *arrived; /* lean_cuda.h's arrived, then its claimed */
     int32_t shares_max;
+    uint32_t *begins; /* [shares_max + 1], of the line that is cut */
     int32_t ctas_max; /* of an SM; smaller only for measuring */
 
     fv_lean_launch_t *launches; /* of the attend() under way */

@@ -12,17 +12,17 @@ uint32_t fv_lean_cuda_fixed_bytes(int32_t head_dim_qk, int32_t m_warps, int32_t 
            fv_lean_q_bytes((uint32_t)head_dim_qk, 16U * (uint32_t)m_warps, (uint32_t)n_q_parts);
 }
 
-static fv_lean_kernel_t choose(int32_t kind, int32_t m_warps, int32_t head_dim_v)
+static fv_lean_kernel_t choose(int32_t kind, int32_t m_warps, int32_t head_dim_v, bool is_exact)
 {
     switch (kind) {
     case FV_LEAN_BF16:
-        return fv_lean_choose_bf16(m_warps, head_dim_v);
+        return fv_lean_choose_bf16(m_warps, head_dim_v, is_exact);
     case FV_LEAN_F16:
-        return fv_lean_choose_f16(m_warps, head_dim_v);
+        return fv_lean_choose_f16(m_warps, head_dim_v, is_exact);
     case FV_LEAN_F32_WIDE:
-        return fv_lean_choose_f32_wide(m_warps, head_dim_v);
+        return fv_lean_choose_f32_wide(m_warps, head_dim_v, is_exact);
     default:
-        return fv_lean_choose_f16_wide(m_warps, head_dim_v);
+        return fv_lean_choose_f16_wide(m_warps, head_dim_v, is_exact);
     }
 }
 
@@ -33,12 +33,14 @@ cudaError_t fv_lean_cuda_init(int32_t smem_max)
     for (int32_t kind = FV_LEAN_BF16; kind <= FV_LEAN_F16_WIDE; kind++) {
         for (int32_t m_warps = 1; m_warps <= 4; m_warps *= 2) {
             for (int32_t dim : k_dims) {
-                const cudaError_t error =
-                    cudaFuncSetAttribute((const void *)choose(kind, m_warps, dim),
-                                         cudaFuncAttributeMaxDynamicSharedMemorySize, smem_max);
+                for (int32_t exact = 0; exact < 2; exact++) {
+                    const cudaError_t error =
+                        cudaFuncSetAttribute((const void *)choose(kind, m_warps, dim, exact != 0),
+                                             cudaFuncAttributeMaxDynamicSharedMemorySize, smem_max);
 
-                if (error != cudaSuccess) {
-                    return error;
+                    if (error != cudaSuccess) {
+                        return error;
+                    }
                 }
             }
         }
@@ -48,8 +50,9 @@ cudaError_t fv_lean_cuda_init(int32_t smem_max)
 
 cudaError_t fv_lean_cuda_launch(const fv_lean_launch_t *launch, cudaStream_t stream)
 {
-    const fv_lean_kernel_t kernel = choose(launch->kind, launch->m_warps, launch->head_dim_v);
+    const fv_lean_kernel_t kernel =
+        choose(launch->kind, launch->m_warps, launch->head_dim_v, launch->is_exact != 0);
 
-    kernel<<<launch->n_shares, FV_LEAN_THREADS, launch->smem_bytes, stream>>>(*launch);
+    kernel<<<launch->n_ctas, FV_LEAN_THREADS, launch->smem_bytes, stream>>>(*launch);
     return cudaGetLastError();
 }

@@ -9,12 +9,16 @@
  *
  *     run    |        run 0: 3 heads x 2 tiles        |  run 1: 1 head x 5 tiles  |
  *     group  |  h0 h0   |  h1 h1   |  h2 h2           |  h0 h0 h0 h0 h0           |
- *     share  |---- 0 ----|---- 1 ----|---- 2 ----|---- 3 ----|                        one CTA each
+ *     share  |---- 0 ----|---- 1 ----|---- 2 ----|---- 3 ----|
  *
- * Share s begins at s * q + min(s, rem) with q = n_tiles / n_shares, rem = n_tiles % n_shares: loads differ by
- * one tile at most. A group cut by a border leaves pieces; whoever brings the last piece merges them in
- * ascending order (no waiting). A share has at most two pieces of cut groups: slot 2s when the piece continues a
- * group begun before, slot 2s + 1 when the group begins in the share and goes on in the next.
+ * A short line has one share for each CTA, equal to a tile. On a long one that is not fair: SMs of one GPU get up to a
+ * third more bandwidth than others (traces in docs/gpu.md). So its shares come in rounds of one for each CTA, smaller
+ * from round to round; the first round is dealt out, of the others each CTA takes the next when it is done. The cuts
+ * depend on the step alone, and merging on the order of shares alone: who does a share changes no bit of the result.
+ *
+ * A group cut by a border leaves pieces; whoever brings the last piece merges them in ascending order (no waiting).
+ * A share has at most two pieces of cut groups: slot 2s when the piece continues a group begun before, slot 2s + 1
+ * when the group begins in the share and goes on in the next.
  *
  * Pages, as this backend stores them: K [P, dk], then V [P, dv], row-major, contiguous, so that one bulk copy
  * (cp.async.bulk, no tensor map) moves either into shared memory. The 16-byte chunks of a row are permuted by
@@ -31,9 +35,11 @@
 extern "C" {
 #endif
 
-#define FV_LEAN_WARPS     4  /* that compute; one more copies */
-#define FV_LEAN_ROWS_MAX  64 /* of one block: 16 for each computing warp */
-#define FV_LEAN_SLOTS_MAX 24 /* of the ring in shared memory */
+#define FV_LEAN_WARPS      4  /* that compute; one more copies */
+#define FV_LEAN_ROWS_MAX   64 /* of one block: 16 for each computing warp */
+#define FV_LEAN_SHARES_MAX 8  /* for each CTA that the GPU holds */
+#define FV_LEAN_LEVELS     3  /* of merging */
+#define FV_LEAN_SLOTS_MAX  24 /* of the ring in shared memory */
 
 #ifdef __cplusplus
 #    define FV_CONSTEXPR constexpr
@@ -77,11 +83,15 @@ typedef struct fv_lean_run {
     float cap_inner, cap_outer; /* S = cap_outer * tanh(S * cap_inner); 0: no softcap */
 } fv_lean_run_t;
 
-/* Where a CTA begins. */
+/* A stretch of the line that one CTA does. 32 bytes: read as two words of 16. */
 typedef struct fv_lean_share {
     uint32_t run;
-    int32_t head, tile; /* of that run */
+    int32_t head, tile; /* of that run: where it begins */
     int32_t n_tiles;    /* of the share */
+    uint32_t index;     /* of the share itself */
+    uint32_t first;     /* share in which the group cut by this one's begin began */
+    uint32_t n_first;   /* pieces of that group */
+    uint32_t n_last;    /* pieces of the group that begins here and is cut by this one's end */
 } fv_lean_share_t;
 
 /* One launch: passed by value. */
@@ -89,11 +99,13 @@ typedef struct fv_lean_launch {
     const uint8_t *arena;
     const fv_lean_run_t *runs;
     const fv_lean_share_t *shares;
-    float *slot_o;     /* [2 * n_shares][slot_rows, dv], unnormalised */
-    float *slot_ml;    /* [2 * n_shares][2][slot_rows]: m, then l */
-    uint32_t *arrived; /* [3 * n_shares], zero between launches: one a slot, one a cut group */
-    uint32_t n_tiles, n_shares;
-    uint32_t share_tiles, share_rest; /* q and rem */
+    float *slot_o;  /* [2 * n_shares][slot_rows, dv], unnormalised */
+    float *slot_ml; /* [2 * n_shares][2][slot_rows]: m, then l */
+    uint32_t *
+        arrived; /* [FV_LEAN_LEVELS][2 * n_shares], a counter for each slot; zero between launches */
+    uint32_t *claimed; /* shares taken beyond the first n_ctas; zero between launches */
+    uint32_t n_tiles, n_shares, n_ctas;
+    int32_t is_exact; /* both head dims are DV_MAX of the kernel and Q has one part */
     int32_t head_dim_qk, head_dim_v;
     int32_t n_q_parts; /* most of any run */
     int32_t slot_rows;
@@ -135,19 +147,6 @@ static inline FV_HD FV_CONSTEXPR int32_t fv_lean_cuda_ctas(int32_t kind,
                                                            int32_t head_dim_v)
 {
     return ((head_dim_v > 128) || ((kind >= FV_LEAN_F32_WIDE) && (m_warps == 4))) ? 1 : 2;
-}
-
-/* The share that holds a tile of the line. */
-static inline FV_HD uint32_t fv_lean_cuda_share_of(uint32_t q, uint32_t rest, uint32_t tile)
-{
-    uint32_t head = rest * (q + 1U);
-
-    return (tile < head) ? (tile / (q + 1U)) : (rest + (tile - head) / q);
-}
-
-static inline FV_HD uint32_t fv_lean_cuda_share_begin(uint32_t q, uint32_t rest, uint32_t share)
-{
-    return share * q + ((share < rest) ? share : rest);
 }
 
 #ifdef __cplusplus

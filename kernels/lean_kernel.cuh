@@ -3,7 +3,7 @@
  *
  * Decode path: station 7 of 10. Before: attend_cuda.c plans and launches. After: lean_out.cuh writes the results.
  *
- * One CTA does one share of the line (lean_cuda.h). Its fifth warp copies K and V of tile after tile into a ring in
+ * One CTA does shares of the line (lean_cuda.h). Its fifth warp claims them and copies K and V of tile after tile into a ring in
  * shared memory and runs ahead over groups' borders; the other four compute, each on its own rows and tokens:
  *
  *     m_warps rows x (4 / m_warps) tokens      16 rows, 16 m_warps tokens of every tile for each warp
@@ -52,14 +52,16 @@ static __device__ __forceinline__ void fv_lean_issue(const fv_lean_launch_t &p,
                  n_tokens * p.v_bytes, &s->full[ring.slot], policy);
 }
 
-/* 32 tiles at a time: each lane looks up one, then they are issued in order. */
-static __device__ void
-fv_lean_copy(const fv_lean_launch_t &p, fv_lean_smem_t *s, uint8_t *ring_data)
+/* The tiles of one share: 32 at a time, each lane looks up one, then they are issued in order. */
+static __device__ __forceinline__ void fv_lean_copy_share(const fv_lean_launch_t &p,
+                                                          fv_lean_smem_t *s,
+                                                          uint8_t *ring_data,
+                                                          fv_lean_ring_t *ring,
+                                                          const fv_lean_share_t &share,
+                                                          uint64_t policy)
 {
     const int32_t lane = (int32_t)(threadIdx.x & 31U);
-    const uint64_t policy = fv_evict_first();
-    fv_lean_walk_t walk = fv_lean_walk_begin(p);
-    fv_lean_ring_t ring = {0, 1}; /* parity 1: a slot never used counts as empty */
+    fv_lean_walk_t walk = fv_lean_walk_begin(p, share);
 
     while (walk.left > 0) {
         const fv_lean_run_t *run = walk.run;
@@ -80,14 +82,63 @@ fv_lean_copy(const fv_lean_launch_t &p, fv_lean_smem_t *s, uint8_t *ring_data)
             }
             for (int32_t i = 0; i < some; i++) {
                 if (i == lane) {
-                    fv_lean_issue(p, s, ring_data, ring, tile, page, policy);
+                    fv_lean_issue(p, s, ring_data, *ring, tile, page, policy);
                 }
-                fv_lean_ring_next(&ring, (uint32_t)p.ring_slots);
-                fv_lean_ring_next(&ring, (uint32_t)p.ring_slots);
+                fv_lean_ring_next(ring, (uint32_t)p.ring_slots);
+                fv_lean_ring_next(ring, (uint32_t)p.ring_slots);
                 __syncwarp();
             }
         }
         fv_lean_walk_next(&walk, n, run->n_kv_heads);
+    }
+}
+
+/* The next share for this CTA; n_tiles 0 when all are taken. The last CTA to find none resets the counter. */
+static __device__ __forceinline__ fv_lean_share_t fv_lean_claim(const fv_lean_launch_t &p,
+                                                                bool is_first)
+{
+    const uint32_t lane = threadIdx.x & 31U;
+    fv_lean_share_t share = {};
+    uint32_t index = blockIdx.x;
+
+    if (!is_first) {
+        uint32_t taken = p.n_shares;
+
+        if ((lane == 0) && (p.n_shares > p.n_ctas)) {
+            taken = atomicAdd(p.claimed, 1U);
+            if (taken == p.n_shares - 1U) {
+                *p.claimed = 0;
+            }
+        }
+        index = p.n_ctas + __shfl_sync(0xffffffffU, taken, 0);
+    }
+    if (index < p.n_shares) {
+        share = p.shares[index];
+    }
+    return share;
+}
+
+/* The copying warp: claims shares, tells the others, copies their tiles. Runs ahead as far as the ring is long. */
+static __device__ void
+fv_lean_copy(const fv_lean_launch_t &p, fv_lean_smem_t *s, uint8_t *ring_data)
+{
+    const uint64_t policy = fv_evict_first();
+    fv_lean_ring_t ring = {0, 1}; /* parity 1: a slot never used counts as empty */
+    fv_lean_ring_t queue = {0, 1};
+
+    for (bool is_first = true;; is_first = false) {
+        const fv_lean_share_t share = fv_lean_claim(p, is_first);
+
+        if ((threadIdx.x & 31U) == 0) {
+            fv_mbar_wait(&s->share_empty[queue.slot], queue.parity);
+            s->share[queue.slot] = share;
+            fv_mbar_arrive(&s->share_full[queue.slot]);
+        }
+        fv_lean_ring_next(&queue, 2);
+        if (share.n_tiles == 0) {
+            return;
+        }
+        fv_lean_copy_share(p, s, ring_data, &ring, share, policy);
     }
 }
 
@@ -110,51 +161,71 @@ static __device__ void fv_lean_load_run(fv_lean_smem_t *s, const fv_lean_run_t *
     }
 }
 
-static __device__ __forceinline__ float fv_lean_q_at(const uint8_t *q, int32_t io_dtype, uint32_t i)
+/* 8 elements of Q, 16-byte aligned. */
+static __device__ __forceinline__ void
+fv_lean_q_chunk(float x[8], const uint8_t *q, int32_t io_dtype)
 {
     if (io_dtype == FV_DTYPE_F32) {
-        return ((const float *)q)[i];
+        *(float4 *)x = ((const float4 *)q)[0];
+        *(float4 *)(x + 4) = ((const float4 *)q)[1];
+        return;
     }
-    return (io_dtype == FV_DTYPE_BF16) ? __bfloat162float(((const __nv_bfloat16 *)q)[i])
-                                       : __half2float(((const __half *)q)[i]);
+    const uint4 raw = *(const uint4 *)q;
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (io_dtype == FV_DTYPE_BF16) {
+            x[2 * i] = __uint_as_float(words[i] << 16U);
+            x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000U);
+        } else {
+            const float2 pair = __half22float2(*(const __half2 *)&words[i]);
+
+            x[2 * i] = pair.x;
+            x[2 * i + 1] = pair.y;
+        }
+    }
 }
 
 /* Rows of Q to shared memory, in parts; rows and columns that do not exist are zero. */
 template <int KIND, int M_WARPS>
-static __device__ void
+static __device__ __forceinline__ void
 fv_lean_load_q(const fv_lean_smem_t *s, uint16_t *q_smem, uint32_t dk, int32_t head)
 {
     const uint32_t pitch = fv_lean_q_pitch(dk);
-    const uint32_t n_pairs = (pitch - 8U) / 2U;
+    const uint32_t n_chunks = (pitch - 8U) / 8U;
     const uint32_t e = (s->run.io_dtype == FV_DTYPE_F32) ? 4U : 2U;
 
-    for (uint32_t i = threadIdx.x; i < 16U * M_WARPS * n_pairs; i += FV_LEAN_COMPUTE) {
-        const uint32_t r = i / n_pairs;
-        const uint32_t c = (i - r * n_pairs) * 2U;
-        float x0 = 0.0F;
-        float x1 = 0.0F;
-        uint32_t parts[3];
+#pragma unroll 2
+    for (uint32_t i = threadIdx.x; i < 16U * M_WARPS * n_chunks; i += FV_LEAN_COMPUTE) {
+        const uint32_t r = i / n_chunks;
+        const uint32_t c = (i - r * n_chunks) * 8U;
+        float x[8] = {};
 
         if (((int32_t)r < s->run.n_rows) && (c < dk)) {
             const int32_t row = s->run.row_begin + (int32_t)r;
             const int32_t t = row / s->run.group;
             const int32_t h = head * s->run.group + (row - t * s->run.group);
-            const uint8_t *q = s->run.q + (uint64_t)t * s->run.q_token_bytes + (uint64_t)h * dk * e;
 
-            x0 = fv_lean_q_at(q, s->run.io_dtype, c);
-            x1 = fv_lean_q_at(q, s->run.io_dtype, c + 1U);
+            fv_lean_q_chunk(
+                x, s->run.q + (uint64_t)t * s->run.q_token_bytes + ((uint64_t)h * dk + c) * e,
+                s->run.io_dtype);
         }
-        if (KIND == FV_LEAN_F16) {
-            fv_split_rounded<true, 1>(parts, 1, x0, x1);
-        } else {
-            fv_split<3>(parts, x0, x1);
-        }
+        for (int part = 0; part < s->run.n_q_parts; part++) {
+            uint32_t words[4];
+
 #pragma unroll
-        for (int part = 0; part < ((KIND == FV_LEAN_F16) ? 1 : 3); part++) {
-            if (part < s->run.n_q_parts) {
-                *(uint32_t *)(q_smem + ((uint32_t)part * 16U * M_WARPS + r) * pitch + c) =
-                    parts[part];
+            for (int j = 0; j < 4; j++) {
+                if (KIND == FV_LEAN_F16) {
+                    fv_split_rounded<true, 1>(&words[j], 1, x[2 * j], x[2 * j + 1]);
+                } else {
+                    fv_split<1>(&words[j], x[2 * j], x[2 * j + 1]);
+                    x[2 * j] -= fv_bf16_part(x[2 * j]);
+                    x[2 * j + 1] -= fv_bf16_part(x[2 * j + 1]);
+                }
             }
+            *(uint4 *)(q_smem + ((uint32_t)part * 16U * M_WARPS + r) * pitch + c) =
+                make_uint4(words[0], words[1], words[2], words[3]);
         }
     }
 }
@@ -226,6 +297,47 @@ static __device__ __forceinline__ void fv_lean_scores(float (*sc)[4],
                 fv_lean_add_tiles(sc + 2 * pair0, own);
             }
         }
+    }
+}
+
+/* The same where head_dim is known and Q has one part: Q stays in registers, two chains of sums. */
+template <int KIND, int M_WARPS, int DIM>
+static __device__ __forceinline__ void fv_lean_scores_exact(float (*sc)[4],
+                                                            const fv_lean_matrix_t &k,
+                                                            const uint32_t (*q)[4],
+                                                            uint32_t q_smem,
+                                                            uint32_t token0)
+{
+    constexpr bool is_q_kept = M_WARPS < 4;
+    const uint32_t lane = threadIdx.x & 31U;
+    const uint32_t pitch_bytes = fv_lean_q_pitch(DIM) * 2U;
+    const uint32_t q_lane = q_smem + (lane & 15U) * pitch_bytes + (lane >> 4U) * 16U;
+    float odd[2 * M_WARPS][4] = {};
+
+#pragma unroll
+    for (uint32_t ks = 0; ks < DIM / 16U; ks++) {
+        float(*d)[4] = (((ks & 1U) != 0) && (M_WARPS == 1)) ? odd : sc;
+        uint32_t a[4];
+
+        if (is_q_kept) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                a[i] = q[ks][i];
+            }
+        } else {
+            fv_ldmatrix_x4(a, q_lane + ks * 32U);
+        }
+#pragma unroll
+        for (int pair = 0; pair < M_WARPS; pair++) {
+            uint32_t b[1][4];
+
+            fv_lean_load_k<KIND>(b, k, token0 + (uint32_t)pair * 16U, ks, DIM, lane);
+            fv_mma<KIND == FV_LEAN_F16>(d[2 * pair], a, b[0][0], b[0][1]);
+            fv_mma<KIND == FV_LEAN_F16>(d[2 * pair + 1], a, b[0][2], b[0][3]);
+        }
+    }
+    if (M_WARPS == 1) {
+        fv_lean_add_tiles(sc, odd);
     }
 }
 
@@ -450,79 +562,153 @@ static __device__ __forceinline__ void fv_lean_accumulate(float (*o)[4],
     }
 }
 
-template <int KIND, int M_WARPS, int DV_MAX>
-static __device__ void fv_lean_compute(const fv_lean_launch_t &p,
-                                       fv_lean_smem_t *s,
-                                       uint16_t *q_smem,
-                                       const uint8_t *ring_data)
+/* What a computing warp holds of the group it works on. */
+template <int N_TILES> struct fv_lean_state {
+    float o[N_TILES][4];
+    float m[2], l[2]; /* rows lane / 4 and lane / 4 + 8 */
+};
+
+/* One tile: K, then V, from the ring. */
+template <int KIND, int M_WARPS, int DV_MAX, bool IS_EXACT>
+static __device__ __forceinline__ void fv_lean_do_tile(fv_lean_state<DV_MAX / 8> &state,
+                                                       const fv_lean_launch_t &p,
+                                                       fv_lean_smem_t *s,
+                                                       const uint8_t *ring_data,
+                                                       fv_lean_ring_t *ring,
+                                                       const uint32_t (*q)[4],
+                                                       uint32_t q_warp)
 {
     constexpr int n_tiles = DV_MAX / 8;
     const uint32_t warp = threadIdx.x >> 5U;
     const uint32_t row0 = (warp % M_WARPS) * 16U;
     const uint32_t token0 = (warp / M_WARPS) * 16U * M_WARPS;
     const uint32_t lane = threadIdx.x & 31U;
-    const uint32_t q_warp = fv_smem(q_smem) + row0 * fv_lean_q_pitch((uint32_t)p.head_dim_qk) * 2U;
-    const fv_lean_run_t *loaded = NULL;
-    fv_lean_walk_t walk = fv_lean_walk_begin(p);
-    fv_lean_ring_t ring = {0, 0};
+    const uint32_t dk = IS_EXACT ? (uint32_t)DV_MAX : (uint32_t)p.head_dim_qk;
+    const uint32_t dv = IS_EXACT ? (uint32_t)DV_MAX : (uint32_t)p.head_dim_v;
+    float sc[2 * M_WARPS][4] = {};
+    fv_lean_matrix_t k = {ring_data + ring->slot * p.slot_bytes, p.k_bytes, p.k_shift, p.k_xor};
+
+    if (IS_EXACT) { /* 16-bit, a multiple of 8 chunks */
+        k.row_bytes = DV_MAX * 2U;
+        k.shift = 0;
+        k.mask = 7;
+    }
+    FV_LEAN_WAIT(p, fv_mbar_wait(&s->full[ring->slot], ring->parity));
+    FV_LEAN_MARK_FIRST(p, 1);
+    const fv_lean_tile_t tile = s->tile[ring->slot];
+    if (IS_EXACT) {
+        fv_lean_scores_exact<KIND, M_WARPS, DV_MAX>(sc, k, q, q_warp, token0);
+    } else {
+        fv_lean_scores<KIND, M_WARPS>(sc, k, q_warp, dk, s->run.n_q_parts, token0);
+    }
+    __syncwarp();
+    if (lane == 0) {
+        fv_mbar_arrive(&s->empty[ring->slot]);
+    }
+    fv_lean_ring_next(ring, (uint32_t)p.ring_slots);
+    fv_lean_mask<M_WARPS>(sc, s, tile, row0, token0);
+    fv_lean_softmax<KIND, M_WARPS, n_tiles>(sc, state.o, state.m, state.l);
+    fv_lean_matrix_t v = {ring_data + ring->slot * p.slot_bytes, p.v_bytes, p.v_shift, p.v_xor};
+    if (IS_EXACT) {
+        v.row_bytes = DV_MAX * 2U;
+        v.shift = 0;
+        v.mask = 7;
+    }
+    FV_LEAN_WAIT(p, fv_mbar_wait(&s->full[ring->slot], ring->parity));
+    if (tile.is_full != 0) {
+        fv_lean_accumulate<KIND, M_WARPS, n_tiles, true>(state.o, sc, s, v, tile, row0, token0, dv);
+    } else {
+        fv_lean_accumulate<KIND, M_WARPS, n_tiles, false>(state.o, sc, s, v, tile, row0, token0,
+                                                          dv);
+    }
+    __syncwarp();
+    if (lane == 0) {
+        fv_mbar_arrive(&s->empty[ring->slot]);
+    }
+    fv_lean_ring_next(ring, (uint32_t)p.ring_slots);
+}
+
+/* The groups of one share. `loaded` is the run whose description is in shared memory. */
+template <int KIND, int M_WARPS, int DV_MAX, bool IS_EXACT>
+static __device__ __forceinline__ void fv_lean_compute_share(const fv_lean_launch_t &p,
+                                                             fv_lean_smem_t *s,
+                                                             uint16_t *q_smem,
+                                                             const uint8_t *ring_data,
+                                                             fv_lean_ring_t *ring,
+                                                             const fv_lean_share_t &share,
+                                                             const fv_lean_run_t **loaded)
+{
+    constexpr int n_tiles = DV_MAX / 8;
+    constexpr int n_kept = (IS_EXACT && (M_WARPS < 4)) ? (DV_MAX / 16) : 1;
+    const uint32_t dk = IS_EXACT ? (uint32_t)DV_MAX : (uint32_t)p.head_dim_qk;
+    const uint32_t lane = threadIdx.x & 31U;
+    const uint32_t q_warp =
+        fv_smem(q_smem) + ((threadIdx.x >> 5U) % M_WARPS) * 16U * fv_lean_q_pitch(dk) * 2U;
+    fv_lean_walk_t walk = fv_lean_walk_begin(p, share);
 
     while (walk.left > 0) {
-        float o[n_tiles][4] = {};
-        float m[2] = {-INFINITY, -INFINITY};
-        float l[2] = {0.0F, 0.0F};
-        int32_t n = 0;
+        uint32_t q[n_kept][4];
 
         fv_bar_sync(1, FV_LEAN_COMPUTE); /* all are done with the run and the Q before */
-        if (loaded != walk.run) {
+        if (*loaded != walk.run) {
             fv_lean_load_run(s, walk.run);
-            loaded = walk.run;
+            *loaded = walk.run;
         }
-        fv_lean_load_q<KIND, M_WARPS>(s, q_smem, (uint32_t)p.head_dim_qk, walk.head);
+        fv_lean_load_q<KIND, M_WARPS>(s, q_smem, dk, walk.head);
         fv_bar_sync(1, FV_LEAN_COMPUTE);
-        n = min(walk.left, s->run.n_tiles - walk.tile);
-        for (int32_t i = 0; (s->run.is_empty == 0) && (i < n); i++) {
-            float sc[2 * M_WARPS][4] = {};
-            const uint8_t *data = ring_data + ring.slot * p.slot_bytes;
-            const fv_lean_matrix_t k = {data, p.k_bytes, p.k_shift, p.k_xor};
+        if (n_kept > 1) {
+#pragma unroll
+            for (uint32_t ks = 0; ks < n_kept; ks++) {
+                fv_ldmatrix_x4(q[ks], q_warp + (lane & 15U) * fv_lean_q_pitch(dk) * 2U +
+                                          (lane >> 4U) * 16U + ks * 32U);
+            }
+        }
+        const int32_t n = min(walk.left, s->run.n_tiles - walk.tile);
+        fv_lean_state<n_tiles> state = {};
 
-            fv_mbar_wait(&s->full[ring.slot], ring.parity);
-            FV_LEAN_MARK_FIRST(p, 1);
-            const fv_lean_tile_t tile = s->tile[ring.slot];
-            fv_lean_scores<KIND, M_WARPS>(sc, k, q_warp, (uint32_t)p.head_dim_qk, s->run.n_q_parts,
-                                          token0);
-            __syncwarp();
-            if (lane == 0) {
-                fv_mbar_arrive(&s->empty[ring.slot]);
-            }
-            fv_lean_ring_next(&ring, (uint32_t)p.ring_slots);
-            fv_lean_mask<M_WARPS>(sc, s, tile, row0, token0);
-            fv_lean_softmax<KIND, M_WARPS, n_tiles>(sc, o, m, l);
-            data = ring_data + ring.slot * p.slot_bytes;
-            const fv_lean_matrix_t v = {data, p.v_bytes, p.v_shift, p.v_xor};
-            fv_mbar_wait(&s->full[ring.slot], ring.parity);
-            if (tile.is_full != 0) {
-                fv_lean_accumulate<KIND, M_WARPS, n_tiles, true>(o, sc, s, v, tile, row0, token0,
-                                                                 (uint32_t)p.head_dim_v);
-            } else {
-                fv_lean_accumulate<KIND, M_WARPS, n_tiles, false>(o, sc, s, v, tile, row0, token0,
-                                                                  (uint32_t)p.head_dim_v);
-            }
-            __syncwarp();
-            if (lane == 0) {
-                fv_mbar_arrive(&s->empty[ring.slot]);
-            }
-            fv_lean_ring_next(&ring, (uint32_t)p.ring_slots);
+        state.m[0] = -INFINITY;
+        state.m[1] = -INFINITY;
+        for (int32_t i = 0; (s->run.is_empty == 0) && (i < n); i++) {
+            fv_lean_do_tile<KIND, M_WARPS, DV_MAX, IS_EXACT>(state, p, s, ring_data, ring, q,
+                                                             q_warp);
         }
         FV_LEAN_MARK(p, 2);
-        fv_lean_store<M_WARPS, n_tiles>(p, s, o, m, l, walk, n);
+        fv_lean_store<M_WARPS, n_tiles>(p, s, state.o, state.m, state.l, share, walk, n);
         FV_LEAN_MARK(p, 3);
         fv_lean_walk_next(&walk, n, s->run.n_kv_heads);
     }
 }
 
+template <int KIND, int M_WARPS, int DV_MAX, bool IS_EXACT>
+static __device__ void fv_lean_compute(const fv_lean_launch_t &p,
+                                       fv_lean_smem_t *s,
+                                       uint16_t *q_smem,
+                                       const uint8_t *ring_data)
+{
+    const fv_lean_run_t *loaded = NULL;
+    fv_lean_ring_t ring = {0, 0};
+    fv_lean_ring_t queue = {0, 0};
+
+    for (;;) {
+        fv_mbar_wait(&s->share_full[queue.slot], queue.parity);
+        const fv_lean_share_t &share = s->share[queue.slot];
+
+        if (share.n_tiles == 0) {
+            return;
+        }
+        fv_lean_compute_share<KIND, M_WARPS, DV_MAX, IS_EXACT>(p, s, q_smem, ring_data, &ring,
+                                                               share, &loaded);
+        __syncwarp();
+        if ((threadIdx.x & 31U) == 0) {
+            fv_mbar_arrive(&s->share_empty[queue.slot]);
+        }
+        fv_lean_ring_next(&queue, 2);
+    }
+}
+
 /* ------------------------------------------------------------------ the kernel */
 
-template <int KIND, int M_WARPS, int DV_MAX>
+template <int KIND, int M_WARPS, int DV_MAX, bool IS_EXACT>
 static __global__ void __launch_bounds__(FV_LEAN_THREADS, fv_lean_cuda_ctas(KIND, M_WARPS, DV_MAX))
     fv_lean_kernel(const __grid_constant__ fv_lean_launch_t p)
 {
@@ -538,13 +724,17 @@ static __global__ void __launch_bounds__(FV_LEAN_THREADS, fv_lean_cuda_ctas(KIND
             fv_mbar_init(&s->full[i], 1);
             fv_mbar_init(&s->empty[i], FV_LEAN_WARPS);
         }
+        for (int32_t i = 0; i < 2; i++) {
+            fv_mbar_init(&s->share_full[i], 1);
+            fv_mbar_init(&s->share_empty[i], FV_LEAN_WARPS);
+        }
         fv_mbar_init_fence();
     }
     __syncthreads();
     if (threadIdx.x >= FV_LEAN_COMPUTE) {
         fv_lean_copy(p, s, ring_data);
     } else {
-        fv_lean_compute<KIND, M_WARPS, DV_MAX>(p, s, q_smem, ring_data);
+        fv_lean_compute<KIND, M_WARPS, DV_MAX, IS_EXACT>(p, s, q_smem, ring_data);
     }
 }
 

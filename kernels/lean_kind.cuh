@@ -10,24 +10,35 @@
 
 typedef void (*fv_lean_kernel_t)(fv_lean_launch_t);
 
-/* The kernel for rows (1, 2, 4 warps) and head_dim_v. */
-template <int KIND> static fv_lean_kernel_t fv_lean_choose(int32_t m_warps, int32_t head_dim_v)
+template <int KIND, int M_WARPS>
+static fv_lean_kernel_t fv_lean_choose_dims(int32_t head_dim_v, bool is_exact)
 {
-    static const fv_lean_kernel_t k_table[3][3] = {
-        {fv_lean_kernel<KIND, 1, 64>, fv_lean_kernel<KIND, 1, 128>, fv_lean_kernel<KIND, 1, 256>},
-        {fv_lean_kernel<KIND, 2, 64>, fv_lean_kernel<KIND, 2, 128>, fv_lean_kernel<KIND, 2, 256>},
-        {fv_lean_kernel<KIND, 4, 64>, fv_lean_kernel<KIND, 4, 128>, fv_lean_kernel<KIND, 4, 256>},
-    };
-    const int rows = (m_warps == 4) ? 2 : (m_warps - 1);
-    const int cols = (head_dim_v <= 64) ? 0 : ((head_dim_v <= 128) ? 1 : 2);
+    constexpr bool has_exact = (KIND == FV_LEAN_BF16) || (KIND == FV_LEAN_F16);
 
-    return k_table[rows][cols];
+    if (is_exact && has_exact) {
+        return (head_dim_v <= 64) ? fv_lean_kernel<KIND, M_WARPS, 64, has_exact>
+                                  : fv_lean_kernel<KIND, M_WARPS, 128, has_exact>;
+    }
+    if (head_dim_v <= 64) {
+        return fv_lean_kernel<KIND, M_WARPS, 64, false>;
+    }
+    return (head_dim_v <= 128) ? fv_lean_kernel<KIND, M_WARPS, 128, false>
+                               : fv_lean_kernel<KIND, M_WARPS, 256, false>;
+}
+
+/* The kernel for rows (1, 2, 4 warps) and head_dim_v; is_exact: both head dims are 64, or 128, and Q has one part. */
+template <int KIND>
+static fv_lean_kernel_t fv_lean_choose(int32_t m_warps, int32_t head_dim_v, bool is_exact)
+{
+    return (m_warps == 1)   ? fv_lean_choose_dims<KIND, 1>(head_dim_v, is_exact)
+           : (m_warps == 2) ? fv_lean_choose_dims<KIND, 2>(head_dim_v, is_exact)
+                            : fv_lean_choose_dims<KIND, 4>(head_dim_v, is_exact);
 }
 
 /* One of each kind's file. */
-fv_lean_kernel_t fv_lean_choose_bf16(int32_t m_warps, int32_t head_dim_v);
-fv_lean_kernel_t fv_lean_choose_f16(int32_t m_warps, int32_t head_dim_v);
-fv_lean_kernel_t fv_lean_choose_f32_wide(int32_t m_warps, int32_t head_dim_v);
-fv_lean_kernel_t fv_lean_choose_f16_wide(int32_t m_warps, int32_t head_dim_v);
+fv_lean_kernel_t fv_lean_choose_bf16(int32_t m_warps, int32_t head_dim_v, bool is_exact);
+fv_lean_kernel_t fv_lean_choose_f16(int32_t m_warps, int32_t head_dim_v, bool is_exact);
+fv_lean_kernel_t fv_lean_choose_f32_wide(int32_t m_warps, int32_t head_dim_v, bool is_exact);
+fv_lean_kernel_t fv_lean_choose_f16_wide(int32_t m_warps, int32_t head_dim_v, bool is_exact);
 
 #endif /* FV_KERNELS_LEAN_KIND_CUH */

@@ -5,8 +5,8 @@
  *
  * Each piece goes to its share's slot, unnormalised; then a counter goes up. Whoever brings the last piece reads all of
  * them in ascending order of tiles and writes the rows: nobody waits for anybody, so CTAs need not be resident
- * together, and the order, so the result, is always the same. A group of many pieces is merged in two levels: chunks
- * of neighbouring pieces first, each by its own last arriver (side by side), then the chunks' results.
+ * together, and the order, so the result, is always the same. A group of many pieces is merged level by level: chunks
+ * of neighbouring pieces first, each by its own last arriver (side by side), then the chunks' results in the same way.
  * Whoever finds a counter full puts it back to zero for the next launch.
  */
 #ifndef FV_KERNELS_LEAN_MERGE_CUH
@@ -15,32 +15,33 @@
 #include "kernels/lean_write.cuh"
 
 #define FV_LEAN_FLAT_MAX   40U /* pieces merged in one level */
-#define FV_LEAN_CHUNK      17U /* pieces of a chunk: about the root of all that there can be */
-#define FV_LEAN_AT_ONCE    16  /* loads of one thread under way */
+#define FV_LEAN_CHUNK      17U /* pieces of a chunk; 17^3 is more than there can be */
+#define FV_LEAN_AT_ONCE    18U /* loads of one thread under way */
 #define FV_LEAN_PASS_ELEMS (FV_LEAN_WARPS * FV_LEAN_PASS_ROWS * FV_LEAN_PASS_PITCH)
 
 /* Where the piece goes, and how many pieces its group has. */
 typedef struct fv_lean_piece_place {
+    uint32_t share;    /* that does it */
     uint32_t first;    /* share in which the group begins */
     uint32_t n_pieces; /* 1: whole */
     uint64_t slot;     /* of this one */
 } fv_lean_piece_place_t;
 
-static __device__ __forceinline__ fv_lean_piece_place_t fv_lean_place(const fv_lean_launch_t &p,
+static __device__ __forceinline__ fv_lean_piece_place_t fv_lean_place(const fv_lean_share_t &share,
                                                                       const fv_lean_run_t &run,
                                                                       const fv_lean_walk_t &walk,
                                                                       int32_t n_tiles)
 {
-    fv_lean_piece_place_t place = {0, 1, 0};
+    fv_lean_piece_place_t place = {share.index, 0, 1, 0};
 
-    if (n_tiles < run.n_tiles) {
-        const uint32_t begin = run.line_begin + (uint32_t)walk.head * (uint32_t)run.n_tiles;
-
-        place.first = fv_lean_cuda_share_of(p.share_tiles, p.share_rest, begin);
-        place.n_pieces =
-            fv_lean_cuda_share_of(p.share_tiles, p.share_rest, begin + (uint32_t)run.n_tiles - 1U) -
-            place.first + 1U;
-        place.slot = 2U * (uint64_t)blockIdx.x + ((walk.tile == 0) ? 1U : 0U);
+    if (walk.tile > 0) {
+        place.first = share.first;
+        place.n_pieces = share.n_first;
+        place.slot = 2U * (uint64_t)share.index;
+    } else if (n_tiles < run.n_tiles) {
+        place.first = share.index;
+        place.n_pieces = share.n_last;
+        place.slot = 2U * (uint64_t)share.index + 1U;
     }
     return place;
 }
@@ -107,11 +108,11 @@ fv_lean_merge_weights(const fv_lean_launch_t &p, fv_lean_smem_t *s, const fv_lea
 }
 
 /* All of `pieces` are there: they become rows of the result, or one piece in the first one's slot. */
-static __device__ __forceinline__ void fv_lean_merge(const fv_lean_launch_t &p,
-                                                     fv_lean_smem_t *s,
-                                                     int32_t head,
-                                                     const fv_lean_pieces_t &pieces,
-                                                     bool is_final)
+static __device__ __noinline__ void fv_lean_merge(const fv_lean_launch_t &p,
+                                                  fv_lean_smem_t *s,
+                                                  int32_t head,
+                                                  const fv_lean_pieces_t &pieces,
+                                                  bool is_final)
 {
     const int32_t dv = p.head_dim_v;
     const int32_t quads = dv / 4;
@@ -178,32 +179,35 @@ fv_lean_is_last(fv_lean_smem_t *s, uint32_t *counter, uint32_t n)
     return s->is_last != 0;
 }
 
-/* This CTA's piece is in its slot. */
+/* This CTA's piece is in its slot. Level by level, as long as it is the last to come. */
 static __device__ __forceinline__ void fv_lean_arrive(const fv_lean_launch_t &p,
                                                       fv_lean_smem_t *s,
                                                       int32_t head,
                                                       const fv_lean_piece_place_t &place)
 {
-    const uint32_t n = place.n_pieces;
-    const bool is_flat = (n <= FV_LEAN_FLAT_MAX) &&
-                         (n * (uint32_t)s->run.n_rows <= (uint32_t)FV_LEAN_PASS_ELEMS / 2U);
-    const uint32_t chunk = is_flat ? n : FV_LEAN_CHUNK;
-    fv_lean_pieces_t pieces = {place.first, 0, 1, 0};
+    const uint32_t fits = (uint32_t)FV_LEAN_PASS_ELEMS / 2U / (uint32_t)s->run.n_rows;
+    uint32_t n = place.n_pieces;                /* of this level */
+    uint32_t piece = place.share - place.first; /* this one, of the level's */
+    uint32_t stride = 1;                        /* original pieces of one of the level's */
+    uint32_t *arrived = p.arrived;
 
-    pieces.first = (blockIdx.x - place.first) / chunk * chunk;
-    pieces.n = min(chunk, n - pieces.first);
-    if (!fv_lean_is_last(s, p.arrived + fv_lean_piece_slot(pieces, 0), pieces.n)) {
-        return;
-    }
-    fv_lean_merge(p, s, head, pieces, is_flat);
-    if (is_flat) {
-        return;
-    }
-    pieces.first = 0;
-    pieces.stride = chunk;
-    pieces.n = (n + chunk - 1U) / chunk;
-    if (fv_lean_is_last(s, p.arrived + 2U * p.n_shares + place.first, pieces.n)) {
-        fv_lean_merge(p, s, head, pieces, true);
+    for (;;) {
+        const uint32_t chunk = (n <= min(fits, FV_LEAN_FLAT_MAX)) ? n : FV_LEAN_CHUNK;
+        const uint32_t begin = piece / chunk * chunk;
+        const fv_lean_pieces_t pieces = {place.first, begin * stride, stride,
+                                         min(chunk, n - begin)};
+
+        if (!fv_lean_is_last(s, arrived + fv_lean_piece_slot(pieces, 0), pieces.n)) {
+            return;
+        }
+        fv_lean_merge(p, s, head, pieces, chunk == n);
+        if (chunk == n) {
+            return;
+        }
+        n = (n + chunk - 1U) / chunk;
+        piece /= chunk;
+        stride *= chunk;
+        arrived += 2U * p.n_shares;
     }
 }
 

@@ -66,13 +66,14 @@ static __device__ __forceinline__ void fv_lean_store(const fv_lean_launch_t &p,
                                                      const float (*o)[4],
                                                      const float m[2],
                                                      float l[2],
+                                                     const fv_lean_share_t &share,
                                                      const fv_lean_walk_t &walk,
                                                      int32_t n_tiles)
 {
     const uint32_t warp = threadIdx.x >> 5U;
     const uint32_t lane = threadIdx.x & 31U;
     const uint32_t row = (warp / M_WARPS) * 16U * M_WARPS + (warp % M_WARPS) * 16U + (lane >> 2U);
-    const fv_lean_piece_place_t place = fv_lean_place(p, s->run, walk, n_tiles);
+    const fv_lean_piece_place_t place = fv_lean_place(share, s->run, walk, n_tiles);
 
 #pragma unroll
     for (int side = 0; side < 2; side++) {

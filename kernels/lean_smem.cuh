@@ -30,6 +30,9 @@ typedef struct fv_lean_smem {
     float m[FV_LEAN_ROWS_MAX], l[FV_LEAN_ROWS_MAX]; /* [4 / m_warps][16 m_warps] */
     float pass[FV_LEAN_WARPS][FV_LEAN_PASS_ROWS][FV_LEAN_PASS_PITCH];
     uint32_t is_last;
+    /* Shares on their way from the copying warp, which claims them, to the computing ones; n_tiles 0: no more. */
+    uint64_t share_full[2], share_empty[2];
+    fv_lean_share_t share[2];
 } fv_lean_smem_t;
 
 /* Bytes before the Q parts and the ring: both are 128-byte aligned. */
@@ -62,9 +65,25 @@ fv_lean_mark(const fv_lean_launch_t &p, uint32_t i, bool is_first)
         at[4] = sm;
     }
 }
+static __device__ __forceinline__ uint64_t fv_lean_now()
+{
+    uint64_t now = 0;
+
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    return now;
+}
+#    define FV_LEAN_WAIT(p, wait)                                         \
+        do {                                                              \
+            const uint64_t since = fv_lean_now();                         \
+            wait;                                                         \
+            if ((threadIdx.x == 0) && ((p).trace != NULL)) {              \
+                (p).trace[blockIdx.x * 8U + 6U] += fv_lean_now() - since; \
+            }                                                             \
+        } while (0)
 #    define FV_LEAN_MARK(p, i)       fv_lean_mark((p), (i), false)
 #    define FV_LEAN_MARK_FIRST(p, i) fv_lean_mark((p), (i), true)
 #else
+#    define FV_LEAN_WAIT(p, wait) wait
 #    define FV_LEAN_MARK(p, i)
 #    define FV_LEAN_MARK_FIRST(p, i)
 #endif
@@ -90,15 +109,15 @@ typedef struct fv_lean_walk {
     int32_t left; /* tiles of the share not walked yet */
 } fv_lean_walk_t;
 
-static __device__ __forceinline__ fv_lean_walk_t fv_lean_walk_begin(const fv_lean_launch_t &p)
+static __device__ __forceinline__ fv_lean_walk_t fv_lean_walk_begin(const fv_lean_launch_t &p,
+                                                                    const fv_lean_share_t &share)
 {
-    const int4 raw = __ldg((const int4 *)(p.shares + blockIdx.x));
     fv_lean_walk_t walk;
 
-    walk.run = p.runs + (uint32_t)raw.x;
-    walk.head = raw.y;
-    walk.tile = raw.z;
-    walk.left = raw.w;
+    walk.run = p.runs + share.run;
+    walk.head = share.head;
+    walk.tile = share.tile;
+    walk.left = share.n_tiles;
     return walk;
 }
 
