@@ -88,15 +88,18 @@ void fv_engine_on_idle(void *ctx)
     if (engine->n_deferred == 0) {
         return;
     }
+    bool is_small = engine->deferred_pairs <= INLINE_PAIRS_MAX; /* all of it together, too */
     engine->n_lone = (engine->n_deferred == 1) ? (engine->n_lone + 1U) : 0U;
     engine->n_deferred = 0;
-    if (!take_turn(engine)) {
+    engine->deferred_pairs = 0;
+    if (!is_small || !take_turn(engine)) {
         ring_if_asleep(engine);
     }
     engine->served_us = fv_clock_us();
 }
 
-static void push(fv_engine_t *engine, fv_entry_t *entry, bool is_small)
+/* n_pairs: the work it brings; over INLINE_PAIRS_MAX it goes to the engine's thread. */
+static void push(fv_engine_t *engine, fv_entry_t *entry, uint64_t n_pairs)
 {
     fv_entry_t *head = atomic_load_explicit(&engine->inbox, memory_order_relaxed);
 
@@ -105,12 +108,13 @@ static void push(fv_engine_t *engine, fv_entry_t *entry, bool is_small)
         /* release: the entry's fields are written before it can be seen */
     } while (!atomic_compare_exchange_weak_explicit(&engine->inbox, &head, entry,
                                                     memory_order_seq_cst, memory_order_relaxed));
-    if (!is_small || (engine->config.link != NULL)) {
+    if ((n_pairs > INLINE_PAIRS_MAX) || (engine->config.link != NULL)) {
         ring_if_asleep(engine);
         return;
     }
     /* One at a time: serve it now. Several: wait until nothing more is ready, so that they share a step. */
     engine->n_deferred++;
+    engine->deferred_pairs += n_pairs;
     if (fv_clock_us() - engine->served_us <= LONE_GAP_US) {
         engine->n_lone = 0;
     }
@@ -170,7 +174,7 @@ static void take_small(fv_engine_t *engine,
     *entry = (fv_entry_t){.call = call, .method = method, .n_bytes = n_bytes};
     fv_wire_gather(spans, n_spans, (fv_region_t){.offset = 0, .n_bytes = n_bytes}, entry + 1);
     fv_call_ref(call);
-    push(engine, entry, true);
+    push(engine, entry, 0);
 }
 
 /* ------------------------------------------------------------------ attend */
@@ -225,20 +229,22 @@ static void take_digests(const fv_attend_request_t *head,
     }
 }
 
-static bool is_small(const fv_attend_request_t *head, const fv_attend_item_t *items, size_t n_bytes)
+/* (query token, KV token) pairs of a request; UINT64_MAX: too many, or too many bytes, to be served on the spot. */
+static uint64_t
+count_pairs(const fv_attend_request_t *head, const fv_attend_item_t *items, size_t n_bytes)
 {
     uint64_t n_pairs = 0;
 
     if ((n_bytes > INLINE_BYTES_MAX) || (head->n_tokens > INLINE_PAIRS_MAX)) {
-        return false;
+        return UINT64_MAX;
     }
     for (uint32_t i = 0; i < head->n_items; i++) {
         if (items[i].position > INLINE_PAIRS_MAX) {
-            return false;
+            return UINT64_MAX;
         }
         n_pairs += items[i].n_tokens * (items[i].position + items[i].n_tokens);
     }
-    return n_pairs <= INLINE_PAIRS_MAX;
+    return n_pairs;
 }
 
 static void take_attend(fv_engine_t *engine,
@@ -286,7 +292,7 @@ static void take_attend(fv_engine_t *engine,
         .user = job,
     };
     fv_call_ref(call);
-    push(engine, &job->entry, is_small(&head, engine->scan_items, l.n_bytes));
+    push(engine, &job->entry, count_pairs(&head, engine->scan_items, l.n_bytes));
 }
 
 void fv_engine_on_message(void *ctx,

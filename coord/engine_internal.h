@@ -65,6 +65,7 @@ struct fv_engine {
 
     /* rpc thread only: small requests that wait for its idle moment, and how many in a row came alone */
     uint32_t n_deferred, n_lone;
+    uint64_t deferred_pairs; /* their work together */
     int64_t served_us;
     fv_attend_item_t *scan_items; /* rpc thread: scratch of FV_ITEMS_MAX */
 

@@ -21,7 +21,7 @@
 #include <string.h>
 
 #define REQUESTS_POSTED    64       /* calls that can be matched before the thread comes round */
-#define EVENTS_PER_IDLE    32U      /* a busy door still lets its handler serve */
+#define EVENTS_PER_IDLE    1024U    /* a busy door still lets its handler serve */
 #define MAX_FRAME_BYTES    16777215 /* the largest HTTP/2 allows: fewer frames per tensor */
 #define KEEPALIVE_MS       30000    /* a silent client is asked, then dropped */
 #define KEEPALIVE_REPLY_MS 20000
