@@ -355,7 +355,7 @@ static void print_trace(bench_t *b)
 {
     static uint64_t rows[1024][8];
     static double column[1024];
-    static const char *const k_names[] = {"begin", "first K", "tiles done", "end", "waited"};
+    static const char *const k_names[] = {"begin", "first K", "tiles done", "end"};
     const size_t n = b->launches[0].n_ctas;
     uint64_t *trace = NULL;
     uint64_t begin = UINT64_MAX;
@@ -374,9 +374,9 @@ static void print_trace(bench_t *b)
     for (size_t i = 0; i < n; i++) {
         begin = (rows[i][0] < begin) ? rows[i][0] : begin;
     }
-    for (int k = 0; k < 5; k++) {
+    for (int k = 0; k < 4; k++) {
         for (size_t i = 0; i < n; i++) {
-            column[i] = (double)((k == 4) ? rows[i][6] : (rows[i][k] - begin)) * 1e-3;
+            column[i] = (double)(rows[i][k] - begin) * 1e-3;
         }
         qsort(column, n, sizeof(column[0]), compare_double);
         (void)printf("    %-10s min %7.1f p10 %7.1f p50 %7.1f p90 %7.1f max %7.1f\n", k_names[k],

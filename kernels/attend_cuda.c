@@ -17,7 +17,7 @@
 #define LINE_TILES_MAX   ((uint64_t)1 << 31)
 #define CTA_RESERVED     1024U /* bytes of shared memory that the driver takes of each CTA */
 #define RING_SLOTS_MIN   4U
-#define ROUNDS_TILES_MIN 12U /* tiles for each CTA from which shares come in rounds */
+#define ROUNDS_TILES_MIN 24U /* tiles for each CTA from which shares come in rounds */
 #define SHARE_TILES_MIN  3U  /* of a round but the last */
 
 /* Items with the same geometry go into one launch. */

@@ -582,7 +582,6 @@ static __device__ __forceinline__ void fv_lean_do_tile(fv_lean_state<DV_MAX / 8>
     const uint32_t warp = threadIdx.x >> 5U;
     const uint32_t row0 = (warp % M_WARPS) * 16U;
     const uint32_t token0 = (warp / M_WARPS) * 16U * M_WARPS;
-    const uint32_t lane = threadIdx.x & 31U;
     const uint32_t dk = IS_EXACT ? (uint32_t)DV_MAX : (uint32_t)p.head_dim_qk;
     const uint32_t dv = IS_EXACT ? (uint32_t)DV_MAX : (uint32_t)p.head_dim_v;
     float sc[2 * M_WARPS][4] = {};
@@ -593,7 +592,7 @@ static __device__ __forceinline__ void fv_lean_do_tile(fv_lean_state<DV_MAX / 8>
         k.shift = 0;
         k.mask = 7;
     }
-    FV_LEAN_WAIT(p, fv_mbar_wait(&s->full[ring->slot], ring->parity));
+    fv_mbar_wait(&s->full[ring->slot], ring->parity);
     FV_LEAN_MARK_FIRST(p, 1);
     const fv_lean_tile_t tile = s->tile[ring->slot];
     if (IS_EXACT) {
@@ -601,10 +600,7 @@ static __device__ __forceinline__ void fv_lean_do_tile(fv_lean_state<DV_MAX / 8>
     } else {
         fv_lean_scores<KIND, M_WARPS>(sc, k, q_warp, dk, s->run.n_q_parts, token0);
     }
-    __syncwarp();
-    if (lane == 0) {
-        fv_mbar_arrive(&s->empty[ring->slot]);
-    }
+    fv_lean_release(&s->empty[ring->slot]);
     fv_lean_ring_next(ring, (uint32_t)p.ring_slots);
     fv_lean_mask<M_WARPS>(sc, s, tile, row0, token0);
     fv_lean_softmax<KIND, M_WARPS, n_tiles>(sc, state.o, state.m, state.l);
@@ -614,17 +610,14 @@ static __device__ __forceinline__ void fv_lean_do_tile(fv_lean_state<DV_MAX / 8>
         v.shift = 0;
         v.mask = 7;
     }
-    FV_LEAN_WAIT(p, fv_mbar_wait(&s->full[ring->slot], ring->parity));
+    fv_mbar_wait(&s->full[ring->slot], ring->parity);
     if (tile.is_full != 0) {
         fv_lean_accumulate<KIND, M_WARPS, n_tiles, true>(state.o, sc, s, v, tile, row0, token0, dv);
     } else {
         fv_lean_accumulate<KIND, M_WARPS, n_tiles, false>(state.o, sc, s, v, tile, row0, token0,
                                                           dv);
     }
-    __syncwarp();
-    if (lane == 0) {
-        fv_mbar_arrive(&s->empty[ring->slot]);
-    }
+    fv_lean_release(&s->empty[ring->slot]);
     fv_lean_ring_next(ring, (uint32_t)p.ring_slots);
 }
 
@@ -641,7 +634,6 @@ static __device__ __forceinline__ void fv_lean_compute_share(const fv_lean_launc
     constexpr int n_tiles = DV_MAX / 8;
     constexpr int n_kept = (IS_EXACT && (M_WARPS < 4)) ? (DV_MAX / 16) : 1;
     const uint32_t dk = IS_EXACT ? (uint32_t)DV_MAX : (uint32_t)p.head_dim_qk;
-    const uint32_t lane = threadIdx.x & 31U;
     const uint32_t q_warp =
         fv_smem(q_smem) + ((threadIdx.x >> 5U) % M_WARPS) * 16U * fv_lean_q_pitch(dk) * 2U;
     fv_lean_walk_t walk = fv_lean_walk_begin(p, share);
@@ -659,8 +651,8 @@ static __device__ __forceinline__ void fv_lean_compute_share(const fv_lean_launc
         if (n_kept > 1) {
 #pragma unroll
             for (uint32_t ks = 0; ks < n_kept; ks++) {
-                fv_ldmatrix_x4(q[ks], q_warp + (lane & 15U) * fv_lean_q_pitch(dk) * 2U +
-                                          (lane >> 4U) * 16U + ks * 32U);
+                fv_ldmatrix_x4(q[ks], q_warp + (threadIdx.x & 15U) * fv_lean_q_pitch(dk) * 2U +
+                                          ((threadIdx.x & 31U) >> 4U) * 16U + ks * 32U);
             }
         }
         const int32_t n = min(walk.left, s->run.n_tiles - walk.tile);
@@ -698,10 +690,7 @@ static __device__ void fv_lean_compute(const fv_lean_launch_t &p,
         }
         fv_lean_compute_share<KIND, M_WARPS, DV_MAX, IS_EXACT>(p, s, q_smem, ring_data, &ring,
                                                                share, &loaded);
-        __syncwarp();
-        if ((threadIdx.x & 31U) == 0) {
-            fv_mbar_arrive(&s->share_empty[queue.slot]);
-        }
+        fv_lean_release(&s->share_empty[queue.slot]);
         fv_lean_ring_next(&queue, 2);
     }
 }
@@ -722,11 +711,11 @@ static __global__ void __launch_bounds__(FV_LEAN_THREADS, fv_lean_cuda_ctas(KIND
     if (threadIdx.x == 0) {
         for (int32_t i = 0; i < p.ring_slots; i++) {
             fv_mbar_init(&s->full[i], 1);
-            fv_mbar_init(&s->empty[i], FV_LEAN_WARPS);
+            fv_mbar_init(&s->empty[i], FV_LEAN_RELEASES);
         }
         for (int32_t i = 0; i < 2; i++) {
             fv_mbar_init(&s->share_full[i], 1);
-            fv_mbar_init(&s->share_empty[i], FV_LEAN_WARPS);
+            fv_mbar_init(&s->share_empty[i], FV_LEAN_RELEASES);
         }
         fv_mbar_init_fence();
     }

@@ -131,19 +131,21 @@ static __device__ __noinline__ void fv_lean_merge(const fv_lean_launch_t &p,
             float4 o[FV_LEAN_AT_ONCE];
 
 #pragma unroll
-            for (uint32_t j = 0; j < FV_LEAN_AT_ONCE; j++) {
-                o[j] = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
-                if (j0 + j < pieces.n) {
-                    o[j] = __ldcg(
-                        (const float4 *)(o_row + fv_lean_piece_slot(pieces, j0 + j) * slot_elems));
-                }
+            for (uint32_t j = 0; j < FV_LEAN_AT_ONCE; j++) { /* no branch between loads */
+                const uint64_t slot = fv_lean_piece_slot(pieces, min(j0 + j, pieces.n - 1U));
+
+                o[j] = __ldcg((const float4 *)(o_row + slot * slot_elems));
             }
 #pragma unroll
             for (uint32_t j = 0; j < FV_LEAN_AT_ONCE; j++) {
-                if (j0 + j < pieces.n) {
-                    fv_lean_add(&sum, weights[(j0 + j) * (uint32_t)s->run.n_rows + (uint32_t)row],
-                                o[j]);
-                }
+                const uint32_t i_piece = min(j0 + j, pieces.n - 1U);
+                const float w = weights[i_piece * (uint32_t)s->run.n_rows + (uint32_t)row];
+                const bool is_there = j0 + j < pieces.n;
+
+                sum.x += is_there ? (w * o[j].x) : 0.0F;
+                sum.y += is_there ? (w * o[j].y) : 0.0F;
+                sum.z += is_there ? (w * o[j].z) : 0.0F;
+                sum.w += is_there ? (w * o[j].w) : 0.0F;
             }
         }
         if (is_final) {

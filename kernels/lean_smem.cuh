@@ -65,28 +65,30 @@ fv_lean_mark(const fv_lean_launch_t &p, uint32_t i, bool is_first)
         at[4] = sm;
     }
 }
-static __device__ __forceinline__ uint64_t fv_lean_now()
-{
-    uint64_t now = 0;
-
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-    return now;
-}
-#    define FV_LEAN_WAIT(p, wait)                                         \
-        do {                                                              \
-            const uint64_t since = fv_lean_now();                         \
-            wait;                                                         \
-            if ((threadIdx.x == 0) && ((p).trace != NULL)) {              \
-                (p).trace[blockIdx.x * 8U + 6U] += fv_lean_now() - since; \
-            }                                                             \
-        } while (0)
 #    define FV_LEAN_MARK(p, i)       fv_lean_mark((p), (i), false)
 #    define FV_LEAN_MARK_FIRST(p, i) fv_lean_mark((p), (i), true)
 #else
-#    define FV_LEAN_WAIT(p, wait) wait
 #    define FV_LEAN_MARK(p, i)
 #    define FV_LEAN_MARK_FIRST(p, i)
 #endif
+
+/*
+ * A computing warp is done with a slot. One lane says so for all: __syncwarp() puts their reads before it. racecheck
+ * does not follow that; FV_LEAN_ALL_ARRIVE makes every lane arrive itself, which it does (docs/gpu.md).
+ */
+#if defined(FV_LEAN_ALL_ARRIVE)
+#    define FV_LEAN_RELEASES FV_LEAN_COMPUTE
+#else
+#    define FV_LEAN_RELEASES FV_LEAN_WARPS
+#endif
+
+static __device__ __forceinline__ void fv_lean_release(uint64_t *bar)
+{
+    __syncwarp();
+    if ((FV_LEAN_RELEASES == FV_LEAN_COMPUTE) || ((threadIdx.x & 31U) == 0)) {
+        fv_mbar_arrive(bar);
+    }
+}
 
 /* A place in the ring: K and V of a tile take a slot each, one after the other. */
 typedef struct fv_lean_ring {
