@@ -14,6 +14,7 @@ Installs what is missing and runs the steps named, or all of them:
   tsan     build with TSan: unit, property and simulation tests
   release  release build
   python   the Python client's tests: against the numpy model, fovead alone, fovead on 3 ranks
+  hf       Hugging Face transformers generate through fovead, alone and on 3 ranks (installs torch: 6 GB)
   hosts    fovead over three hosts in network namespaces (needs root)
   slurm    the Slurm batch script on a Slurm of its own (needs root and slurm-wlm, munge)
   demo     a real model's text, token for token equal to local attention (needs the model's package)
@@ -22,7 +23,7 @@ Logs: build/logs. A step that fails does not stop the others.
 HELP
 }
 
-all_steps=(scripts asan headers tsan release python hosts slurm demo)
+all_steps=(scripts asan headers tsan release python hf hosts slurm demo)
 steps=("$@")
 [[ ${1:-} == --help ]] && usage && exit 0
 [[ $# -gt 0 ]] || steps=("${all_steps[@]}")
@@ -103,6 +104,16 @@ run_python() {
     .venv/bin/python -m pytest -q tests/python || code=1
     FOVEAD=$fovead .venv/bin/python -m pytest -q tests/python || code=1
     FOVEAD=$fovead FV_TEST_RANKS=3 .venv/bin/python -m pytest -q tests/python || code=1
+    return $code
+}
+
+# The integration is proved against the real library, so its absence is a failure and not a skip.
+run_hf() {
+    local fovead=$root/build/release/bin/fovead code=0
+    .venv/bin/pip install --quiet --disable-pip-version-check -r client/python/requirements-hf.txt || return 1
+    .venv/bin/python -c 'import torch, transformers' || return 1
+    FOVEAD=$fovead .venv/bin/python -m pytest -q tests/python/test_transformers.py || code=1
+    FOVEAD=$fovead FV_TEST_RANKS=3 .venv/bin/python -m pytest -q tests/python/test_transformers.py || code=1
     return $code
 }
 
