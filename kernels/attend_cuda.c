@@ -18,6 +18,8 @@
 #define CTA_RESERVED     1024U /* bytes of shared memory that the driver takes of each CTA */
 #define RING_SLOTS_MIN   4U
 #define ROUNDS_TILES_MIN 24U /* tiles for each CTA from which shares come in rounds */
+#define MANY_ROWS_ROUNDS 96U /* the same where a piece has over 16 rows: merging costs more */
+#define MANY_ROWS_TILES  4U  /* and a share has at least so many tiles */
 #define SHARE_TILES_MIN  3U  /* of a round but the last */
 
 /* Items with the same geometry go into one launch. */
@@ -336,8 +338,9 @@ set_ring(const fv_backend_t *backend, const draft_t *draft, fv_lean_launch_t *la
 static uint32_t share_tiles(uint32_t left, uint32_t n_ctas, bool is_first, int32_t m_warps)
 {
     const uint32_t all = (uint32_t)fv_div_up(left, n_ctas);
+    const uint32_t least = (m_warps == 1) ? ROUNDS_TILES_MIN : MANY_ROWS_ROUNDS;
 
-    if ((m_warps == 4) || (all < (is_first ? ROUNDS_TILES_MIN : 2U * SHARE_TILES_MIN))) {
+    if ((m_warps == 4) || (all < (is_first ? least : 2U * SHARE_TILES_MIN))) {
         return 0;
     }
     return is_first ? (left / n_ctas * 3U / 4U) : (all / 2U);
@@ -398,10 +401,13 @@ make_shares(fv_backend_t *backend, const draft_t *draft, fv_lean_launch_t *launc
     const uint32_t *begins = backend->begins;
     fv_lean_share_t *shares = NULL;
     size_t offset = 0;
+    uint32_t most = 0;
     uint32_t r = 0;
 
     launch->n_tiles = (uint32_t)draft->n_tiles;
-    launch->n_ctas = (launch->n_tiles < n_ctas) ? launch->n_tiles : n_ctas;
+    most = (launch->m_warps == 1) ? launch->n_tiles
+                                  : (uint32_t)fv_div_up(launch->n_tiles, MANY_ROWS_TILES);
+    launch->n_ctas = (most < n_ctas) ? most : n_ctas;
     launch->n_shares = cut_line(launch->n_tiles, launch->n_ctas, launch->m_warps, backend->begins);
     offset = fv_cuda_stage(backend, launch->n_shares * sizeof(*shares));
     launch->shares = fv_cuda_on_device(backend, offset);
