@@ -7,6 +7,15 @@ fv_add_test(prop_worker property SOURCES property/prop_worker.c ${_rig}
 fv_add_test(test_exchange_mpi mpi SOURCES mpi/test_exchange_mpi.c LIBS fv_worker MPI::MPI_C RANKS 3)
 fv_add_test(test_worker_serve mpi SOURCES mpi/test_worker_serve.c support/step_pack.c
             LIBS fv_worker MPI::MPI_C RANKS 3)
+# The same two again with fewer and with more ranks.
+foreach(_name test_exchange_mpi test_worker_serve)
+    foreach(_n 2 4)
+        add_test(NAME ${_name}_${_n} COMMAND ${MPIEXEC_EXECUTABLE} ${MPIEXEC_NUMPROC_FLAG} ${_n}
+                 ${MPIEXEC_PREFLAGS} $<TARGET_FILE:${_name}>)
+        set_tests_properties(${_name}_${_n} PROPERTIES LABELS mpi TIMEOUT 60 PROCESSORS ${_n}
+            SKIP_RETURN_CODE 77 ENVIRONMENT "ASAN_OPTIONS=detect_leaks=0")
+    endforeach()
+endforeach()
 fv_add_test(test_worker unit SOURCES unit/test_worker.c ${_rig} LIBS fv_worker Threads::Threads)
 fv_add_test(test_worker_alloc unit SOURCES unit/test_worker_alloc.c LIBS fv_worker)
 target_link_options(test_worker_alloc PRIVATE

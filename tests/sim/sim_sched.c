@@ -521,7 +521,7 @@ static void tell_story(story_t *s)
 static void test_stories(void **state)
 {
     const char *text = getenv("FV_SIM_STORIES");
-    int n_stories = (text != NULL) ? atoi(text) : 1000;
+    int n_stories = (text != NULL) ? atoi(text) : 3000;
     uint64_t first = fv_random_seed(1);
     uint64_t n_served = 0;
     uint64_t n_refused = 0;
