@@ -19,11 +19,14 @@
 #define RANKS_MAX 65536 /* a placement names ranks in 16 bits */
 /* Without a hint the width of the context is the best for this many turns of blocks of one rank. */
 #define UNKNOWN_BLOCKS 64
+/* Changes of load that may wait: a session over 64 ranks, which begins on some of them and is accounted on all. */
+#define CHANGED_MAX 64
 
 typedef struct plan_rank {
     uint64_t total; /* bytes; 0 = unusable */
     uint64_t used;
-    uint64_t begun; /* fv_planner::n_placed when a session last began here */
+    uint64_t begun;  /* fv_planner::n_placed when a session last began here */
+    bool is_changed; /* listed in fv_planner::changed */
 } plan_rank_t;
 
 struct fv_planner {
@@ -32,14 +35,36 @@ struct fv_planner {
     plan_rank_t *ranks;
     uint32_t n_ranks;
     uint64_t n_placed;
+    uint32_t n_changed;
+    uint32_t changed[CHANGED_MAX]; /* ranks whose place in `order` is that of an earlier load */
 };
 
+/* Gives the changed ranks their places. */
+static void settle(fv_planner_t *planner)
+{
+    for (uint32_t i = 0; i < planner->n_changed; i++) {
+        uint32_t rank = planner->changed[i];
+        plan_rank_t *r = &planner->ranks[rank];
+
+        r->is_changed = false;
+        if (r->total > 0) {
+            fv_plan_order_put(&planner->order,
+                              fv_plan_key((double)r->used / (double)r->total, r->begun, rank));
+        }
+    }
+    planner->n_changed = 0;
+}
+
+/* Only placing needs the order: until then a rank that changes many times moves once. */
 static void reorder(fv_planner_t *planner, uint32_t rank)
 {
-    const plan_rank_t *r = &planner->ranks[rank];
-
-    fv_plan_order_put(&planner->order,
-                      fv_plan_key((double)r->used / (double)r->total, r->begun, rank));
+    if (!planner->ranks[rank].is_changed) {
+        if (planner->n_changed == CHANGED_MAX) {
+            settle(planner);
+        }
+        planner->ranks[rank].is_changed = true;
+        planner->changed[planner->n_changed++] = rank;
+    }
 }
 
 fv_status_t fv_planner_create(uint32_t n_ranks, const fv_plan_cost_t *cost, fv_planner_t **out)
@@ -303,8 +328,10 @@ fv_status_t fv_planner_place(fv_planner_t *planner,
 {
     placing_t p = {0};
     uint32_t shard_tokens = default_shard_tokens;
-    uint32_t n_max = planner->order.n;
+    uint32_t n_max = 0;
 
+    settle(planner);
+    n_max = planner->order.n;
     FV_RETURN_IF_ERR(check_sharding(sharding, default_shard_tokens));
     if (n_max == 0) {
         return fv_fail(FV_ERR_EXHAUSTED, "no rank holds KV: 0 of %u are usable, expected 1",

@@ -36,6 +36,21 @@ static uint64_t read_tokens(const fv_policy_t *policy, uint64_t n_tokens)
     return n;
 }
 
+static fv_plan_length_t cut(uint64_t n_tokens, uint32_t shard_tokens)
+{
+    return (fv_plan_length_t){.n_full = n_tokens / shard_tokens, .n_rest = n_tokens % shard_tokens};
+}
+
+/* fv_placement_tokens() of part 0. */
+static uint64_t
+fullest_tokens(const fv_plan_length_t *length, uint32_t shard_tokens, uint32_t n_parts)
+{
+    uint64_t n_turns = length->n_full / n_parts;
+    uint64_t last = (length->n_full == n_turns * n_parts) ? length->n_rest : shard_tokens;
+
+    return n_turns * shard_tokens + last;
+}
+
 fv_plan_shape_t fv_plan_shape(const fv_plan_cost_t *cost,
                               const fv_model_spec_t *spec,
                               uint32_t shard_tokens,
@@ -43,6 +58,8 @@ fv_plan_shape_t fv_plan_shape(const fv_plan_cost_t *cost,
 {
     fv_plan_shape_t s = {
         .cost = cost, .spec = spec, .n_tokens = n_tokens, .shard_tokens = shard_tokens};
+    s.token_bytes = (double)fv_model_token_bytes(spec);
+    s.length = cut(n_tokens, shard_tokens);
     int32_t n_layers[FV_POLICIES_MAX] = {0};
 
     if (spec->n_policies <= 1) {
@@ -55,53 +72,28 @@ fv_plan_shape_t fv_plan_shape(const fv_plan_cost_t *cost,
     for (int32_t i = 0; (i < FV_POLICIES_MAX) && (i < spec->n_policies); i++) {
         if (n_layers[i] > 0) {
             s.reads[s.n_reads].weight = (double)n_layers[i] / (double)spec->n_layers;
-            s.reads[s.n_reads].n_tokens = read_tokens(&spec->policies[i], n_tokens);
+            s.reads[s.n_reads].length =
+                cut(read_tokens(&spec->policies[i], n_tokens), shard_tokens);
             s.n_reads++;
         }
     }
     return s;
 }
 
-/*
- * Part 0 is the fullest part: it owns the first block of every turn. (For a window the same count is taken as
- * if it began at a block's border.)
- */
-fv_plan_grid_t fv_plan_grid(const fv_plan_shape_t *shape, int32_t n_head_parts, int32_t n_ctx_parts)
+/* Context parts that hold something: no more than the session has blocks, and one of an empty session. */
+static int32_t active_parts(const fv_plan_shape_t *shape, int32_t n_ctx_parts)
 {
-    const fv_plan_cost_t *cost = shape->cost;
-    const fv_model_spec_t *spec = shape->spec;
-    fv_plan_grid_t g = {.n_head_parts = n_head_parts, .n_ctx_parts = n_ctx_parts};
-    fv_placement_t p = {.n_head_parts = (uint16_t)n_head_parts,
-                        .n_ctx_parts = (uint16_t)n_ctx_parts,
-                        .shard_tokens = shape->shard_tokens};
-    double n_heads = (double)((spec->n_kv_heads + n_head_parts - 1) / n_head_parts);
-    double token_bytes = n_heads * (double)fv_model_token_bytes(spec);
-    double n_parts = (double)fv_placement_active_parts(&p, shape->n_tokens);
-    double n_read = 0.0;
+    uint64_t n_blocks = shape->length.n_full + ((shape->length.n_rest > 0) ? 1U : 0U);
 
-    for (int32_t i = 0; i < shape->n_reads; i++) {
-        n_read +=
-            shape->reads[i].weight * (double)fv_placement_tokens(&p, 0, shape->reads[i].n_tokens);
+    if (n_blocks >= (uint64_t)n_ctx_parts) {
+        return n_ctx_parts;
     }
-    g.token_us = n_read * token_bytes / cost->rank_bytes_per_us;
-    g.rank_bytes = (double)fv_placement_pages(&p, 0, shape->n_tokens) * FV_PAGE_TOKENS *
-                   token_bytes * (double)spec->n_layers;
-    if (n_parts < 1.0) {
-        n_parts = 1.0;
-    }
-    g.token_us += ((double)n_head_parts * n_parts - 1.0) * cost->fanout_us;
-    if (n_parts > 1.0) {
-        double n_rows = n_heads * (double)fv_model_group(spec);
-        double sent = n_rows * (n_parts - 1.0) / n_parts * STATE_BYTES(spec->head_dim_v);
-
-        g.token_us += cost->exchange_us + sent / cost->exchange_bytes_per_us;
-    }
-    return g;
+    return (n_blocks > 1) ? (int32_t)n_blocks : 1;
 }
 
-static int32_t min_i32(int32_t a, int32_t b)
+static double fanout_us(const fv_plan_shape_t *shape, int32_t n_head_parts, int32_t n_ctx_parts)
 {
-    return (a < b) ? a : b;
+    return (double)(n_head_parts * active_parts(shape, n_ctx_parts) - 1) * shape->cost->fanout_us;
 }
 
 /* The largest head part when n_heads are cut into n_parts. */
@@ -110,57 +102,127 @@ static int32_t largest_part(int32_t n_heads, int32_t n_parts)
     return (n_heads + n_parts - 1) / n_parts;
 }
 
+/*
+ * Part 0 is the fullest part: it owns the first block of every turn. (For a window the same count is taken as
+ * if it began at a block's border.)
+ */
+static double token_us(const fv_plan_shape_t *shape, int32_t n_head_parts, int32_t n_ctx_parts)
+{
+    const fv_plan_cost_t *cost = shape->cost;
+    double n_heads = (double)largest_part(shape->spec->n_kv_heads, n_head_parts);
+    double n_parts = (double)active_parts(shape, n_ctx_parts);
+    double n_read = 0.0;
+    double us = 0.0;
+
+    for (int32_t i = 0; i < shape->n_reads; i++) {
+        n_read += shape->reads[i].weight * (double)fullest_tokens(&shape->reads[i].length,
+                                                                  shape->shard_tokens,
+                                                                  (uint32_t)n_ctx_parts);
+    }
+    us = n_read * (n_heads * shape->token_bytes) / cost->rank_bytes_per_us;
+    us += fanout_us(shape, n_head_parts, n_ctx_parts);
+    if (n_parts > 1.0) {
+        double n_rows = n_heads * (double)fv_model_group(shape->spec);
+        double sent = n_rows * (n_parts - 1.0) / n_parts * STATE_BYTES(shape->spec->head_dim_v);
+
+        us += cost->exchange_us + sent / cost->exchange_bytes_per_us;
+    }
+    return us;
+}
+
+static double rank_bytes(const fv_plan_shape_t *shape, int32_t n_head_parts, int32_t n_ctx_parts)
+{
+    double n_heads = (double)largest_part(shape->spec->n_kv_heads, n_head_parts);
+    uint64_t n_tokens = fullest_tokens(&shape->length, shape->shard_tokens, (uint32_t)n_ctx_parts);
+
+    return (double)fv_div_up(n_tokens, FV_PAGE_TOKENS) * FV_PAGE_TOKENS *
+           (n_heads * shape->token_bytes) * (double)shape->spec->n_layers;
+}
+
+fv_plan_grid_t fv_plan_grid(const fv_plan_shape_t *shape, int32_t n_head_parts, int32_t n_ctx_parts)
+{
+    return (fv_plan_grid_t){.n_head_parts = n_head_parts,
+                            .n_ctx_parts = n_ctx_parts,
+                            .token_us = token_us(shape, n_head_parts, n_ctx_parts),
+                            .rank_bytes = rank_bytes(shape, n_head_parts, n_ctx_parts)};
+}
+
+static int32_t min_i32(int32_t a, int32_t b)
+{
+    return (a < b) ? a : b;
+}
+
 typedef struct candidates {
-    fv_plan_grid_t grids[GRIDS_MAX];
+    const fv_plan_shape_t *shape;
+    const fv_plan_ask_t *ask;
+    double least_us; /* of the grids, which all fit */
     int32_t n;
+    fv_plan_grid_t grids[GRIDS_MAX];
 } candidates_t;
 
-static void add(candidates_t *c, const fv_plan_shape_t *shape, int32_t n_head_parts, int32_t n_ctx)
+/* False: the fan-out alone makes the grid too dear, and so any with more ranks. */
+static bool add(candidates_t *c, int32_t n_head_parts, int32_t n_ctx)
 {
+    fv_plan_grid_t *g = &c->grids[c->n];
+
     FV_ASSERT(c->n < GRIDS_MAX);
-    c->grids[c->n++] = fv_plan_grid(shape, n_head_parts, n_ctx);
+    if ((c->n > 0) && (fanout_us(c->shape, n_head_parts, n_ctx) > c->least_us * WORTHWHILE)) {
+        return false;
+    }
+    g->n_head_parts = n_head_parts;
+    g->n_ctx_parts = n_ctx;
+    g->rank_bytes = 0.0;
+    if (c->ask->fits != NULL) {
+        g->rank_bytes = rank_bytes(c->shape, n_head_parts, n_ctx);
+        if (!c->ask->fits(c->ask->arg, g)) {
+            return true;
+        }
+    }
+    g->token_us = token_us(c->shape, n_head_parts, n_ctx);
+    c->least_us = ((c->n == 0) || (g->token_us < c->least_us)) ? g->token_us : c->least_us;
+    c->n++;
+    return true;
 }
 
 /* 1, 2, 4 ... and n_max itself; no more parts than the context has blocks: they would hold nothing. */
-static void
-add_contexts(candidates_t *c, const fv_plan_shape_t *shape, int32_t n_head_parts, int32_t n_max)
+static void add_contexts(candidates_t *c, int32_t n_head_parts, int32_t n_max)
 {
-    uint64_t n_blocks = fv_div_up(shape->n_tokens, shape->shard_tokens);
+    bool is_worth_more = true;
 
-    if (n_blocks < (uint64_t)n_max) {
-        n_max = (n_blocks > 1) ? (int32_t)n_blocks : 1;
+    n_max = active_parts(c->shape, n_max);
+    for (int32_t n = 1; is_worth_more && (n < n_max); n *= 2) {
+        is_worth_more = add(c, n_head_parts, n);
     }
-    for (int32_t n = 1; n < n_max; n *= 2) {
-        add(c, shape, n_head_parts, n);
+    if (is_worth_more) {
+        (void)add(c, n_head_parts, n_max);
     }
-    add(c, shape, n_head_parts, n_max);
 }
 
-static void enumerate(candidates_t *c, const fv_plan_shape_t *shape, const fv_plan_ask_t *ask)
+static void enumerate(candidates_t *c)
 {
-    int32_t n_heads = shape->spec->n_kv_heads;
+    const fv_plan_ask_t *ask = c->ask;
+    int32_t n_heads = c->shape->spec->n_kv_heads;
     int32_t n_max = ask->n_ranks_max;
     int32_t h_max = min_i32(n_heads, n_max);
 
-    c->n = 0;
     if (ask->mode == FV_SHARDING_CONTEXT) {
-        add(c, shape, 1, n_max);
+        (void)add(c, 1, n_max);
         return;
     }
     if (ask->mode == FV_SHARDING_HEADS) {
         /* The fewest ranks with the same largest part: 8 heads over 7 ranks are 2, 2, 2, 2. */
         int32_t h = largest_part(n_heads, largest_part(n_heads, h_max));
 
-        add_contexts(c, shape, h, ask->has_hint ? (n_max / h) : 1);
+        add_contexts(c, h, ask->has_hint ? (n_max / h) : 1);
         return;
     }
     if (!ask->has_hint) { /* context parts cost nothing until the context reaches them */
-        add_contexts(c, shape, 1, n_max);
+        add_contexts(c, 1, n_max);
         return;
     }
     for (int32_t h = 1; h <= h_max; h++) {
         if ((h == 1) || (largest_part(n_heads, h) < largest_part(n_heads, h - 1))) {
-            add_contexts(c, shape, h, n_max / h);
+            add_contexts(c, h, n_max / h);
         }
     }
 }
@@ -186,22 +248,16 @@ bool fv_plan_grid_choose(const fv_plan_shape_t *shape,
                          const fv_plan_ask_t *ask,
                          fv_plan_grid_t *out)
 {
-    candidates_t all;
+    candidates_t all; /* grids[0..n-1] only are ever written */
     const fv_plan_grid_t *best = NULL;
-    int32_t n = 0;
-    double least_us = 0.0;
 
-    enumerate(&all, shape, ask);
-    for (int32_t i = 0; i < all.n; i++) { /* those that fit move to the front */
-        if ((ask->fits == NULL) || ask->fits(ask->arg, &all.grids[i])) {
-            all.grids[n] = all.grids[i];
-            least_us =
-                ((n == 0) || (all.grids[n].token_us < least_us)) ? all.grids[n].token_us : least_us;
-            n++;
-        }
-    }
-    for (int32_t i = 0; i < n; i++) {
-        if ((all.grids[i].token_us <= least_us * WORTHWHILE) &&
+    all.shape = shape;
+    all.ask = ask;
+    all.least_us = 0.0;
+    all.n = 0;
+    enumerate(&all);
+    for (int32_t i = 0; i < all.n; i++) {
+        if ((all.grids[i].token_us <= all.least_us * WORTHWHILE) &&
             ((best == NULL) || is_better(&all.grids[i], best))) {
             best = &all.grids[i];
         }
@@ -210,6 +266,7 @@ bool fv_plan_grid_choose(const fv_plan_shape_t *shape,
         return false;
     }
     *out = *best;
+    out->rank_bytes = rank_bytes(shape, best->n_head_parts, best->n_ctx_parts);
     return true;
 }
 
@@ -220,7 +277,7 @@ double fv_plan_token_us(const fv_plan_cost_t *cost,
 {
     fv_plan_shape_t shape = fv_plan_shape(cost, spec, placement->shard_tokens, n_tokens);
 
-    return fv_plan_grid(&shape, placement->n_head_parts, placement->n_ctx_parts).token_us;
+    return token_us(&shape, placement->n_head_parts, placement->n_ctx_parts);
 }
 
 uint64_t fv_plan_growth_bytes(const fv_model_spec_t *spec,
@@ -229,13 +286,23 @@ uint64_t fv_plan_growth_bytes(const fv_model_spec_t *spec,
                               uint64_t n_before,
                               uint64_t n_after)
 {
-    int32_t hp = cell / placement->n_ctx_parts;
-    int32_t cp = cell % placement->n_ctx_parts;
+    int32_t hp = 0;
+    int32_t cp = cell;
+
+    if ((fv_div_up(n_before, FV_PAGE_TOKENS) >= fv_div_up(n_after, FV_PAGE_TOKENS))) {
+        return 0; /* no new page anywhere: pages never span parts */
+    }
+    if (placement->n_head_parts > 1) {
+        hp = cell / placement->n_ctx_parts;
+        cp = cell % placement->n_ctx_parts;
+    }
+    if ((uint64_t)cp * placement->shard_tokens >= n_after) {
+        return 0; /* the context has not reached this part */
+    }
     int32_t n_heads = fv_placement_head_begin(placement, spec->n_kv_heads, hp + 1) -
                       fv_placement_head_begin(placement, spec->n_kv_heads, hp);
-    uint64_t before = fv_placement_pages(placement, cp, n_before);
+    uint64_t before = (n_before > 0) ? fv_placement_pages(placement, cp, n_before) : 0U;
     uint64_t after = fv_placement_pages(placement, cp, n_after);
 
-    return (after > before) ? ((after - before) * (uint64_t)n_heads * fv_model_page_bytes(spec))
-                            : 0U;
+    return (after - before) * (uint64_t)n_heads * fv_model_page_bytes(spec);
 }

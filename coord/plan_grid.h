@@ -10,16 +10,24 @@
 
 #include <stdbool.h>
 
+/* Tokens cut into blocks of shard_tokens once, so that a grid costs one division and not four. */
+typedef struct fv_plan_length {
+    uint64_t n_full; /* blocks */
+    uint64_t n_rest; /* tokens of the block that is not full */
+} fv_plan_length_t;
+
 /* A session at a length, reduced to what the cost depends on. */
 typedef struct fv_plan_shape {
     const fv_plan_cost_t *cost;
     const fv_model_spec_t *spec;
     uint64_t n_tokens;
     uint32_t shard_tokens;
+    double token_bytes; /* K and V of one token of one KV head */
+    fv_plan_length_t length;
     int32_t n_reads; /* entries of reads */
     struct {
-        double weight;     /* share of the model's layers */
-        uint64_t n_tokens; /* that a query at the end of the context reads in those layers */
+        double weight;           /* share of the model's layers */
+        fv_plan_length_t length; /* that a query at the end of the context reads in those layers */
     } reads[FV_POLICIES_MAX];
 } fv_plan_shape_t;
 
