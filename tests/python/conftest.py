@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +38,12 @@ _TIED_TO_US = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else
 class Service:
     """A running service on a unix socket. Everything it prints is in `log`."""
 
-    def __init__(self, folder: Path, kv_memory: str | None = None) -> None:
+    def __init__(self, folder: Path, kv_memory: str | None = None, options: Sequence[str] = ()) -> None:
         self.address = f"unix:{folder}/fovea.sock"
         self.log = folder / "service.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*_TIED_TO_US, *self._command(kv_memory)],
+                [*_TIED_TO_US, *self._command(kv_memory, options)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -54,7 +54,7 @@ class Service:
             self.stop()
             pytest.fail(f"the service did not start:\n{self.output()}")
 
-    def _command(self, kv_memory: str | None) -> list[str]:
+    def _command(self, kv_memory: str | None, options: Sequence[str]) -> list[str]:
         fovead = os.environ.get("FOVEAD")
         if fovead is None:
             n_bytes = int(kv_memory.removesuffix("m")) << 20 if kv_memory else 1 << 30
@@ -62,7 +62,8 @@ class Service:
         ranks = os.environ.get("FV_TEST_RANKS")
         launch = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", ranks] if ranks else []
         extra = shlex.split(os.environ.get("FOVEAD_ARGS", ""))
-        return [*launch, fovead, "--listen", self.address, "--kv-memory", kv_memory or "512m", *extra]
+        memory = ["--kv-memory", kv_memory or "512m"]
+        return [*launch, fovead, "--listen", self.address, *memory, *extra, *options]
 
     def connect(self, timeout: float = 10.0) -> fovea.Client:
         return fovea.connect(self.address, timeout=timeout)
@@ -125,14 +126,14 @@ def service(shared_service: Service) -> Iterator[Service]:
 
 @pytest.fixture
 def own_service() -> Iterator[Callable[..., Service]]:
-    """own_service(kv_memory="64m"): a service for this test alone."""
+    """own_service(kv_memory="64m", options=[]): a service for this test alone; the options go to fovead only."""
     started: list[Service] = []
     with _folder() as folder:
 
-        def start(kv_memory: str | None = None) -> Service:
+        def start(kv_memory: str | None = None, options: Sequence[str] = ()) -> Service:
             place = Path(folder) / str(len(started))
             place.mkdir()
-            started.append(Service(place, kv_memory))
+            started.append(Service(place, kv_memory, options))
             return started[-1]
 
         yield start

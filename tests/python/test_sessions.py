@@ -160,6 +160,25 @@ def test_a_thousand_sessions(client, rng):
         client.close_session(session_id)
 
 
+@pytest.mark.fovead
+def test_one_session_too_many(own_service, rng):
+    """At --sessions-max one more is refused, by open and by fork; the others go on, and a close makes room."""
+    with own_service(options=["--sessions-max", "10"]).connect() as client:
+        spec = small_spec()
+        model = client.register_model(spec)
+        sessions = [Known(client, spec, rng) for _ in range(10)]
+        for refused in (lambda: client.open_session(model), sessions[0].session.fork):
+            with pytest.raises(fovea.ResourceExhausted, match="10.*sessions_max"):
+                refused()
+        attend(sessions, [5] * 10)
+        sessions[3].session.close()
+        sessions[3] = Known(client, spec, rng)
+        attend(sessions, [2] * 10)
+        with pytest.raises(fovea.ResourceExhausted, match="10.*sessions_max"):
+            client.open_session(model)
+        assert client.status().n_sessions == 10
+
+
 def test_sessions_outlive_their_client(service, client, rng):
     with service.connect() as first:
         s = Known(first, small_spec(), rng)
