@@ -102,8 +102,10 @@ const fv_option_t fv_options[] = {
      .max = 1U << 20U},
     {.name = "step_deadline_ms",
      .arg = "MS",
-     .value = "30000",
-     .help = "A rank that has not finished its part of a step by then counts as lost.",
+     .value = "600000",
+     .help =
+         "A rank that has not finished its part of a step by then counts as lost. Longer than the longest "
+         "prefill chunk takes; a rank that dies is noticed at once, whatever this says.",
      .type = FV_OPTION_INT,
      .offset = AT(step_deadline_ms),
      .min = 100,

@@ -40,7 +40,9 @@ fv_status_t fv_engine_create(const fv_engine_config_t *config, fv_engine_t **out
         status = fv_fail(FV_ERR_NO_MEMORY, "engine of %u ranks", n_ranks);
     }
     if (status == FV_OK) {
-        status = fv_sched_create(&config->sched, &engine->sched);
+        fv_sched_config_t sched = config->sched;
+        sched.prepare = fv_engine_prepare;
+        status = fv_sched_create(&sched, &engine->sched);
     }
     if (status == FV_OK) {
         status = fv_staging_create(config->request_memory_bytes, &engine->staging);

@@ -141,7 +141,7 @@ static void answer_refusal(fv_call_t *call, const fv_error_t *refusal)
 
 static fv_status_t do_register(fv_engine_t *engine, const fv_entry_t *entry)
 {
-    static fv_model_spec_t spec; /* large; engine thread only */
+    static fv_model_spec_t spec; /* large; guarded by the turn */
     static fv_ctl_model_t message;
     fv_register_response_t response = {0};
     fv_bytes_t bytes = {0};
@@ -345,15 +345,15 @@ static fv_status_t do_get(fv_engine_t *engine, const fv_entry_t *entry)
 static fv_status_t
 list_sessions(fv_engine_t *engine, const fv_list_request_t *request, fv_list_response_t *out)
 {
-    char *end = NULL;
-    uint64_t after = strtoull(request->page_token, &end, 10);
+    bool is_number = strspn(request->page_token, "0123456789") == strlen(request->page_token);
+    uint64_t after = strtoull(request->page_token, NULL, 10);
     uint32_t page_size = (request->page_size == 0) ? LIST_DEFAULT : request->page_size;
 
-    if ((*end != '\0') || (request->page_size > LIST_MAX)) {
+    if (!is_number || (after == UINT64_MAX) || (request->page_size > LIST_MAX)) {
         return fv_fail(FV_ERR_INVALID_ARG,
                        "%s: given \"%s\" and %u, expected a next_page_token and 0..%u",
-                       (*end != '\0') ? "page_token" : "page_size", request->page_token,
-                       request->page_size, LIST_MAX);
+                       (request->page_size > LIST_MAX) ? "page_size" : "page_token",
+                       request->page_token, request->page_size, LIST_MAX);
     }
     out->sessions = calloc(page_size, sizeof(*out->sessions));
     if (out->sessions == NULL) {

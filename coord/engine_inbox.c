@@ -1,7 +1,7 @@
 /*
  * engine_inbox.c - the rpc thread's side: a message becomes an entry, tensors go to staging.
  *
- * Decode path: station 2 of 10. Before: coord/rpc_call.c. After: coord/sched_step.c, on the engine's thread.
+ * Decode path: station 2 of 10. Before: coord/rpc_call.c. After: coord/sched_step.c, on whichever thread has the turn.
  *
  * This is where a request's tensors are copied, once, from gRPC's receive slices into aligned memory; the
  * crc32c that proves a retry is taken while they are hot.
@@ -14,7 +14,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#define ALIGNMENT 64U
+#define ALIGNMENT   64U
+#define SMALL_BYTES ((size_t)64 << 10)
 
 /*
  * A request at most this large, with at most this many (query token, KV token) pairs, is served on the rpc thread: some
@@ -164,8 +165,10 @@ static void take_small(fv_engine_t *engine,
     for (size_t i = 0; i < n_spans; i++) {
         n_bytes += spans[i].n_bytes;
     }
+    /* A small one passes the bound of request memory: closing sessions must work when it is full. */
+    bool passes = n_bytes <= SMALL_BYTES;
     fv_status_t status =
-        fv_staging_take(engine->staging, sizeof(fv_entry_t) + n_bytes, false, &memory);
+        fv_staging_take(engine->staging, sizeof(fv_entry_t) + n_bytes, passes, &memory);
     if (status != FV_OK) {
         fv_reply_error(call, status);
         return;
@@ -235,7 +238,9 @@ count_pairs(const fv_attend_request_t *head, const fv_attend_item_t *items, size
 {
     uint64_t n_pairs = 0;
 
-    if ((n_bytes > INLINE_BYTES_MAX) || (head->n_tokens > INLINE_PAIRS_MAX)) {
+    if ((n_bytes > INLINE_BYTES_MAX) || (head->n_tokens > INLINE_PAIRS_MAX) ||
+        (!head->append &&
+         !head->causal)) { /* the last reads a whole layer, whose length only the engine knows */
         return UINT64_MAX;
     }
     for (uint32_t i = 0; i < head->n_items; i++) {
@@ -271,7 +276,7 @@ static void take_attend(fv_engine_t *engine,
     }
     uint8_t *base = memory;
     fv_job_t *job = memory;
-    *job = (fv_job_t){.entry = {.call = call, .method = method}};
+    *job = (fv_job_t){.entry = {.call = call, .method = method}, .staging = engine->staging};
     memcpy(base + l.items, engine->scan_items, head.n_items * sizeof(fv_attend_item_t));
     fv_wire_gather(spans, n_spans, head.q, base + l.q);
     fv_wire_gather(spans, n_spans, head.k, base + l.k);

@@ -24,6 +24,7 @@ typedef struct fv_entry {
 typedef struct fv_job {
     fv_entry_t entry;
     fv_request_t request;
+    fv_staging_t *staging;
     fv_tensors_t tensors;
     /* tensors.out and tensors.lse are staging buffers of their own: gRPC gives each back when sent. */
     size_t out_bytes, lse_bytes;
@@ -106,6 +107,9 @@ void fv_reply_error(fv_call_t *call, fv_status_t status); /* with this thread's 
 void fv_reply_job(fv_engine_t *engine, fv_job_t *job, int64_t now_us);
 /* Answers an attend request that never became a job. */
 void fv_reply_refused(fv_call_t *call, fv_method_t method, uint64_t request_id, fv_status_t status);
+
+/* engine_step.c: the scheduler's prepare hook. */
+FV_MUST_CHECK fv_status_t fv_engine_prepare(fv_request_t *request);
 
 /* engine_step.c: runs one step if anything waits; *out_ran says whether. An error ends the service. */
 FV_MUST_CHECK fv_status_t fv_engine_step(fv_engine_t *engine, bool *out_ran);

@@ -23,8 +23,8 @@ static const fv_tensors_t *tensors_of(fv_request_t *request)
     return &fv_job_of(request)->tensors;
 }
 
-/* Room for a request's answer. */
-static fv_status_t take_reply(fv_engine_t *engine, fv_request_t *request)
+/* Room for a request's answer, out of the same bounded memory as the requests. */
+fv_status_t fv_engine_prepare(fv_request_t *request)
 {
     fv_job_t *job = fv_job_of(request);
     size_t n_rows = (size_t)request->head.n_tokens * (size_t)request->spec->n_q_heads;
@@ -34,32 +34,19 @@ static fv_status_t take_reply(fv_engine_t *engine, fv_request_t *request)
     job->out_bytes =
         n_rows * (size_t)request->spec->head_dim_v * fv_dtype_bytes(request->head.dtype);
     job->lse_bytes = request->head.want_lse ? (n_rows * sizeof(float)) : 0U;
-    FV_RETURN_IF_ERR(fv_staging_take(engine->staging, job->out_bytes, true, &out));
+    FV_RETURN_IF_ERR(fv_staging_take(job->staging, job->out_bytes, false, &out));
     job->tensors.out = out;
     if (job->lse_bytes > 0) {
-        FV_RETURN_IF_ERR(fv_staging_take(engine->staging, job->lse_bytes, true, &lse));
+        FV_RETURN_IF_ERR(fv_staging_take(job->staging, job->lse_bytes, false, &lse));
         job->tensors.lse = lse;
     }
     return FV_OK;
 }
 
-/* Takes reply buffers; a request for which there is none leaves the step with its error. */
-static void take_replies(fv_engine_t *engine, fv_step_plan_t *plan, int64_t now_us)
+static void note_queue_times(fv_request_t *request, int64_t now_us)
 {
-    fv_request_t **link = &plan->joined;
-
-    while (*link != NULL) {
-        fv_request_t *request = *link;
-        fv_status_t status = take_reply(engine, request);
+    for (; request != NULL; request = request->next) {
         fv_job_of(request)->timings.queue_us = (uint32_t)(now_us - request->received_us);
-        if (status == FV_OK) {
-            link = &request->next;
-            continue;
-        }
-        request->error = fv_error_capture(status);
-        *link = request->next;
-        plan->n_joined--;
-        fv_reply_job(engine, fv_job_of(request), now_us);
     }
 }
 
@@ -128,8 +115,13 @@ static fv_status_t run_local(fv_engine_t *engine)
     fv_rank_work_t *work = fv_dispatch_work(engine->dispatch, OWN_RANK);
     fv_ctl_done_t done = {0};
 
-    FV_RETURN_IF_ERR(engine->config.local->step(engine->config.local_ctx, work->items, work->io,
-                                                work->n_items, &done, work->errors));
+    fv_status_t status = engine->config.local->step(engine->config.local_ctx, work->items, work->io,
+                                                    work->n_items, &done, work->errors);
+    if (status ==
+        FV_ERR_RANK_LOST) { /* the exchange knows that somebody is gone; the link knows who */
+        FV_RETURN_IF_ERR(fv_link_check(engine->config.link));
+    }
+    FV_RETURN_IF_ERR(status);
     note_done(engine, OWN_RANK, &done);
     return FV_OK;
 }
@@ -196,7 +188,7 @@ fv_status_t fv_engine_step(fv_engine_t *engine, bool *out_ran)
     fv_sched_next_step(engine->sched, now_us, is_cancelled, &plan);
     *out_ran = (plan.joined != NULL) || (plan.finished != NULL);
     answer_all(engine, plan.finished);
-    take_replies(engine, &plan, now_us);
+    note_queue_times(plan.joined, now_us);
     if (plan.joined == NULL) {
         return FV_OK;
     }

@@ -370,5 +370,11 @@ fv_status_t fv_link_step_end(fv_link_t *link,
     if (link->peers[rank].output != MPI_REQUEST_NULL) {
         FV_RETURN_IF_ERR(complete(link, &link->peers[rank].output, "results of a rank", rank));
     }
-    return read_done(link, rank, out, item_errors, n_items);
+    FV_RETURN_IF_ERR(read_done(link, rank, out, item_errors, n_items));
+    if ((out->error.status != FV_OK) &&
+        (out->n_items == 0)) { /* not an item's failure: the whole step's */
+        return fv_fail((fv_status_t)out->error.status, "rank %u failed a step: %s", rank,
+                       out->error.text);
+    }
+    return FV_OK;
 }

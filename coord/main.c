@@ -305,7 +305,7 @@ static fv_rpc_config_t rpc_config(const fv_config_t *config)
     return rpc;
 }
 
-static fv_status_t serve(fv_process_t *p, int signal_fd)
+static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served)
 {
     fv_engine_t *engine = NULL;
     fv_rpc_t *rpc = NULL;
@@ -324,6 +324,7 @@ static fv_status_t serve(fv_process_t *p, int signal_fd)
         .ranks = p->hellos,
     };
 
+    *out_has_served = false;
     FV_RETURN_IF_ERR(fv_engine_create(&config, &engine));
     fv_rpc_handlers_t handlers = fv_engine_handlers(engine);
     fv_rpc_config_t listen = rpc_config(&p->config);
@@ -331,8 +332,9 @@ static fv_status_t serve(fv_process_t *p, int signal_fd)
     if (status != FV_OK) {
         fv_error("%s", fv_error_context());
         fv_engine_destroy(engine);
-        return FV_ERR_INVALID_ARG; /* told apart from a failure while serving */
+        return status;
     }
+    *out_has_served = true;
     print_banner(p, rpc);
     status = fv_engine_run(engine, rpc, signal_fd);
     fv_error_t error = fv_error_capture(status);
@@ -343,8 +345,9 @@ static fv_status_t serve(fv_process_t *p, int signal_fd)
 
 static int run_coordinator(fv_process_t *p, int signal_fd)
 {
-    fv_status_t status = serve(p, signal_fd);
-    int code = (status == FV_ERR_INVALID_ARG) ? EXIT_START : exit_code_of(status);
+    bool has_served = false;
+    fv_status_t status = serve(p, signal_fd, &has_served);
+    int code = has_served ? exit_code_of(status) : EXIT_START;
 
     if ((p->link != NULL) && (code != EXIT_RANK_LOST)) {
         fv_link_stop(p->link);
@@ -371,7 +374,7 @@ static int run_worker(fv_process_t *p)
 
 /* ------------------------------------------------------------------ process */
 
-/* For launchers that hide the exit code of a rank (mpirun with recovery does): fovead-run reads it here. */
+/* For launchers that hide the exit code of a rank, as mpirun with recovery does. */
 static void write_exit_file(int code)
 {
     const char *path = getenv("FOVEA_EXIT_FILE"); /* NOLINT(concurrency-mt-unsafe) */

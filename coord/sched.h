@@ -36,12 +36,19 @@
 
 typedef struct fv_sched fv_sched_t;
 
+struct fv_request;
+
 typedef struct fv_sched_config {
     uint32_t n_ranks;
     uint32_t sessions_max;
     uint32_t step_tokens_max;
     uint32_t shard_tokens; /* default of models and sessions that name none */
     fv_plan_cost_t cost;
+    /*
+     * Called for a request that is about to join a step, when its spec is known and before anything is taken for it: room
+     * for its answer. An error refuses the request. NULL: nothing to prepare.
+     */
+    fv_status_t (*prepare)(struct fv_request *request);
 } fv_sched_config_t;
 
 /*

@@ -9,9 +9,12 @@
 #include <inttypes.h>
 #include <string.h>
 
-#define POSITION_MAX ((uint64_t)1 << 36) /* keeps local page numbers in 31 bits */
-#define STEP_BYTES_MAX \
-    ((uint64_t)1 << 30) /* tensors of one step, unless one request alone has more */
+/* Keeps local page numbers in 31 bits. */
+#define POSITION_MAX ((uint64_t)1 << 36)
+/* Tensors of one step, unless one request alone has more. */
+#define STEP_BYTES_MAX ((uint64_t)1 << 30)
+/* gRPC and MPI count a message in a signed int; the head takes a little. */
+#define REPLY_BYTES_MAX ((uint64_t)INT32_MAX - 4096U)
 
 void fv_sched_submit(fv_sched_t *sched, fv_request_t *request)
 {
@@ -52,6 +55,27 @@ static fv_status_t check_tensor(const char *name,
                    name, given, expected, n_tokens, n_heads, head_dim, fv_dtype_str((int)dtype));
 }
 
+/* Bytes of the answer: out and lse. */
+static uint64_t reply_bytes(const fv_request_t *request)
+{
+    uint64_t n_rows = request->head.n_tokens * (uint64_t)request->spec->n_q_heads;
+    uint64_t row_bytes = (uint64_t)request->spec->head_dim_v * fv_dtype_bytes(request->head.dtype);
+
+    return n_rows * (row_bytes + (request->head.want_lse ? sizeof(float) : 0U));
+}
+
+/* An answer is one message, and out can be many times larger than q (head_dim_v against head_dim_qk). */
+static fv_status_t check_reply(const fv_request_t *request)
+{
+    if (reply_bytes(request) <= REPLY_BYTES_MAX) {
+        return FV_OK;
+    }
+    return fv_fail(FV_ERR_INVALID_ARG,
+                   "q: given %" PRIu64 " tokens, whose answer would have %" PRIu64
+                   " bytes, expected at most %" PRIu64 "; send fewer tokens a request",
+                   request->head.n_tokens, reply_bytes(request), REPLY_BYTES_MAX);
+}
+
 static fv_status_t check_tensors(const fv_request_t *request)
 {
     const fv_attend_request_t *head = &request->head;
@@ -67,8 +91,9 @@ static fv_status_t check_tensors(const fv_request_t *request)
     }
     FV_RETURN_IF_ERR(
         check_tensor("k", head->k.n_bytes, n_kv, spec->n_kv_heads, spec->head_dim_qk, head->dtype));
-    return check_tensor("v", head->v.n_bytes, n_kv, spec->n_kv_heads, spec->head_dim_v,
-                        head->dtype);
+    FV_RETURN_IF_ERR(
+        check_tensor("v", head->v.n_bytes, n_kv, spec->n_kv_heads, spec->head_dim_v, head->dtype));
+    return check_reply(request);
 }
 
 /* Finds the sessions and checks everything that does not depend on their lengths. */
@@ -255,6 +280,9 @@ static fv_status_t admit(fv_sched_t *sched, fv_request_t *request)
     for (uint32_t i = 0; i < request->head.n_items; i++) {
         FV_RETURN_IF_ERR(check_position(request, i, &request->ctl_items[i]));
     }
+    if (sched->config.prepare != NULL) {
+        FV_RETURN_IF_ERR(sched->config.prepare(request));
+    }
     for (uint32_t i = 0; i < request->head.n_items; i++) {
         if ((request->ctl_items[i].flags & FV_ITEM_APPEND) != 0) {
             FV_RETURN_IF_ERR(
@@ -268,7 +296,8 @@ static fv_status_t admit(fv_sched_t *sched, fv_request_t *request)
 
 static uint64_t tensor_bytes(const fv_request_t *request)
 {
-    return (uint64_t)request->head.q.n_bytes + request->head.k.n_bytes + request->head.v.n_bytes;
+    return (uint64_t)request->head.q.n_bytes + request->head.k.n_bytes + request->head.v.n_bytes +
+           reply_bytes(request);
 }
 
 /* True when a request of this step, or one waiting in front of this one, has the same (session, layer). */

@@ -68,7 +68,7 @@ static int class_of(size_t n_bytes)
     return c;
 }
 
-fv_status_t fv_staging_take(fv_staging_t *staging, size_t n_bytes, bool is_reply, void **out)
+fv_status_t fv_staging_take(fv_staging_t *staging, size_t n_bytes, bool may_pass, void **out)
 {
     int c = class_of(n_bytes);
     size_t class_bytes = (size_t)1 << c;
@@ -76,7 +76,7 @@ fv_status_t fv_staging_take(fv_staging_t *staging, size_t n_bytes, bool is_reply
     (void)pthread_mutex_lock(&staging->lock);
     size_t free_bytes =
         (staging->bytes_out < staging->bytes_max) ? (staging->bytes_max - staging->bytes_out) : 0;
-    if (!is_reply && (class_bytes > free_bytes)) {
+    if (!may_pass && (class_bytes > free_bytes)) {
         (void)pthread_mutex_unlock(&staging->lock);
         return fv_fail(FV_ERR_EXHAUSTED,
                        "memory for requests in flight: %zu bytes needed, %zu free of %zu "

@@ -21,12 +21,12 @@ FV_MUST_CHECK fv_status_t fv_staging_create(size_t bytes_max, fv_staging_t **out
 void fv_staging_destroy(fv_staging_t *staging); /* every buffer must be back */
 
 /*
- * is_reply: replies are bounded by their requests, so they may pass bytes_max and fail only for want of memory.
+ * may_pass: what must go on when the bound is reached (a small command); fails only for want of memory.
  * Errors: FV_ERR_EXHAUSTED with bytes needed and free; FV_ERR_NO_MEMORY.
  */
 FV_MUST_CHECK fv_status_t fv_staging_take(fv_staging_t *staging,
                                           size_t n_bytes,
-                                          bool is_reply,
+                                          bool may_pass,
                                           void **out);
 /* Matches the release signature of fv_reply_piece_t: `buffer` is what take() gave. NULL is fine. */
 void fv_staging_give(void *buffer);

@@ -88,7 +88,7 @@ static void test_defaults(void **state)
     assert_int_equal(c.grpc_memory, 512U << 20U);
     assert_int_equal(c.sessions_max, 100000);
     assert_int_equal(c.step_tokens_max, 8192);
-    assert_int_equal(c.step_deadline_ms, 30000);
+    assert_int_equal(c.step_deadline_ms, 600000);
     assert_int_equal(c.drain_timeout_ms, 10000);
     assert_int_equal(fv_log_level_parse(c.log_level, &level), FV_OK);
     assert_int_equal(level, FV_LOG_INFO);
