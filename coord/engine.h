@@ -1,7 +1,7 @@
 /*
  * engine.h - the coordinator's thread: takes what the RPC door brings, runs steps, answers.
  *
- * Decode path: stations 3, 9 and 10 of 10 happen on its thread. Before: coord/rpc_call.c (rpc thread). After: the same.
+ * Decode path: stations 2, 3, 9 and 10 of 10. Before: coord/rpc_event.c. After: coord/rpc_call.c.
  *
  * The engine owns the clock, the inbox, the requests' memory and the scheduler core. Its thread also computes
  * rank 0's own share, and hands answers to gRPC itself: one hand-over between threads (rpc -> engine). A small request on

@@ -1,7 +1,7 @@
 /*
  * rpc.h - the gRPC door: bytes in, bytes out, nothing of what they mean.
  *
- * Decode path: stations 1 and 10 of 10. After station 1: coord/engine.c. Before station 10: the same.
+ * Decode path: stations 1 and 10 of 10. After station 1: coord/engine_inbox.c. Before station 10: coord/engine_reply.c.
  *
  * Behind it stands gRPC C core (rpc_server.c: life cycle and completion-queue loop; rpc_event.c and rpc_call.c: the
  * state machine of one call). Health (grpc.health.v1) and server reflection (v1 and v1alpha) are answered inside the door.

@@ -1,7 +1,7 @@
 /*
  * rpc_call.c - what a call sends and reads next: replies queued, batches started, the status decided.
  *
- * Decode path: station 10 of 10. Before: coord/engine.c.
+ * Decode path: station 10 of 10. Before: coord/engine_reply.c.
  */
 #include "coord/rpc_call.h"
 

@@ -1,7 +1,7 @@
 /*
  * rpc_event.c - what happens to calls: matched, a message read, a reply sent, closed.
  *
- * Decode path: station 1 of 10. Before: rpc_server.c (the completion-queue loop). After: coord/engine.c.
+ * Decode path: station 1 of 10. Before: rpc_server.c (the completion-queue loop). After: coord/engine_inbox.c.
  */
 #include "common/clock.h"
 #include "common/log.h"

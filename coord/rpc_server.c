@@ -4,7 +4,7 @@
  * Decode path: station 1 of 10. After: rpc_event.c.
  *
  * One thread polls: with gRPC's epoll engine more threads do not poll in parallel, they only wake each
- * other. It dispatches events and computes nothing.
+ * other. It dispatches events and lends its idle moments to the handler.
  */
 #include "common/log.h"
 #include "coord/rpc_internal.h"

@@ -1,8 +1,8 @@
 /*
  * sched.h - the scheduler core: events in, what to do out. No I/O, no clock, no lock, no thread.
  *
- * Decode path: station 3 of 10. Before: coord/engine.c (which owns the clock, the doors and the
- * requests' memory). After: coord/engine.c again, with a step to run.
+ * Decode path: station 3 of 10. Before: coord/engine_inbox.c (the engine owns the clock, the doors and the
+ * requests' memory). After: coord/engine_step.c, with a step to run.
  *
  * Two kinds of events:
  *  - session commands (register, open, fork, truncate, close) take effect between steps: the core changes its tables

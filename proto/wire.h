@@ -1,7 +1,7 @@
 /*
  * wire.h - bytes <-> checked C structs, for server and client alike.
  *
- * Decode path: station 2 of 10. Before: coord/rpc_server.c. After: coord/engine.c.
+ * Decode path: station 2 of 10. Before: coord/rpc_event.c. After: coord/engine_inbox.c.
  *
  * proto/ is the only user of protobuf-c's generated code. Two ways through it:
  *  - Attend messages carry tensors and are hot: they are scanned in place over the slices gRPC

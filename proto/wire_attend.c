@@ -1,7 +1,7 @@
 /*
  * wire_attend.c - AttendRequest and AttendResponse scanned in place: small fields copied, tensors located.
  *
- * Decode path: station 2 of 10. Before: coord/rpc_server.c. After: coord/engine.c.
+ * Decode path: station 2 of 10. Before: coord/engine_inbox.c. After: coord/sched_step.c.
  *
  * A request that is well-formed but wrong (a bad session id, a bad dtype) is still walked to its end,
  * because its request_id may come last and the error must be answered with it.

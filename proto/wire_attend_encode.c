@@ -1,7 +1,7 @@
 /*
  * wire_attend_encode.c - the small heads around the tensors of AttendRequest and AttendResponse.
  *
- * Reply path: station 10 of 10. Before: coord/engine.c. After: coord/rpc_server.c sends.
+ * Decode path: station 10 of 10. Before: coord/engine_reply.c. After: coord/rpc_call.c sends.
  *
  * A tensor itself is never copied: its head (tag and length) is written here, its bytes follow as a
  * slice of their own.

@@ -1,7 +1,7 @@
 /*
  * wire_scan.c - the field scanner: tags, varints and lengths over pieces that may split anywhere.
  *
- * Decode path: station 2 of 10. Before: coord/rpc_server.c. After: wire_attend.c.
+ * Decode path: station 2 of 10. Before: coord/engine_inbox.c. After: wire_attend.c.
  */
 #include "proto/wire_scan.h"
 

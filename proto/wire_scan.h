@@ -1,7 +1,7 @@
 /*
  * wire_scan.h - walks the fields of a protobuf message that lies in several pieces. Private to proto/.
  *
- * Decode path: station 2 of 10. Before: coord/rpc_server.c. After: wire_attend.c.
+ * Decode path: station 2 of 10. Before: coord/engine_inbox.c. After: wire_attend.c.
  *
  * The scan holds a place (which piece, which byte of it) and never copies. A length-delimited field is
  * reported before its bytes are passed over, so that the caller may read them (fv_scan_read) or open
