@@ -1,7 +1,7 @@
 /*
  * plan.c - the planner: chooses ranks for a session, and says why.
  *
- * Decode path: station 4 of 10. Before: coord/sched.c. After: coord/link_mpi.c.
+ * Decode path: station 4 of 10. Before: coord/sched.c. After: coord/dispatch.c.
  *
  * plan_grid.c decides how many parts (cost model), plan_order.c knows which ranks are the least loaded; here
  * the two meet, and a session that does not fit on one rank's free memory is spread until it does.
@@ -39,9 +39,23 @@ struct fv_planner {
     uint32_t changed[CHANGED_MAX]; /* ranks whose place in `order` is that of an earlier load */
 };
 
-/* Gives the changed ranks their places. */
+/*
+ * Gives the changed ranks their places. After a plan these are the first ranks of the order: they leave it
+ * together.
+ */
 static void settle(fv_planner_t *planner)
 {
+    uint32_t n = (planner->n_changed < planner->order.n) ? planner->n_changed : planner->order.n;
+    uint32_t first[CHANGED_MAX];
+    uint32_t n_drop = 0;
+
+    if (n > 0) {
+        fv_plan_order_first(&planner->order, n, first);
+        while ((n_drop < n) && planner->ranks[first[n_drop]].is_changed) {
+            n_drop++;
+        }
+        fv_plan_order_drop(&planner->order, n_drop);
+    }
     for (uint32_t i = 0; i < planner->n_changed; i++) {
         uint32_t rank = planner->changed[i];
         plan_rank_t *r = &planner->ranks[rank];
@@ -228,10 +242,13 @@ static void find_room(const fv_planner_t *planner, placing_t *p)
 {
     int32_t n = 0;
 
-    for (uint32_t i = 0; i < planner->order.n; i++) {
-        double room = free_bytes(planner, fv_plan_key_rank(planner->order.heap[i]));
+    for (uint32_t rank = 0; rank < planner->n_ranks; rank++) {
+        double room = free_bytes(planner, rank);
         int32_t at = 0;
 
+        if (planner->ranks[rank].total == 0) {
+            continue;
+        }
         if (n < p->ask.n_ranks_max) {
             at = n++;
         } else if (room > p->roomiest[n - 1]) {

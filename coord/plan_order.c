@@ -5,136 +5,225 @@
 
 #include <stdlib.h>
 
-#define NOWHERE UINT32_MAX
+#define ABSENT UINT64_MAX /* as a load: the bits of a NaN */
+#define HALF   (FV_PLAN_RUN_KEYS / 2)
+
+/* Two neighbours hold more than HALF keys, so pairs of runs number at most n_ranks / (HALF + 1). */
+static uint32_t n_runs_max(uint32_t n_ranks)
+{
+    return (2 * (n_ranks / (HALF + 1))) + 2;
+}
 
 fv_status_t fv_plan_order_init(fv_plan_order_t *order, uint32_t n_ranks)
 {
     fv_plan_order_t o = {0};
+    uint32_t n_runs = n_runs_max(n_ranks);
 
-    o.heap = calloc(n_ranks, sizeof(*o.heap));
-    o.where = calloc(n_ranks, sizeof(*o.where));
-    if ((o.heap == NULL) || (o.where == NULL)) {
+    o.keys = calloc(n_ranks, sizeof(*o.keys));
+    o.runs = calloc(n_runs, sizeof(*o.runs));
+    o.sorted = calloc(n_runs, sizeof(*o.sorted));
+    o.from = calloc(n_runs, sizeof(*o.from));
+    if ((o.keys == NULL) || (o.runs == NULL) || (o.sorted == NULL) || (o.from == NULL)) {
         fv_plan_order_finish(&o);
         return fv_fail(FV_ERR_NO_MEMORY, "planner: no memory for %u ranks", n_ranks);
     }
     for (uint32_t i = 0; i < n_ranks; i++) {
-        o.where[i] = NOWHERE;
+        o.keys[i].load = ABSENT;
     }
+    for (uint32_t i = 0; i < n_runs; i++) {
+        o.sorted[i] = i;
+    }
+    o.n_runs = 1; /* the first run stays when it is empty */
     *order = o;
     return FV_OK;
 }
 
 void fv_plan_order_finish(fv_plan_order_t *order)
 {
-    free(order->heap);
-    free(order->where);
+    free(order->keys);
+    free(order->runs);
+    free(order->sorted);
+    free(order->from);
     *order = (fv_plan_order_t){0};
 }
 
-static bool is_before(fv_plan_key_t a, fv_plan_key_t b)
+static uint32_t is_before(fv_plan_key_t a, fv_plan_key_t b)
 {
-    return ((a.load < b.load) | ((a.load == b.load) & (a.begun_rank < b.begun_rank))) != 0;
+    return (uint32_t)((a.load < b.load) | ((a.load == b.load) & (a.begun_rank < b.begun_rank)));
 }
 
-static void set_at(fv_plan_order_t *o, uint32_t at, fv_plan_key_t key)
+/*
+ * How many of n ascending keys are not after `key`. Loads are random, so no branch depends on a comparison; they are
+ * seldom equal, so the second word is looked at only where they are.
+ */
+static uint32_t count_upto(const fv_plan_key_t *keys, uint32_t n, fv_plan_key_t key)
 {
-    o->heap[at] = key;
-    o->where[fv_plan_key_rank(key)] = at;
-}
+    const fv_plan_key_t *begin = keys;
+    const fv_plan_key_t *end = keys + n;
 
-/* Both move a hole rather than swap: one write a level. */
-static void sift_up(fv_plan_order_t *o, uint32_t at, fv_plan_key_t key)
-{
-    while (at > 0) {
-        uint32_t parent = (at - 1) / 2;
+    for (; n > 0; n -= (n + 1) / 2) {
+        const fv_plan_key_t *middle = begin + (n / 2);
 
-        if (!is_before(key, o->heap[parent])) {
-            break;
-        }
-        set_at(o, at, o->heap[parent]);
-        at = parent;
+        begin = (middle->load < key.load) ? (begin + ((n + 1) / 2)) : begin;
     }
-    set_at(o, at, key);
+    if ((begin < end) && (begin->load == key.load)) {
+        n = (uint32_t)(end - begin);
+        while (n > 0) {
+            uint32_t half = n / 2;
+            bool is_upto = is_before(key, begin[half]) == 0;
+
+            begin += is_upto ? (half + 1) : 0;
+            n = is_upto ? (n - half - 1) : half;
+        }
+    }
+    return (uint32_t)(begin - keys);
 }
 
-static void sift_down(fv_plan_order_t *o, uint32_t at, fv_plan_key_t key)
+/* Position in `sorted` of the run where `key` is or belongs. */
+static uint32_t run_of(const fv_plan_order_t *o, fv_plan_key_t key)
 {
-    for (uint32_t child = (2 * at) + 1; child < o->n; child = (2 * at) + 1) {
-        child += (child + 1 < o->n) && is_before(o->heap[child + 1], o->heap[child]);
-        if (!is_before(o->heap[child], key)) {
-            break;
+    return count_upto(o->from + 1, o->n_runs - 1, key);
+}
+
+static fv_plan_run_t *run_at(const fv_plan_order_t *o, uint32_t at)
+{
+    return &o->runs[o->sorted[at]];
+}
+
+/* The upper half of the full run at `at` becomes the run after it. */
+static void split(fv_plan_order_t *o, uint32_t at)
+{
+    uint32_t fresh = o->sorted[o->n_runs];
+    fv_plan_run_t *lower = run_at(o, at);
+    fv_plan_run_t *upper = &o->runs[fresh];
+    size_t n_later = o->n_runs - at - 1;
+
+    lower->n = HALF;
+    upper->n = FV_PLAN_RUN_KEYS - HALF;
+    memcpy(upper->keys, &lower->keys[HALF], upper->n * sizeof(upper->keys[0]));
+    memmove(&o->sorted[at + 2], &o->sorted[at + 1], n_later * sizeof(o->sorted[0]));
+    memmove(&o->from[at + 2], &o->from[at + 1], n_later * sizeof(o->from[0]));
+    o->sorted[at + 1] = fresh;
+    o->from[at + 1] = upper->keys[0];
+    o->n_runs++;
+}
+
+/* The run at `at`, which is not the first, joins the one before it. */
+static void join(fv_plan_order_t *o, uint32_t at)
+{
+    uint32_t spare = o->sorted[at];
+    fv_plan_run_t *lower = run_at(o, at - 1);
+    const fv_plan_run_t *upper = &o->runs[spare];
+    size_t n_later = o->n_runs - at - 1;
+
+    memcpy(&lower->keys[lower->n], upper->keys, upper->n * sizeof(upper->keys[0]));
+    lower->n += upper->n;
+    memmove(&o->sorted[at], &o->sorted[at + 1], n_later * sizeof(o->sorted[0]));
+    memmove(&o->from[at], &o->from[at + 1], n_later * sizeof(o->from[0]));
+    o->n_runs--;
+    o->sorted[o->n_runs] = spare;
+}
+
+static bool is_sparse(const fv_plan_order_t *o, uint32_t at)
+{
+    uint32_t n = run_at(o, at - 1)->n;
+    uint32_t n_next = run_at(o, at)->n;
+
+    return (n == 0) || (n_next == 0) || (n + n_next <= HALF);
+}
+
+static void take(fv_plan_order_t *o, fv_plan_key_t key)
+{
+    uint32_t at = run_of(o, key);
+    fv_plan_run_t *run = run_at(o, at);
+    uint32_t i = count_upto(run->keys, run->n, key);
+
+    FV_ASSERT((i > 0) && (run->keys[i - 1].begun_rank == key.begun_rank));
+    memmove(&run->keys[i - 1], &run->keys[i], (run->n - i) * sizeof(run->keys[0]));
+    run->n--;
+    if (run->n <= HALF) {
+        if ((at + 1 < o->n_runs) && is_sparse(o, at + 1)) {
+            join(o, at + 1);
         }
-        set_at(o, at, o->heap[child]);
-        at = child;
+        if ((at > 0) && is_sparse(o, at)) {
+            join(o, at);
+        }
     }
-    set_at(o, at, key);
+}
+
+static void insert(fv_plan_order_t *o, fv_plan_key_t key)
+{
+    uint32_t at = run_of(o, key);
+    fv_plan_run_t *run = run_at(o, at);
+
+    if (run->n == FV_PLAN_RUN_KEYS) {
+        split(o, at);
+        run = run_at(o, run_of(o, key));
+    }
+    uint32_t i = count_upto(run->keys, run->n, key);
+    memmove(&run->keys[i + 1], &run->keys[i], (run->n - i) * sizeof(run->keys[0]));
+    run->keys[i] = key;
+    run->n++;
 }
 
 void fv_plan_order_put(fv_plan_order_t *order, fv_plan_key_t key)
 {
-    uint32_t at = order->where[fv_plan_key_rank(key)];
+    fv_plan_key_t *now = &order->keys[fv_plan_key_rank(key)];
 
-    if (at == NOWHERE) {
-        sift_up(order, order->n++, key);
-    } else if (is_before(key, order->heap[at])) {
-        sift_up(order, at, key);
+    if (now->load == ABSENT) {
+        order->n++;
     } else {
-        sift_down(order, at, key);
+        take(order, *now);
     }
+    insert(order, key);
+    *now = key;
 }
 
 void fv_plan_order_remove(fv_plan_order_t *order, uint32_t rank)
 {
-    uint32_t at = order->where[rank];
+    fv_plan_key_t *now = &order->keys[rank];
 
-    if (at == NOWHERE) {
-        return;
+    if (now->load != ABSENT) {
+        take(order, *now);
+        now->load = ABSENT;
+        order->n--;
     }
-    order->where[rank] = NOWHERE;
-    order->n--;
-    if (at < order->n) { /* the last one fills the hole: it may belong above or below it */
-        fv_plan_key_t last = order->heap[order->n];
+}
 
-        if ((at > 0) && is_before(last, order->heap[(at - 1) / 2])) {
-            sift_up(order, at, last);
-        } else {
-            sift_down(order, at, last);
+void fv_plan_order_drop(fv_plan_order_t *order, uint32_t k)
+{
+    fv_plan_run_t *run = run_at(order, 0);
+
+    FV_ASSERT(k <= order->n);
+    order->n -= k;
+    while (k > 0) {
+        uint32_t n = (k < run->n) ? k : run->n;
+
+        for (uint32_t i = 0; i < n; i++) {
+            order->keys[fv_plan_key_rank(run->keys[i])].load = ABSENT;
+        }
+        run->n -= n;
+        k -= n;
+        memmove(run->keys, &run->keys[n], run->n * sizeof(run->keys[0]));
+        if ((order->n_runs > 1) && is_sparse(order, 1)) {
+            join(order, 1);
         }
     }
 }
 
-/*
- * The next rank in order is always a child of one already taken; those children are the frontier, at most
- * k + 1 of them. A frontier this short is not worth a heap of its own.
- */
 void fv_plan_order_first(const fv_plan_order_t *order, uint32_t k, uint32_t *ranks)
 {
-    uint32_t frontier[FV_PLACEMENT_RANKS_MAX + 1];
-    fv_plan_key_t keys[FV_PLACEMENT_RANKS_MAX + 1]; /* of the frontier's positions */
-    uint32_t n = 1;
+    const fv_plan_run_t *run = run_at(order, 0);
+    uint32_t at = 0;
+    uint32_t i = 0;
 
-    FV_ASSERT((k >= 1) && (k <= FV_PLACEMENT_RANKS_MAX) && (k <= order->n));
-    frontier[0] = 0;
-    keys[0] = order->heap[0];
+    FV_ASSERT((k >= 1) && (k <= order->n));
     for (uint32_t taken = 0; taken < k; taken++) {
-        fv_plan_key_t best_key = keys[0];
-        uint32_t best = 0;
-
-        for (uint32_t i = 1; i < n; i++) {
-            bool is_better = is_before(keys[i], best_key);
-
-            best_key = is_better ? keys[i] : best_key;
-            best = is_better ? i : best;
+        if (i == run->n) {
+            run = run_at(order, ++at);
+            i = 0;
         }
-        ranks[taken] = fv_plan_key_rank(best_key);
-        uint32_t child = (2 * frontier[best]) + 1;
-        n--; /* the last one fills the gap, then the children join */
-        frontier[best] = frontier[n];
-        keys[best] = keys[n];
-        for (uint32_t last = child + 1; (child <= last) && (child < order->n); child++) {
-            frontier[n] = child;
-            keys[n++] = order->heap[child];
-        }
+        ranks[taken] = fv_plan_key_rank(run->keys[i++]);
     }
 }
 
@@ -144,25 +233,18 @@ uint32_t fv_plan_order_first_of(const fv_plan_order_t *order,
                                 const void *arg,
                                 uint32_t *ranks)
 {
-    fv_plan_key_t best[FV_PLACEMENT_RANKS_MAX]; /* ascending */
     uint32_t n = 0;
 
-    FV_ASSERT((k >= 1) && (k <= FV_PLACEMENT_RANKS_MAX));
-    for (uint32_t i = 0; i < order->n; i++) {
-        fv_plan_key_t key = order->heap[i];
-        uint32_t at = 0;
+    for (uint32_t at = 0; at < order->n_runs; at++) {
+        const fv_plan_run_t *run = run_at(order, at);
 
-        if (((n == k) && !is_before(key, best[n - 1])) || !keep(arg, fv_plan_key_rank(key))) {
-            continue;
+        for (uint32_t i = 0; (i < run->n) && (n < k); i++) {
+            uint32_t rank = fv_plan_key_rank(run->keys[i]);
+
+            if (keep(arg, rank)) {
+                ranks[n++] = rank;
+            }
         }
-        n += (n < k) ? 1U : 0U;
-        for (at = n - 1; (at > 0) && is_before(key, best[at - 1]); at--) {
-            best[at] = best[at - 1];
-        }
-        best[at] = key;
-    }
-    for (uint32_t i = 0; i < n; i++) {
-        ranks[i] = fv_plan_key_rank(best[i]);
     }
     return n;
 }

@@ -1,8 +1,13 @@
 /*
- * plan_order.h - the usable ranks in order of load: an indexed binary heap.
+ * plan_order.h - the usable ranks in order of load: sorted runs of keys, in sorted order.
  *
- * Inside of the planner. The root is the least loaded rank; the k least loaded ones are read off without taking them
- * out. A change of one rank costs O(log n_ranks).
+ * Inside of the planner. A session over k ranks reads the first k keys, in memory order; a rank whose load changes
+ * moves from one run to another, at the cost of two binary searches and two moves of half a run.
+ *
+ *     from    -          k32        k60        k85      the least key that belongs to the run; none for the first
+ *     runs    k0 .. k31  k32 .. k59 k60 .. k84 ...      each 1..FV_PLAN_RUN_KEYS keys, ascending
+ *
+ * A full run is cut in two; two neighbours that fill half a run or less become one.
  *
  * Order: load, then `begun`, then rank number. `begun` is the planner's count when a session last began on
  * the rank: among equally loaded ranks the one that waited longest comes first, so they take turns.
@@ -37,10 +42,20 @@ static inline uint32_t fv_plan_key_rank(fv_plan_key_t key)
     return (uint32_t)(key.begun_rank & 0xffffU);
 }
 
+#define FV_PLAN_RUN_KEYS 32
+
+typedef struct fv_plan_run {
+    uint32_t n;
+    fv_plan_key_t keys[FV_PLAN_RUN_KEYS];
+} fv_plan_run_t;
+
 typedef struct fv_plan_order {
-    fv_plan_key_t *heap; /* [n] */
-    uint32_t *where;     /* [n_ranks]: position in heap, or UINT32_MAX */
-    uint32_t n;          /* usable ranks */
+    fv_plan_key_t *keys; /* [n_ranks]: by rank; its place is found by its key */
+    fv_plan_run_t *runs; /* [n_runs_max]: in no order */
+    uint32_t *sorted; /* [n_runs_max]: indices of runs in order; from n_runs on those not in use */
+    fv_plan_key_t *from; /* [n_runs_max]: parallel to sorted; from[0] is not read */
+    uint32_t n_runs;
+    uint32_t n; /* usable ranks */
 } fv_plan_order_t;
 
 FV_MUST_CHECK fv_status_t fv_plan_order_init(fv_plan_order_t *order, uint32_t n_ranks);
@@ -50,7 +65,10 @@ void fv_plan_order_finish(fv_plan_order_t *order);
 void fv_plan_order_put(fv_plan_order_t *order, fv_plan_key_t key);
 void fv_plan_order_remove(fv_plan_order_t *order, uint32_t rank); /* absent is fine */
 
-/* The k least loaded ranks, ascending; 1 <= k <= n and k <= FV_PLACEMENT_RANKS_MAX. Independent of n_ranks. */
+/* Removes the k least loaded ranks; k <= n. O(k): no search, which is why a plan's own ranks leave like this. */
+void fv_plan_order_drop(fv_plan_order_t *order, uint32_t k);
+
+/* The k least loaded ranks, ascending; 1 <= k <= n. O(k). */
 void fv_plan_order_first(const fv_plan_order_t *order, uint32_t k, uint32_t *ranks);
 
 /* The same of those that keep(arg, rank) likes; returns how many there are, at most k. O(n_ranks). */
