@@ -5,14 +5,15 @@
 # Method: real processes on a unix socket in a directory of their own.
 set -uo pipefail
 
-fovead=$1 fovea=$2
+fovead=$(realpath "$1") fovea=$(realpath "$2")
+launcher=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/deploy/fovead-run
 work=$(mktemp -d)
 address=unix:$work/s.sock
 n_failed=0
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export OMPI_MCA_pml=ob1 OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_orte_enable_recovery=1
 unset FOVEA_EXIT_FILE
-trap 'rm -rf "$work"' EXIT
+trap 'jobs -p | xargs -r kill -KILL 2>/dev/null; rm -rf "$work"' EXIT
 
 fail() {
     echo "FAIL $*"
@@ -37,9 +38,19 @@ start() { # COMMAND...: in the background, until it listens
     return 1
 }
 
+# Waits for the job, 20 s at most: what then still runs is killed, and its exit code tells.
+wait_job() {
+    for _ in {1..200}; do
+        kill -0 "$job" 2>/dev/null || break
+        sleep 0.1
+    done
+    kill -0 "$job" 2>/dev/null && rank_pids | xargs -r kill -KILL && kill -KILL "$job" && echo "    (killed: it did not end)" >>"$work/log"
+    wait "$job"
+}
+
 finish() { # WHAT CODE
     local code
-    wait "$job"
+    wait_job
     code=$?
     [[ $code -eq $2 ]] || fail "$1: exit code $code, expected $2"
 }
@@ -50,11 +61,60 @@ ranks() { # N OPTION...
     start mpirun --oversubscribe -np "$n" "$fovead" --listen "$address" --kv-memory 16m "$@"
 }
 
+rank_pids() { pgrep -f -- "^$fovead .*--listen $address"; }
+
 rank_pid() { # N: of the running job
-    pgrep -P "$job" | sed -n "$(($1 + 1))p"
+    local pid
+    for pid in $(rank_pids); do
+        grep -qsz "^OMPI_COMM_WORLD_RANK=$1\$" "/proc/$pid/environ" && echo "$pid"
+    done
 }
 
-alone() {
+launched() { # OPTION...: through fovead-run
+    # (a background job of a script ignores SIGINT, and so would the launcher)
+    start env -u OMPI_MCA_orte_enable_recovery --default-signal=INT "$launcher" --fovead "$fovead" "$@" \
+        --listen "$address" --kv-memory 16m
+}
+
+nothing_left() { # WHAT: of the job that has ended
+    for _ in {1..50}; do
+        [[ -z $(rank_pids) ]] && return
+        sleep 0.1
+    done
+    fail "$1: processes are left behind"
+    rank_pids | xargs -r kill -KILL
+}
+
+in_status() { # FIELD PATTERN: waits until the service's status has it
+    for _ in {1..100}; do
+        "$fovea" --address "$address" status --json 2>/dev/null | grep -qE "\"$1\":[[:space:]]*$2\b" && return 0
+        sleep 0.05
+    done
+    return 1
+}
+
+cpu_ticks() { cut -d ' ' -f 14 "/proc/$job/stat"; } # (user time; a tick is 10 ms)
+
+until_busy() { # TICKS: until the service has computed for that long
+    local first
+    first=$(cpu_ticks)
+    for _ in {1..200}; do
+        [[ $(($(cpu_ticks) - first)) -ge $1 ]] && return 0
+        sleep 0.05
+    done
+    return 1
+}
+
+tensors() { # N: q.npy and kv.npy of N tokens, 8 heads of 64, float32, all zero
+    local file
+    for file in q kv; do
+        printf '\x93NUMPY\x01\x00\x76\x00%-117s\n' \
+            "{'descr': '<f4', 'fortran_order': False, 'shape': ($1, 8, 64), }" >"$work/$file.npy"
+        truncate -s $((128 + $1 * 8 * 64 * 4)) "$work/$file.npy"
+    done
+}
+
+alone() { # SIGNAL that stops it
     start "$fovead" --listen "$address" --kv-memory 16m || return
     expect alone 'fovead [0-9.]+: 1 rank, exchange none'
     expect alone 'rank 0 on .*: cpu \(.*\), KV 16.0 MiB'
@@ -63,7 +123,7 @@ alone() {
     grep -q serving "$work/status" || fail "alone: status does not say serving"
     "$fovead" --listen "$address" --kv-memory 16m >"$work/second" 2>&1
     [[ $? -eq 1 ]] || fail "alone: a second server on the same socket must end with 1"
-    kill -TERM "$job"
+    kill -"$1" "$job"
     finish alone 0
     expect alone 'stopped cleanly'
     [[ ! -e $work/s.sock ]] || fail "alone: the socket is left behind"
@@ -96,15 +156,80 @@ dedicated() {
     finish dedicated 0
 }
 
+exit_code_of_rank_0() { cat "$work/exit" 2>/dev/null; }
+
 dead_rank() { # RANK SIGNAL
-    local file=$work/exit
-    rm -f "$file"
-    FOVEA_EXIT_FILE=$file ranks 3 || return
+    rm -f "$work/exit"
+    FOVEA_EXIT_FILE=$work/exit ranks 3 || return
     kill "-$2" "$(rank_pid "$1")" || kill -KILL "$job"
-    wait "$job"
-    [[ $(cat "$file" 2>/dev/null) == 3 ]] || fail "dead rank $1: rank 0 did not end with 3"
+    wait_job
+    [[ $(exit_code_of_rank_0) == 3 ]] || fail "dead rank $1: rank 0 did not end with 3"
     expect "dead rank $1" "rank $1 is gone: its control socket closed"
-    [[ -z $(pgrep -f "$address") ]] || fail "dead rank $1: processes are left behind"
+    nothing_left "dead rank $1"
+}
+
+# As dead_rank, while steps run over all ranks: the exchange breaks as well as the control socket.
+dead_rank_mid_step() {
+    local client
+    rm -f "$work/exit"
+    FOVEA_EXIT_FILE=$work/exit ranks 3 || return
+    timeout 30 "$fovea" --address "$address" bench --layers 1 --context 300 --duration 20 \
+        --sharding context --shard-tokens 64 >"$work/bench" 2>&1 &
+    client=$!
+    in_status n_steps '[1-9][0-9]+' || fail "dead rank mid step: no step ran: $(cat "$work/bench")"
+    kill -KILL "$(rank_pid 2)" || kill -KILL "$job"
+    wait_job
+    [[ $(exit_code_of_rank_0) == 3 ]] || fail "dead rank mid step: rank 0 did not end with 3"
+    expect "dead rank mid step" 'rank 2 is gone'
+    wait "$client"
+    [[ $? -eq 1 ]] || fail "dead rank mid step: the client must end with 1: $(cat "$work/bench")"
+    nothing_left "dead rank mid step"
+}
+
+# A rank that lives but does nothing: after --step-deadline-ms it counts as lost.
+hung_rank() {
+    local begin
+    launched -n 3 --step-deadline-ms 1000 || return
+    kill -STOP "$(rank_pid 1)"
+    begin=$SECONDS
+    tensors 300
+    timeout 15 "$fovea" --address "$address" attend -q "$work/q.npy" -k "$work/kv.npy" -v "$work/kv.npy" \
+        --sharding context --shard-tokens 64 --out "$work/out.npy" >"$work/attend" 2>&1
+    [[ $? -eq 1 ]] || fail "hung rank: the client must end with 1: $(cat "$work/attend")"
+    finish "hung rank" 3
+    [[ $((SECONDS - begin)) -lt 10 ]] || fail "hung rank: the end took $((SECONDS - begin)) s"
+    expect "hung rank" 'error.*rank 1 '
+    nothing_left "hung rank"
+}
+
+# A request is under way when the signal comes: it is finished and answered before the service stops.
+running_request() { # SIGNAL
+    local client
+    start "$fovead" --listen "$address" --kv-memory 64m --threads 1 --drain-timeout-ms 60000 || return
+    tensors 8192
+    timeout 60 "$fovea" --address "$address" --timeout 60 attend --keep -q "$work/q.npy" -k "$work/kv.npy" \
+        -v "$work/kv.npy" --out "$work/out.npy" >"$work/attend" 2>&1 &
+    client=$!
+    until_busy 30 || fail "SIG$1: the request did not start: $(cat "$work/attend")"
+    kill "-$1" "$job"
+    kill -0 "$client" 2>/dev/null || fail "SIG$1: the request was over before the signal: nothing is shown"
+    finish "SIG$1" 0
+    expect "SIG$1" 'stopped cleanly'
+    wait "$client" || fail "SIG$1: the running request: $(cat "$work/attend")"
+    [[ -s $work/out.npy ]] || fail "SIG$1: the running request has no answer"
+    rm -f "$work/out.npy"
+}
+
+hostfile() {
+    echo 'localhost slots=3' >"$work/hosts"
+    launched --hostfile "$work/hosts" || return
+    expect hostfile '3 ranks, exchange mpi'
+    "$fovea" --address "$address" bench --layers 1 --context 300 --duration 0.2 \
+        --sharding context --shard-tokens 64 >/dev/null || fail "hostfile: fovea bench"
+    kill -INT "$job"
+    finish hostfile 0
+    expect hostfile 'stopped cleanly'
+    nothing_left hostfile
 }
 
 usage_errors() {
@@ -130,7 +255,8 @@ EOF
         fail "--print-config: does not read back"
 }
 
-alone
+alone TERM
+alone INT
 drained_by_rpc
 usage_errors
 for control in auto 127.0.0.1:0 "unix:$work/control.sock"; do
@@ -139,6 +265,11 @@ done
 dedicated
 dead_rank 2 KILL
 dead_rank 1 SEGV
+dead_rank_mid_step
+hung_rank
+running_request TERM
+running_request INT
+hostfile
 
 if [[ $n_failed -gt 0 ]]; then
     echo "$n_failed failed"
