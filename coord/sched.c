@@ -232,7 +232,6 @@ fv_status_t fv_sched_fork(fv_sched_t *sched,
             fv_session_remove(sched->sessions, child);
             return status;
         }
-        parent->layers[i].tail_shared = true;
     }
     child->model_slot = parent->model_slot;
     child->created_unix_ms = now_unix_ms;
@@ -269,12 +268,7 @@ fv_status_t fv_sched_truncate(fv_sched_t *sched,
                        n_tokens);
     }
     for (int32_t i = 0; i < session->n_layers; i++) {
-        fv_layer_t *layer = &session->layers[i];
-        if (layer->n_tokens > position) {
-            fv_layer_truncate(layer, position);
-            layer->tail_shared =
-                session->is_forked; /* the new last page may be an old, shared one */
-        }
+        fv_layer_truncate(&session->layers[i], position, session->is_forked);
     }
     for (int32_t cell = 0; cell < n_cells(&session->placement); cell++) {
         fv_sched_account(

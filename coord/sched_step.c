@@ -224,7 +224,7 @@ count_pages(fv_sched_t *sched, const fv_request_t *request, uint32_t i, uint32_t
         int32_t hp = cell / p->n_ctx_parts;
         uint64_t n_pages =
             fv_placement_pages(p, cp, end) - fv_placement_pages(p, cp, item->position);
-        if (session->layers[item->layer].tail_shared && ((item->position % FV_PAGE_TOKENS) != 0) &&
+        if (fv_layer_copies_tail(&session->layers[item->layer]) &&
             (fv_placement_part_of(p, item->position) == cp)) {
             n_pages++; /* the shared partial page is copied first */
         }
@@ -419,7 +419,7 @@ static void commit_item(fv_sched_t *sched, const fv_request_t *request, uint32_t
         }
     }
     layer->n_tokens = end;
-    layer->tail_shared = false;
+    fv_layer_own_tail(layer);
     fv_layer_add_record(layer, item->position, item->n_tokens, request->digests[i]);
     sched->n_tokens_appended += item->n_tokens;
 }

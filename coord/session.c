@@ -55,6 +55,7 @@ fv_status_t fv_session_table_create(uint32_t sessions_max, fv_session_table_t **
 static void session_free(fv_session_t *session)
 {
     for (int32_t i = 0; i < session->n_layers; i++) {
+        fv_layer_own_tail(&session->layers[i]);
         free(session->layers[i].records);
     }
     free(session);
@@ -220,11 +221,27 @@ fv_layer_find_record(const fv_layer_t *layer, uint64_t position, uint32_t n_toke
     return NULL;
 }
 
-void fv_layer_truncate(fv_layer_t *layer, uint64_t position)
+bool fv_layer_copies_tail(const fv_layer_t *layer)
 {
-    if (layer->n_tokens <= position) {
-        return;
+    return ((layer->n_tokens % FV_PAGE_TOKENS) != 0) &&
+           (layer->tail_unknown || ((layer->tail != NULL) && (layer->tail->n_sharers > 1U)));
+}
+
+void fv_layer_own_tail(fv_layer_t *layer)
+{
+    if (layer->tail != NULL) {
+        layer->tail->n_sharers--;
+        if (layer->tail->n_sharers == 0) {
+            free(layer->tail);
+        }
+        layer->tail = NULL;
     }
+    layer->tail_unknown = false;
+}
+
+/* Forgets the tokens past `position`, and their records. */
+static void cut(fv_layer_t *layer, uint64_t position)
+{
     layer->n_tokens = position;
     while ((layer->n_records > 0) && (layer->records[layer->n_records - 1U].position +
                                           layer->records[layer->n_records - 1U].n_tokens >
@@ -233,24 +250,61 @@ void fv_layer_truncate(fv_layer_t *layer, uint64_t position)
     }
 }
 
-fv_status_t fv_layer_fork(const fv_layer_t *parent, uint64_t at, fv_layer_t *child)
+void fv_layer_truncate(fv_layer_t *layer, uint64_t position, bool was_forked)
 {
-    fv_layer_t cut = *parent;
+    bool same_page = (layer->n_tokens / FV_PAGE_TOKENS) == (position / FV_PAGE_TOKENS);
 
-    cut.n_records = parent->n_records;
-    fv_layer_truncate(&cut, at);
-    child->n_tokens = cut.n_tokens;
-    child->tail_shared = true;
-    if (cut.n_records == 0) {
+    if (layer->n_tokens <= position) {
+        return;
+    }
+    if (!same_page) { /* an old page becomes the last one */
+        fv_layer_own_tail(layer);
+        layer->tail_unknown = was_forked;
+    }
+    cut(layer, position);
+}
+
+/* Parent and child now hold the same partial page. */
+static fv_status_t share_tail(fv_layer_t *parent, fv_layer_t *child)
+{
+    if (parent->tail == NULL) {
+        parent->tail = calloc(1, sizeof(*parent->tail));
+        if (parent->tail == NULL) {
+            return fv_fail(FV_ERR_NO_MEMORY, "fork");
+        }
+        parent->tail->n_sharers = 1;
+    }
+    parent->tail->n_sharers++;
+    child->tail = parent->tail;
+    child->tail_unknown = parent->tail_unknown;
+    return FV_OK;
+}
+
+fv_status_t fv_layer_fork(fv_layer_t *parent, uint64_t at, fv_layer_t *child)
+{
+    fv_layer_t view = {
+        .n_tokens = parent->n_tokens, .records = parent->records, .n_records = parent->n_records};
+
+    if (at < parent->n_tokens) {
+        cut(&view, at);
+    }
+    child->n_tokens = view.n_tokens;
+    if (view.n_records > 0) {
+        child->records = malloc((size_t)view.n_records * sizeof(*child->records));
+        if (child->records == NULL) {
+            return fv_fail(FV_ERR_NO_MEMORY, "append log of %u records", view.n_records);
+        }
+        memcpy(child->records, parent->records, (size_t)view.n_records * sizeof(*child->records));
+        child->n_records = view.n_records;
+        child->records_cap = view.n_records;
+    }
+    if ((child->n_tokens % FV_PAGE_TOKENS) == 0) {
         return FV_OK;
     }
-    child->records = malloc((size_t)cut.n_records * sizeof(*child->records));
-    if (child->records == NULL) {
-        return fv_fail(FV_ERR_NO_MEMORY, "append log of %u records", cut.n_records);
+    if ((child->n_tokens / FV_PAGE_TOKENS) == (parent->n_tokens / FV_PAGE_TOKENS)) {
+        return share_tail(parent, child);
     }
-    memcpy(child->records, parent->records, (size_t)cut.n_records * sizeof(*child->records));
-    child->n_records = cut.n_records;
-    child->records_cap = cut.n_records;
+    child->tail_unknown = true; /* the parent's page is full: it never copies it, the child does */
     return FV_OK;
 }
 

@@ -25,13 +25,24 @@ typedef struct fv_append_record {
     uint32_t digest; /* crc32c of K then V, as received */
 } fv_append_record_t;
 
+/* A partial page that a fork shares. Owned by its sharers together. */
+typedef struct fv_tail {
+    uint32_t n_sharers;
+} fv_tail_t;
+
 typedef struct fv_layer {
     uint64_t n_tokens;     /* committed */
     uint64_t step_mark;    /* the last step that a request of this layer joined or waited for */
     uint64_t request_mark; /* the last request that was checked here: finds an item given twice */
     fv_append_record_t *records; /* ascending position; owned */
     uint32_t n_records, records_cap;
-    bool tail_shared; /* the partial last page may be shared: an append may copy it */
+    /*
+     * Who else holds the partial last page: an append into it copies it first, which takes a page. `tail` counts the sessions
+     * that a fork left with this very page (NULL: only this one); tail_unknown says that a cut made an old page the last
+     * one, which others may hold.
+     */
+    fv_tail_t *tail;
+    bool tail_unknown;
 } fv_layer_t;
 
 typedef struct fv_session {
@@ -80,10 +91,14 @@ void fv_layer_add_record(fv_layer_t *layer, uint64_t position, uint32_t n_tokens
 /* The record of an append of exactly these tokens, or NULL. */
 const fv_append_record_t *
 fv_layer_find_record(const fv_layer_t *layer, uint64_t position, uint32_t n_tokens);
-/* Cuts the layer to `position` tokens; records that reach past it go. */
-void fv_layer_truncate(fv_layer_t *layer, uint64_t position);
-/* Makes `child` (empty) hold the parent's first min(length, at) tokens' records. */
-FV_MUST_CHECK fv_status_t fv_layer_fork(const fv_layer_t *parent, uint64_t at, fv_layer_t *child);
+/* Cuts the layer to `position` tokens; records that reach past it go. was_forked: of its session. */
+void fv_layer_truncate(fv_layer_t *layer, uint64_t position, bool was_forked);
+/* Makes `child` (empty) hold the parent's first min(length, at) tokens' records, and share its last page. */
+FV_MUST_CHECK fv_status_t fv_layer_fork(fv_layer_t *parent, uint64_t at, fv_layer_t *child);
+/* True when an append at the layer's end copies a page first. */
+bool fv_layer_copies_tail(const fv_layer_t *layer);
+/* The layer's last page is its own from now on (or there is none): it has been copied, filled or cut off. */
+void fv_layer_own_tail(fv_layer_t *layer);
 
 /* Bytes of whole pages that the session holds on one cell of its placement. */
 uint64_t

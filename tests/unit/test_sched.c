@@ -330,6 +330,27 @@ static void test_models_are_idempotent_and_sessions_fork(void **state)
     assert_int_equal(append(f, s, 3, 1, 9, 4, true), FV_OK);
 }
 
+/* A fork costs one page of each head when one of the two appends, and none when the other does. */
+static void test_full_pool_after_a_fork(void **state)
+{
+    fixture_t *f = *state;
+    fv_sharding_t one = {.mode = FV_SHARDING_CONTEXT, .max_ranks = 1};
+    fv_session_id_t s = fv_case_open(f->sched, f->model_id, &one);
+    fv_session_id_t child = {{0xC2}};
+    fv_ctl_fork_t fork;
+    fv_placement_t placement;
+
+    assert_int_equal(append(f, s, 0, 64 * 30 + 5, 1, 64 * 30 + 5, true),
+                     FV_OK); /* 62 of 64 pages */
+    assert_int_equal(fv_sched_fork(f->sched, &s, UINT64_MAX, &child, 0, &fork, &placement), FV_OK);
+    assert_int_equal(append(f, child, 64 * 30 + 5, 1, 2, 64 * 30 + 6, true),
+                     FV_OK); /* the last two */
+    assert_int_equal(fv_sched_rank(f->sched, placement.ranks[0])->kv_bytes_free, 0);
+    assert_int_equal(append(f, s, 64 * 30 + 5, 1, 3, 64 * 30 + 6, true),
+                     FV_OK); /* its own by now */
+    assert_int_equal(append(f, child, 64 * 30 + 6, 1, 4, 64 * 30 + 7, true), FV_OK);
+}
+
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void)
@@ -342,6 +363,7 @@ int main(void)
         TEST(test_step_tokens_bound_a_step),
         TEST(test_cancelled_and_late_leave_the_queue),
         TEST(test_full_pool_refuses_with_numbers_and_all_or_nothing),
+        TEST(test_full_pool_after_a_fork),
         TEST(test_failed_on_a_rank_commits_nothing),
         TEST(test_models_are_idempotent_and_sessions_fork),
     };

@@ -100,11 +100,11 @@ static void test_log_finds_exact_appends_only(void **state)
     assert_null(fv_layer_find_record(&layer, 0, 9));
     assert_null(fv_layer_find_record(&layer, 1, 9));
     assert_null(fv_layer_find_record(&layer, 16, 1));
-    fv_layer_truncate(&layer, 12); /* cuts the last append in two: it is no longer known */
+    fv_layer_truncate(&layer, 12, false); /* cuts the last append in two: it is no longer known */
     assert_int_equal(layer.n_tokens, 12);
     assert_null(fv_layer_find_record(&layer, 11, 5));
     assert_non_null(fv_layer_find_record(&layer, 10, 1));
-    fv_layer_truncate(&layer, 100); /* nothing to cut */
+    fv_layer_truncate(&layer, 100, false); /* nothing to cut */
     assert_int_equal(layer.n_tokens, 12);
     free(layer.records);
 }
@@ -120,13 +120,41 @@ static void test_fork_keeps_what_lies_before_the_cut(void **state)
     assert_int_equal(fv_layer_fork(&parent, 100, &child), FV_OK);
     assert_int_equal(child.n_tokens, 100);
     assert_int_equal(child.n_records, 1);
-    assert_true(child.tail_shared);
+    assert_true(fv_layer_copies_tail(&child)); /* its last page is a full one of the parent's */
+    assert_false(fv_layer_copies_tail(&parent));
     assert_int_equal(parent.n_tokens, 128);
     assert_int_equal(parent.n_records, 2);
     append(&child, 7, 3); /* grows on its own */
     assert_int_equal(parent.n_records, 2);
     free(parent.records);
     free(child.records);
+}
+
+/* Three sessions on one partial page: all but the last to write copy it. */
+static void test_tails_are_counted(void **state)
+{
+    fv_layer_t a = {0};
+    fv_layer_t b = {0};
+    fv_layer_t c = {0};
+
+    (void)state;
+    append(&a, 70, 1);
+    assert_false(fv_layer_copies_tail(&a));
+    assert_int_equal(fv_layer_fork(&a, UINT64_MAX, &b), FV_OK);
+    assert_int_equal(fv_layer_fork(&b, 66, &c), FV_OK); /* the same page, less of it */
+    assert_true(fv_layer_copies_tail(&a) && fv_layer_copies_tail(&b) && fv_layer_copies_tail(&c));
+    fv_layer_own_tail(&b); /* b has appended: it copied the page */
+    assert_true(fv_layer_copies_tail(&a) && fv_layer_copies_tail(&c));
+    fv_layer_truncate(&c, 65, true); /* still that page */
+    assert_true(fv_layer_copies_tail(&a) && fv_layer_copies_tail(&c));
+    fv_layer_truncate(&c, 3,
+                      true); /* lets go of it; which page is its last now is anybody's guess */
+    assert_false(fv_layer_copies_tail(&a));
+    assert_true(fv_layer_copies_tail(&c));
+    fv_layer_own_tail(&a);
+    free(a.records);
+    free(b.records);
+    free(c.records);
 }
 
 int main(void)
@@ -136,6 +164,7 @@ int main(void)
         cmocka_unit_test(test_slots_are_reused_not_shared),
         cmocka_unit_test(test_log_finds_exact_appends_only),
         cmocka_unit_test(test_fork_keeps_what_lies_before_the_cut),
+        cmocka_unit_test(test_tails_are_counted),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
