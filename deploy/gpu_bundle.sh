@@ -4,7 +4,9 @@
 #     deploy/gpu_bundle.sh [BUILD_DIR [BUNDLE_DIR [TARGET ...]]]
 #
 # Builds with FV_WITH_CUDA=ON (nvcc 13.0 or newer) and copies TARGETs (default: the GPU tests and benchmark) to
-# BUNDLE_DIR/bin, and what they load, less the C library and the driver, to BUNDLE_DIR/lib, where their run path points.
+# BUNDLE_DIR/bin, and what they load, less the C library and the driver, to BUNDLE_DIR/lib, where their run path points
+# (the old kind, which the libraries' own needs follow too). The service: name fovead and fovea as TARGETs.
+# RACE=1 adds race_cuda_attend, the test in the form that racecheck follows (docs/gpu.md).
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -13,8 +15,16 @@ bundle=${2:-$root/.carry}
 [ $# -ge 2 ] && shift 2 || shift $#
 [ $# -gt 0 ] || set -- test_cuda_attend test_cuda_pages bench_kernels_cuda
 
-cmake -S "$root" -B "$build" -G Ninja -DFV_WITH_CUDA=ON -DFV_WERROR=ON -DCMAKE_BUILD_TYPE=Release \
-    -DCMAKE_BUILD_RPATH='$ORIGIN/../lib' -DCMAKE_CUDA_COMPILER="${NVCC:-/usr/local/cuda/bin/nvcc}" >/dev/null
+# configure DIR MORE...
+configure() {
+    dir=$1
+    shift
+    cmake -S "$root" -B "$dir" -G Ninja -DFV_WITH_CUDA=ON -DFV_WERROR=ON -DCMAKE_BUILD_TYPE=Release \
+        -DCMAKE_BUILD_RPATH='$ORIGIN/../lib' -DCMAKE_EXE_LINKER_FLAGS=-Wl,--disable-new-dtags \
+        -DCMAKE_CUDA_COMPILER="${NVCC:-/usr/local/cuda/bin/nvcc}" "$@" >/dev/null
+}
+
+configure "$build"
 nice -n 5 cmake --build "$build" -j "${JOBS:-2}" --target "$@"
 
 rm -rf "$bundle"
@@ -26,6 +36,12 @@ for target in "$@"; do
         cp -nL "$lib" "$bundle/lib/"
     done
 done
+if [ -n "${RACE:-}" ]; then
+    configure "$build-race" -DCMAKE_CUDA_FLAGS=-DFV_LEAN_ALL_ARRIVE
+    nice -n 5 cmake --build "$build-race" -j "${JOBS:-2}" --target test_cuda_attend
+    cp "$build-race/bin/test_cuda_attend" "$bundle/bin/race_cuda_attend"
+fi
+strip "$bundle"/bin/*
 cp "$root/deploy/gpu_run.sh" "$bundle/"
 git -C "$root" rev-parse HEAD >"$bundle/commit" 2>/dev/null || echo unknown >"$bundle/commit"
 du -sh "$bundle"

@@ -38,9 +38,13 @@ while [ $# -gt 0 ]; do
         done
         ;;
     sanitize)
-        for tool in memcheck racecheck initcheck synccheck; do
-            FV_GPU_QUICK=1 run "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 99 \
-                "$here/bin/test_cuda_attend"
+        for tool in memcheck initcheck synccheck racecheck; do
+            test=$here/bin/test_cuda_attend
+            if [ "$tool" = racecheck ]; then
+                test=$here/bin/race_cuda_attend
+                [ -x "$test" ] || continue
+            fi
+            FV_GPU_QUICK=1 run "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 99 "$test"
         done
         ;;
     bench)
