@@ -12,7 +12,7 @@ set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 build=${1:-$root/build-cuda}
 bundle=${2:-$root/.carry}
-[ $# -ge 2 ] && shift 2 || shift $#
+if [ $# -ge 2 ]; then shift 2; else shift $#; fi
 [ $# -gt 0 ] || set -- test_cuda_attend test_cuda_pages bench_kernels_cuda
 
 # configure DIR MORE...
