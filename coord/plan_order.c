@@ -47,9 +47,9 @@ void fv_plan_order_finish(fv_plan_order_t *order)
     *order = (fv_plan_order_t){0};
 }
 
-static uint32_t is_before(fv_plan_key_t a, fv_plan_key_t b)
+static bool is_before(fv_plan_key_t a, fv_plan_key_t b)
 {
-    return (uint32_t)((a.load < b.load) | ((a.load == b.load) & (a.begun_rank < b.begun_rank)));
+    return ((a.load < b.load) | ((a.load == b.load) & (a.begun_rank < b.begun_rank))) != 0;
 }
 
 /*
@@ -58,31 +58,36 @@ static uint32_t is_before(fv_plan_key_t a, fv_plan_key_t b)
  */
 static uint32_t count_upto(const fv_plan_key_t *keys, uint32_t n, fv_plan_key_t key)
 {
-    const fv_plan_key_t *begin = keys;
-    const fv_plan_key_t *end = keys + n;
+    uint32_t begin = 0;
 
-    for (; n > 0; n -= (n + 1) / 2) {
-        const fv_plan_key_t *middle = begin + (n / 2);
+    for (uint32_t rest = n; rest > 0; rest /= 2) {
+        uint32_t is_below = (keys[begin + (rest / 2)].load < key.load) ? 1 : 0;
 
-        begin = (middle->load < key.load) ? (begin + ((n + 1) / 2)) : begin;
+        begin += ((rest + 1) / 2) & (0U - is_below); /* a mask: the compiler would branch on `if` */
     }
-    if ((begin < end) && (begin->load == key.load)) {
-        n = (uint32_t)(end - begin);
-        while (n > 0) {
-            uint32_t half = n / 2;
-            bool is_upto = is_before(key, begin[half]) == 0;
+    if ((begin < n) && (keys[begin].load == key.load)) {
+        for (uint32_t rest = n - begin; rest > 0;) {
+            uint32_t half = rest / 2;
+            bool is_upto = !is_before(key, keys[begin + half]);
 
             begin += is_upto ? (half + 1) : 0;
-            n = is_upto ? (n - half - 1) : half;
+            rest = is_upto ? (rest - half - 1) : half;
         }
     }
-    return (uint32_t)(begin - keys);
+    return begin;
 }
 
 /* Position in `sorted` of the run where `key` is or belongs. */
 static uint32_t run_of(const fv_plan_order_t *o, fv_plan_key_t key)
 {
     return count_upto(o->from + 1, o->n_runs - 1, key);
+}
+
+/* The ranks of one session, about equally loaded before, are so after it: most go to the same run. */
+static bool is_in_run(const fv_plan_order_t *o, uint32_t at, fv_plan_key_t key)
+{
+    return (at < o->n_runs) && ((at == 0) || !is_before(key, o->from[at])) &&
+           ((at + 1 == o->n_runs) || is_before(key, o->from[at + 1]));
 }
 
 static fv_plan_run_t *run_at(const fv_plan_order_t *o, uint32_t at)
@@ -153,13 +158,15 @@ static void take(fv_plan_order_t *o, fv_plan_key_t key)
 
 static void insert(fv_plan_order_t *o, fv_plan_key_t key)
 {
-    uint32_t at = run_of(o, key);
+    uint32_t at = is_in_run(o, o->last_run, key) ? o->last_run : run_of(o, key);
     fv_plan_run_t *run = run_at(o, at);
 
     if (run->n == FV_PLAN_RUN_KEYS) {
         split(o, at);
-        run = run_at(o, run_of(o, key));
+        at = run_of(o, key);
+        run = run_at(o, at);
     }
+    o->last_run = at;
     uint32_t i = count_upto(run->keys, run->n, key);
     memmove(&run->keys[i + 1], &run->keys[i], (run->n - i) * sizeof(run->keys[0]));
     run->keys[i] = key;

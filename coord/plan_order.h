@@ -55,7 +55,8 @@ typedef struct fv_plan_order {
     uint32_t *sorted; /* [n_runs_max]: indices of runs in order; from n_runs on those not in use */
     fv_plan_key_t *from; /* [n_runs_max]: parallel to sorted; from[0] is not read */
     uint32_t n_runs;
-    uint32_t n; /* usable ranks */
+    uint32_t last_run; /* position in sorted of the last insertion: a guess for the next */
+    uint32_t n;        /* usable ranks */
 } fv_plan_order_t;
 
 FV_MUST_CHECK fv_status_t fv_plan_order_init(fv_plan_order_t *order, uint32_t n_ranks);
