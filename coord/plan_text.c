@@ -4,6 +4,7 @@
 #include "coord/plan_text.h"
 
 #include <stddef.h>
+#include <string.h>
 
 typedef struct text {
     char *out;
@@ -12,9 +13,12 @@ typedef struct text {
 
 static void put(text_t *t, const char *s)
 {
-    for (; (*s != '\0') && (t->n + 1 < FV_PLAN_REASON_BYTES); s++) {
-        t->out[t->n++] = *s;
-    }
+    size_t n = strlen(s);
+    size_t room = FV_PLAN_REASON_BYTES - 1 - t->n;
+
+    n = (n < room) ? n : room;
+    memcpy(&t->out[t->n], s, n);
+    t->n += n;
     t->out[t->n] = '\0';
 }
 
