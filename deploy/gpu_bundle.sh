@@ -19,6 +19,7 @@ if [ $# -ge 2 ]; then shift 2; else shift $#; fi
 configure() {
     dir=$1
     shift
+    # shellcheck disable=SC2016 # $ORIGIN is for the loader
     cmake -S "$root" -B "$dir" -G Ninja -DFV_WITH_CUDA=ON -DFV_WERROR=ON -DCMAKE_BUILD_TYPE=Release \
         -DCMAKE_BUILD_RPATH='$ORIGIN/../lib' -DCMAKE_EXE_LINKER_FLAGS=-Wl,--disable-new-dtags \
         -DCMAKE_CUDA_COMPILER="${NVCC:-/usr/local/cuda/bin/nvcc}" "$@" >/dev/null
