@@ -198,7 +198,7 @@ hung_rank() {
     [[ $? -eq 1 ]] || fail "hung rank: the client must end with 1: $(cat "$work/attend")"
     finish "hung rank" 3
     [[ $((SECONDS - begin)) -lt 10 ]] || fail "hung rank: the end took $((SECONDS - begin)) s"
-    expect "hung rank" 'error.*rank 1 '
+    expect "hung rank" 'the service ends: rank 1 '
     nothing_left "hung rank"
 }
 
