@@ -42,7 +42,7 @@ static inline uint32_t fv_plan_key_rank(fv_plan_key_t key)
     return (uint32_t)(key.begun_rank & 0xffffU);
 }
 
-#define FV_PLAN_RUN_KEYS 32
+#define FV_PLAN_RUN_KEYS 64
 
 typedef struct fv_plan_run {
     uint32_t n;
