@@ -1,7 +1,7 @@
 /*
  * plan.h - the planner: which ranks hold a session. Pure: no I/O, no clock, no lock.
  *
- * Decode path: station 4 of 10. Before: coord/sched.c. After: coord/link_mpi.c.
+ * Decode path: station 4 of 10. Before: coord/sched.c. After: coord/dispatch.c.
  *
  * Axes, in this order: heads (no exchange), then context (block-cyclic). Short sessions live on one rank, long ones
  * spread: the cost model decides per session (AUTO), or the caller fixes the axis (HEADS, CONTEXT).
@@ -28,7 +28,7 @@ typedef struct fv_plan_cost {
     double exchange_bytes_per_us;
 } fv_plan_cost_t;
 
-fv_plan_cost_t fv_plan_cost_cpu(void);  /* defaults measured on CPU ranks */
+fv_plan_cost_t fv_plan_cost_cpu(void); /* defaults measured on CPU ranks */
 
 typedef struct fv_planner fv_planner_t;
 
@@ -55,7 +55,8 @@ uint64_t fv_planner_used(const fv_planner_t *planner, uint32_t rank);
  * A session whose hinted length does not fit on one rank's free memory is spread until it does, where that is
  * possible. `reason` says in one sentence why, for GetPlacement.
  * Errors: FV_ERR_EXHAUSTED when no rank holds KV; FV_ERR_INVALID_ARG and FV_ERR_UNIMPLEMENTED naming the field of `sharding`.
- * Cost: O(k log n_ranks) for a session over k ranks (O(n_ranks) when memory is short); allocates nothing.
+ * Cost: O(k log n_ranks) for a session over k ranks, plus at most 64 changes of load not yet sorted in (O(n_ranks) when
+ * memory is short); allocates nothing.
  */
 FV_MUST_CHECK fv_status_t fv_planner_place(fv_planner_t *planner,
                                            const fv_model_spec_t *spec,
