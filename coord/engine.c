@@ -180,7 +180,8 @@ static fv_status_t serve_inbox(fv_engine_t *engine, bool *out_had_work)
         } else {
             if (status == FV_OK) {
                 status = fv_engine_command(engine, entry);
-            } else { /* broken: the rest is told below, by its closed call */
+            }
+            if (status != FV_OK) { /* this one, unless it was answered, and the rest learn why */
                 fv_reply_error(entry->call, FV_ERR_UNAVAILABLE);
             }
             fv_entry_release(entry);
