@@ -239,9 +239,11 @@ fv_status_t fv_wire_attend_request_scan(const fv_span_t *spans,
             r.request_id = field.value;
         }
     }
-    if (status == FV_OK) {
-        status = (scan.error != NULL) ? fv_scan_fail(&scan, "AttendRequest")
-                                      : request_check(&r, items_cap);
+    if (scan.error !=
+        NULL) { /* outranks what was wrong before it: the request_id may be in the part not read */
+        status = fv_scan_fail(&scan, "AttendRequest");
+    } else if (status == FV_OK) {
+        status = request_check(&r, items_cap);
     }
     *out = r;
     return status;
