@@ -84,12 +84,17 @@ static fv_status_t scan_item(fv_scan_t *scan, uint32_t index, fv_attend_item_t *
 {
     fv_attend_item_t item = {0};
     fv_scan_field_t field;
+    fv_status_t session_status = FV_OK;
+    fv_error_t session_error;
     bool has_session = false;
 
     while (fv_scan_next(scan, &field)) {
         switch (field.number) {
         case FV_ITEM_SESSION_ID:
-            FV_RETURN_IF_ERR(item_session(scan, &field, index, &item.session));
+            session_status = item_session(scan, &field, index, &item.session);
+            if (session_status != FV_OK) { /* unless a later one takes its place: the last wins */
+                session_error = fv_error_capture(session_status);
+            }
             has_session = true;
             break;
         case FV_ITEM_POSITION:
@@ -106,6 +111,9 @@ static fv_status_t scan_item(fv_scan_t *scan, uint32_t index, fv_attend_item_t *
     }
     if (scan->error != NULL) {
         return fv_scan_fail(scan, "items");
+    }
+    if (session_status != FV_OK) {
+        return fv_fail(session_status, "%s", session_error.text);
     }
     FV_RETURN_IF_ERR(item_check(&item, has_session, index));
     *out = item;

@@ -142,6 +142,12 @@ static bool is_malformed(void)
            (strstr(fv_error_context(), "wire type") != NULL);
 }
 
+/* protobuf-c's strings end at a NUL: an id with a tail behind one looks right to it, and is refused by us. */
+static bool may_be_cut(const uint8_t *data, size_t n_bytes)
+{
+    return (strstr(fv_error_context(), "session_id") != NULL) && (memchr(data, 0, n_bytes) != NULL);
+}
+
 const char *
 fv_oracle_request(const uint8_t *data, size_t n_bytes, fv_pieces_t pieces, bool is_strict)
 {
@@ -158,7 +164,8 @@ fv_oracle_request(const uint8_t *data, size_t n_bytes, fv_pieces_t pieces, bool 
                                      : compare_request(pb, &r, items, pieces);
     } else if (status != FV_ERR_INVALID_ARG) {
         error = "a status other than INVALID_ARGUMENT";
-    } else if ((pb != NULL) && !is_bad_request(pb) && (is_strict || !is_malformed())) {
+    } else if ((pb != NULL) && !is_bad_request(pb) &&
+               (is_strict || !(is_malformed() || may_be_cut(data, n_bytes)))) {
         error = fv_error_context();
     } else if ((pb != NULL) && !is_malformed() && (r.request_id != pb->request_id)) {
         error = "the request_id of a bad request differs";
