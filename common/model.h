@@ -10,16 +10,15 @@
 #include "common/status.h"
 #include "common/tensor.h"
 
-#define FV_PAGE_TOKENS          64 /* P: tokens of one KV page, and of one attention tile */
-#define FV_MODEL_NAME_BYTES     64
-#define FV_LAYERS_MAX           1024
-#define FV_HEADS_MAX            1024
-#define FV_GROUP_MAX            128 /* query heads per KV head */
-#define FV_HEAD_DIM_MIN         16
-#define FV_HEAD_DIM_MAX         256
-#define FV_POLICIES_MAX         16 /* distinct policies of one model */
-#define FV_MODEL_ID_BYTES       40
-#define FV_SHARD_TOKENS_DEFAULT 2048 /* block-cyclic context: tokens per turn */
+#define FV_PAGE_TOKENS      64 /* P: tokens of one KV page, and of one attention tile */
+#define FV_MODEL_NAME_BYTES 64
+#define FV_LAYERS_MAX       1024
+#define FV_HEADS_MAX        1024
+#define FV_GROUP_MAX        128 /* query heads per KV head */
+#define FV_HEAD_DIM_MIN     16
+#define FV_HEAD_DIM_MAX     256
+#define FV_POLICIES_MAX     16 /* distinct policies of one model */
+#define FV_MODEL_ID_BYTES   40
 
 typedef enum fv_model_kind {
     FV_MODEL_KV = 0,

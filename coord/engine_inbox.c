@@ -8,7 +8,6 @@
  */
 #include "common/clock.h"
 #include "common/digest.h"
-#include "common/log.h"
 #include "coord/engine_internal.h"
 
 #include <string.h>

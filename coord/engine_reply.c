@@ -3,8 +3,6 @@
  *
  * Decode path: station 10 of 10. Before: coord/engine_step.c. After: coord/rpc_call.c sends it.
  */
-#include "common/clock.h"
-#include "common/log.h"
 #include "coord/engine_internal.h"
 
 #include <stdlib.h>

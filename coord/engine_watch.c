@@ -7,7 +7,6 @@
 #include <stdlib.h>
 
 #define INTERVAL_MS_DEFAULT 1000U
-#define INTERVAL_MS_MIN     50U
 
 static void drop(fv_watcher_t *watcher)
 {
@@ -29,10 +28,6 @@ fv_status_t fv_engine_encode_status(fv_engine_t *engine, fv_bytes_t *out)
 
 fv_status_t fv_engine_add_watcher(fv_engine_t *engine, fv_call_t *call, uint32_t interval_ms)
 {
-    if ((interval_ms != 0) && (interval_ms < INTERVAL_MS_MIN)) {
-        return fv_fail(FV_ERR_INVALID_ARG, "interval_ms: given %u, expected 0 or at least %u",
-                       interval_ms, INTERVAL_MS_MIN);
-    }
     fv_watcher_t *watcher = calloc(1, sizeof(*watcher));
     if (watcher == NULL) {
         return fv_fail(FV_ERR_NO_MEMORY, "watcher");
