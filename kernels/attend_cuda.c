@@ -1,40 +1,21 @@
 /*
- * attend_cuda.c - the step's attention on the GPU: items become runs, runs a line, the line shares; one launch a geometry.
+ * attend_cuda.c - the step's attention on the GPU: items are staged and become runs, runs a line; one launch a geometry.
  *
- * Decode path: station 7 of 10. Before: worker/step.c. After: lean_cuda.cu.
+ * Decode path: station 7 of 10. Before: worker/step.c. After: lean_plan_cuda.c cuts the line, lean_cuda.cu executes.
  *
- * The plan is arithmetic on the host: a run for each (item, block of rows) and a record for each CTA, some ns each
- * (lean_cuda.h). Items of one geometry (how K and V are stored, head dims, how many rows a KV head has) share
- * a launch, so a step of one model is one launch for decode and one for prefill.
+ * The plan is arithmetic on the host: a run for each (item, block of rows), some ns each (lean_cuda.h). Items of one
+ * geometry (how K and V are stored, head dims, how many rows a KV head has) share a launch, so a step of one model is
+ * one launch for decode and one for prefill.
  */
 #include "kernels/backend_cuda.h"
 #include "kernels/lean_cuda_launch.h"
+#include "kernels/lean_plan_cuda.h"
 
 #include <math.h>
 #include <string.h>
 
-#define LOG2E            1.44269504088896340736F
-#define LINE_TILES_MAX   ((uint64_t)1 << 31)
-#define CTA_RESERVED     1024U /* bytes of shared memory that the driver takes of each CTA */
-#define RING_SLOTS_MIN   4U
-#define ROUNDS_TILES_MIN 24U /* tiles for each CTA from which shares come in rounds */
-#define MANY_ROWS_ROUNDS 96U /* the same where a piece has over 16 rows: merging costs more */
-#define MANY_ROWS_TILES  4U  /* and a share has at least so many tiles */
-#define SHARE_TILES_MIN  3U  /* of a round but the last */
-
-/* Items with the same geometry go into one launch. */
-typedef struct geometry {
-    int32_t kind, m_warps, head_dim_qk, head_dim_v;
-} geometry_t;
-
-/* A launch in the making: offsets into the staging area. */
-typedef struct draft {
-    geometry_t geometry;
-    size_t runs;
-    uint32_t n_runs, runs_max;
-    uint64_t n_tiles;
-    int32_t n_q_parts, rows_max;
-} draft_t;
+#define LOG2E          1.44269504088896340736F
+#define LINE_TILES_MAX ((uint64_t)1 << 31)
 
 static int32_t item_kind(const fv_attn_item_t *item)
 {
@@ -47,10 +28,10 @@ static int32_t item_kind(const fv_attn_item_t *item)
     return (item->io_dtype == (int32_t)FV_DTYPE_F16) ? FV_LEAN_F16 : FV_LEAN_F16_WIDE;
 }
 
-static geometry_t item_geometry(const fv_attn_item_t *item)
+static fv_lean_geometry_t item_geometry(const fv_attn_item_t *item)
 {
     int64_t n_rows = (int64_t)item->n_tokens * item->group;
-    geometry_t g = {
+    fv_lean_geometry_t g = {
         .kind = item_kind(item), .head_dim_qk = item->head_dim_qk, .head_dim_v = item->head_dim_v};
 
     g.m_warps = (n_rows <= 16) ? 1 : ((n_rows <= 32) ? 2 : 4);
@@ -61,21 +42,21 @@ static geometry_t item_geometry(const fv_attn_item_t *item)
     return g;
 }
 
-static bool same_geometry(const geometry_t *a, const geometry_t *b)
+static bool same_geometry(const fv_lean_geometry_t *a, const fv_lean_geometry_t *b)
 {
     return (a->kind == b->kind) && (a->m_warps == b->m_warps) &&
            (a->head_dim_qk == b->head_dim_qk) && (a->head_dim_v == b->head_dim_v);
 }
 
 /* Rows of one run: 16 for each warp along rows. */
-static int32_t run_rows(const geometry_t *g)
+static int32_t run_rows(const fv_lean_geometry_t *g)
 {
     return 16 * g->m_warps;
 }
 
 static uint32_t item_runs(const fv_attn_item_t *item)
 {
-    const geometry_t g = item_geometry(item);
+    const fv_lean_geometry_t g = item_geometry(item);
     const uint64_t n_rows = (uint64_t)item->n_tokens * (uint64_t)item->group;
 
     return (uint32_t)fv_div_up(n_rows, (uint64_t)run_rows(&g));
@@ -261,7 +242,8 @@ static void set_scale(const fv_attn_item_t *item, fv_lean_run_t *run)
 }
 
 /* The item's runs join the draft. */
-static fv_status_t plan_item(fv_backend_t *backend, const fv_attn_item_t *item, draft_t *draft)
+static fv_status_t
+plan_item(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_draft_t *draft)
 {
     const int32_t n_rows = item->n_tokens * item->group;
     const int32_t rows_max = run_rows(&draft->geometry);
@@ -301,208 +283,27 @@ static fv_status_t plan_item(fv_backend_t *backend, const fv_attn_item_t *item, 
     return FV_OK;
 }
 
-/* Shared memory: as many ring slots as two CTAs of an SM can have, or one CTA if those are too few. */
-static fv_status_t
-set_ring(const fv_backend_t *backend, const draft_t *draft, fv_lean_launch_t *launch, int32_t *ctas)
-{
-    const uint32_t fixed =
-        fv_lean_cuda_fixed_bytes(launch->head_dim_qk, launch->m_warps, draft->n_q_parts) +
-        CTA_RESERVED;
-    uint32_t n_slots = 0;
-
-    *ctas = fv_lean_cuda_ctas(launch->kind, launch->m_warps, launch->head_dim_v);
-    *ctas = (*ctas < backend->ctas_max) ? *ctas : backend->ctas_max;
-    for (; *ctas >= 1; (*ctas)--) {
-        const uint32_t each = (uint32_t)backend->smem_per_sm / (uint32_t)*ctas;
-
-        n_slots = (each > fixed) ? ((each - fixed) / launch->slot_bytes) : 0U;
-        if ((n_slots >= RING_SLOTS_MIN) || (*ctas == 1)) {
-            break;
-        }
-    }
-    if (n_slots < 2U) {
-        return fv_fail(FV_ERR_UNIMPLEMENTED,
-                       "cuda backend: head dims %d and %d do not fit into shared memory",
-                       launch->head_dim_qk, launch->head_dim_v);
-    }
-    n_slots = (n_slots < FV_LEAN_SLOTS_MAX) ? n_slots : FV_LEAN_SLOTS_MAX;
-    launch->ring_slots = (int32_t)n_slots;
-    launch->smem_bytes = fixed - CTA_RESERVED + n_slots * launch->slot_bytes;
-    return FV_OK;
-}
-
-/*
- * Tiles of each share of a round: 3/4 of the line in the first, then half of what is left each time, down to
- * SHARE_TILES_MIN. 0: the rest, in equal shares. A short line is one round, and so is prefill, whose pieces are large.
- */
-static uint32_t share_tiles(uint32_t left, uint32_t n_ctas, bool is_first, int32_t m_warps)
-{
-    const uint32_t all = (uint32_t)fv_div_up(left, n_ctas);
-    const uint32_t least = (m_warps == 1) ? ROUNDS_TILES_MIN : MANY_ROWS_ROUNDS;
-
-    if ((m_warps == 4) || (all < (is_first ? least : 2U * SHARE_TILES_MIN))) {
-        return 0;
-    }
-    return is_first ? (left / n_ctas * 3U / 4U) : (all / 2U);
-}
-
-/* Where each share begins; returns how many there are. begins [FV_LEAN_SHARES_MAX * n_ctas + 1]. */
-static uint32_t cut_line(uint32_t n_tiles, uint32_t n_ctas, int32_t m_warps, uint32_t *begins)
-{
-    uint32_t n = 0;
-    uint32_t at = 0;
-
-    for (int round = 0; at < n_tiles; round++) {
-        const uint32_t left = n_tiles - at;
-        const uint32_t each =
-            (round == FV_LEAN_SHARES_MAX - 1) ? 0U : share_tiles(left, n_ctas, round == 0, m_warps);
-        const uint32_t here = (left < n_ctas) ? left : n_ctas;
-
-        for (uint32_t i = 0; i < here; i++) {
-            begins[n++] = at;
-            at += (each > 0U) ? each : (left / here + ((i < left % here) ? 1U : 0U));
-        }
-    }
-    begins[n] = n_tiles;
-    return n;
-}
-
-/* Which groups the borders of shares cut, and into how many pieces. */
-static void count_pieces(const fv_lean_run_t *runs,
-                         const uint32_t *begins,
-                         fv_lean_share_t *shares,
-                         uint32_t n_shares)
-{
-    uint32_t first = 0;
-
-    for (uint32_t s = 1; s < n_shares; s++) {
-        const uint32_t group = begins[s] - (uint32_t)shares[s].tile; /* its first tile */
-        const uint32_t end = group + (uint32_t)runs[shares[s].run].n_tiles;
-
-        if (shares[s].tile == 0) {
-            continue;
-        }
-        first = (group >= begins[s - 1U]) ? (s - 1U) : first;
-        shares[s].first = first;
-        if (end <= begins[s + 1U]) {
-            shares[first].n_last = s - first + 1U;
-            for (uint32_t i = first + 1U; i <= s; i++) {
-                shares[i].n_first = s - first + 1U;
-            }
-        }
-    }
-}
-
-/* Cuts the line of a draft; its runs are complete. */
-static void
-make_shares(fv_backend_t *backend, const draft_t *draft, fv_lean_launch_t *launch, uint32_t n_ctas)
-{
-    const fv_lean_run_t *runs = fv_cuda_on_host(backend, draft->runs);
-    const uint32_t *begins = backend->begins;
-    fv_lean_share_t *shares = NULL;
-    size_t offset = 0;
-    uint32_t most = 0;
-    uint32_t r = 0;
-
-    launch->n_tiles = (uint32_t)draft->n_tiles;
-    most = (launch->m_warps == 1) ? launch->n_tiles
-                                  : (uint32_t)fv_div_up(launch->n_tiles, MANY_ROWS_TILES);
-    launch->n_ctas = (most < n_ctas) ? most : n_ctas;
-    launch->n_shares = cut_line(launch->n_tiles, launch->n_ctas, launch->m_warps, backend->begins);
-    offset = fv_cuda_stage(backend, launch->n_shares * sizeof(*shares));
-    launch->shares = fv_cuda_on_device(backend, offset);
-    shares = fv_cuda_on_host(backend, offset);
-    for (uint32_t s = 0; s < launch->n_shares; s++) {
-        while (begins[s] - runs[r].line_begin >=
-               (uint32_t)runs[r].n_tiles * (uint32_t)runs[r].n_kv_heads) {
-            r++;
-        }
-        const uint32_t at = begins[s] - runs[r].line_begin;
-
-        shares[s] = (fv_lean_share_t){.run = r, .index = s};
-        shares[s].head = (int32_t)(at / (uint32_t)runs[r].n_tiles);
-        shares[s].tile = (int32_t)(at % (uint32_t)runs[r].n_tiles);
-        shares[s].n_tiles = (int32_t)(begins[s + 1U] - begins[s]);
-    }
-    count_pieces(runs, begins, shares, launch->n_shares);
-}
-
-/* Slots for the pieces of cut groups, of this launch's shape. */
-static fv_status_t reserve_slots(fv_backend_t *backend, fv_lean_launch_t *launch)
-{
-    const size_t n_slots = 2U * launch->n_shares;
-    const size_t o_elems = n_slots * (size_t)launch->slot_rows * (size_t)launch->head_dim_v;
-    const size_t n_bytes = (o_elems + n_slots * 2U * (size_t)launch->slot_rows) * sizeof(float);
-
-    if (n_bytes > backend->slots_bytes) {
-        FV_RETURN_IF_ERR(FV_CUDA(cudaStreamSynchronize(backend->stream)));
-        FV_RETURN_IF_ERR(FV_CUDA(cudaFree(backend->slots)));
-        backend->slots = NULL;
-        backend->slots_bytes = 0;
-        FV_RETURN_IF_ERR(FV_CUDA(cudaMalloc((void **)&backend->slots, n_bytes)));
-        backend->slots_bytes = n_bytes;
-    }
-    return FV_OK;
-}
-
-static fv_status_t finish_draft(fv_backend_t *backend, draft_t *draft)
-{
-    const geometry_t *g = &draft->geometry;
-    const uint32_t e = (g->kind == (int32_t)FV_LEAN_F32_WIDE) ? 4U : 2U;
-    const fv_page_swizzle_t k = fv_page_swizzle_make((uint32_t)g->head_dim_qk * e / 16U);
-    const fv_page_swizzle_t v = fv_page_swizzle_make((uint32_t)g->head_dim_v * e / 16U);
-    fv_lean_launch_t launch;
-    int32_t ctas = 0;
-
-    memset(&launch, 0, sizeof(launch));
-    launch.arena = backend->arena;
-    launch.runs = fv_cuda_on_device(backend, draft->runs);
-    launch.head_dim_qk = g->head_dim_qk;
-    launch.head_dim_v = g->head_dim_v;
-    launch.kind = g->kind;
-    launch.m_warps = g->m_warps;
-    launch.n_q_parts = draft->n_q_parts;
-    launch.slot_rows = draft->rows_max;
-    launch.k_bytes = (uint32_t)g->head_dim_qk * e;
-    launch.v_bytes = (uint32_t)g->head_dim_v * e;
-    launch.k_shift = k.shift;
-    launch.k_xor = k.mask;
-    launch.v_shift = v.shift;
-    launch.v_xor = v.mask;
-    launch.slot_bytes =
-        FV_PAGE_TOKENS * ((launch.k_bytes > launch.v_bytes) ? launch.k_bytes : launch.v_bytes);
-    FV_RETURN_IF_ERR(set_ring(backend, draft, &launch, &ctas));
-    launch.is_exact = (draft->n_q_parts == 1) && (g->head_dim_qk == g->head_dim_v) &&
-                      ((g->head_dim_v == 64) || (g->head_dim_v == 128));
-    make_shares(backend, draft, &launch, (uint32_t)(backend->n_sms * ctas));
-    FV_RETURN_IF_ERR(reserve_slots(backend, &launch));
-    FV_RETURN_IF_ERR(fv_cuda_grow((void **)&backend->launches, &backend->launches_max,
-                                  backend->n_launches + 1U, sizeof(*backend->launches)));
-    backend->launches[backend->n_launches++] = launch;
-    return FV_OK;
-}
-
 /* All items from `first` on with its geometry, which no draft has yet. */
 static fv_status_t
 plan_geometry(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items, size_t first)
 {
-    draft_t draft = {.geometry = item_geometry(&items[first])};
+    fv_lean_draft_t draft = {.geometry = item_geometry(&items[first])};
 
     for (size_t i = first; i < n_items; i++) {
-        const geometry_t g = item_geometry(&items[i]);
+        const fv_lean_geometry_t g = item_geometry(&items[i]);
 
         draft.runs_max += same_geometry(&g, &draft.geometry) ? item_runs(&items[i]) : 0U;
     }
     draft.runs = fv_cuda_stage(backend, draft.runs_max * sizeof(fv_lean_run_t));
     for (size_t i = first; i < n_items; i++) {
-        const geometry_t g = item_geometry(&items[i]);
+        const fv_lean_geometry_t g = item_geometry(&items[i]);
 
         if (same_geometry(&g, &draft.geometry)) {
             FV_RETURN_IF_ERR(plan_item(backend, &items[i], &draft));
             backend->is_planned[i] = 1;
         }
     }
-    return finish_draft(backend, &draft);
+    return fv_lean_plan(backend, &draft);
 }
 
 fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items)
@@ -514,7 +315,7 @@ fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *ite
         FV_RETURN_IF_ERR(fv_cpu_check_attend(&items[i]));
         /* at worst every item is a geometry of its own */
         n_bytes += item_stage_bytes(&items[i]) + 2U * FV_CUDA_STAGE_BYTES(1) +
-                   FV_CUDA_STAGE_BYTES((size_t)backend->shares_max * sizeof(fv_lean_share_t));
+                   fv_lean_plan_stage_bytes(backend);
     }
     FV_RETURN_IF_ERR(fv_cuda_reserve(backend, n_bytes));
     FV_RETURN_IF_ERR(fv_cuda_grow((void **)&backend->is_planned, &backend->items_max, n_items, 1));
@@ -526,17 +327,7 @@ fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *ite
             FV_RETURN_IF_ERR(plan_geometry(backend, items, n_items, i));
         }
     }
-    /* slots may have moved while later launches were planned */
-    for (size_t i = 0; i < backend->n_launches; i++) {
-        fv_lean_launch_t *launch = &backend->launches[i];
-
-        launch->arrived = backend->arrived;
-        launch->claimed = backend->arrived + FV_LEAN_LEVELS * 2U * (size_t)backend->shares_max;
-        launch->slot_o = backend->slots;
-        launch->slot_ml = backend->slots + 2U * (size_t)launch->n_shares *
-                                               (size_t)launch->slot_rows *
-                                               (size_t)launch->head_dim_v;
-    }
+    fv_lean_plan_finish(backend);
     return fv_cuda_stage_send(backend, begin);
 }
 

@@ -4,13 +4,11 @@
 #include "kernels/backend_cuda.h"
 
 #include "kernels/lean_cuda_launch.h"
+#include "kernels/lean_plan_cuda.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define CTAS_PER_SM_MAX   2
-#define COUNTERS(backend) (FV_LEAN_LEVELS * 2U * (size_t)(backend)->shares_max + 1U)
 
 fv_status_t fv_cuda_check(cudaError_t error, const char *call)
 {
@@ -32,12 +30,10 @@ static void cuda_destroy(fv_backend_t *backend)
     }
     fv_cuda_staging_free(backend);
     (void)cudaFree(backend->arena);
-    (void)cudaFree(backend->slots);
-    (void)cudaFree(backend->arrived);
+    fv_lean_plan_free(backend);
     free(backend->scatters);
     free(backend->pinned);
     free(backend->launches);
-    free(backend->begins);
     free(backend->is_planned);
     free(backend);
 }
@@ -79,19 +75,7 @@ static fv_status_t cuda_init(fv_backend_t *backend, const fv_backend_config_t *c
     if (config->kv_arena_bytes > 0) {
         FV_RETURN_IF_ERR(FV_CUDA(cudaMalloc((void **)&backend->arena, config->kv_arena_bytes)));
     }
-    backend->ctas_max = CTAS_PER_SM_MAX;
-    backend->shares_max = backend->n_sms * CTAS_PER_SM_MAX * FV_LEAN_SHARES_MAX;
-    backend->begins = calloc((size_t)backend->shares_max + 1U, sizeof(*backend->begins));
-    if (backend->begins == NULL) {
-        return fv_fail(FV_ERR_NO_MEMORY, "cuda backend: no memory");
-    }
-    FV_RETURN_IF_ERR(FV_CUDA(
-        cudaMalloc((void **)&backend->arrived, COUNTERS(backend) * sizeof(*backend->arrived))));
-    FV_RETURN_IF_ERR(FV_CUDA(cudaMemsetAsync(
-        backend->arrived, 0, COUNTERS(backend) * sizeof(*backend->arrived), backend->stream)));
-    /* the usual decode step's pieces: 2 slots a share, 8 rows of 128 */
-    backend->slots_bytes = (size_t)backend->shares_max * 2U * 8U * (128U + 2U) * sizeof(float);
-    FV_RETURN_IF_ERR(FV_CUDA(cudaMalloc((void **)&backend->slots, backend->slots_bytes)));
+    FV_RETURN_IF_ERR(fv_lean_plan_init(backend));
     return fv_cuda_reserve(backend, 1);
 }
 
@@ -118,8 +102,7 @@ static void cuda_describe(const fv_backend_t *backend, fv_device_info_t *out)
     (void)snprintf(out->device, sizeof(out->device), "%s, %d SMs", backend->name, backend->n_sms);
     out->n_threads = backend->n_sms;
     out->kv_arena_bytes = backend->kv_arena_bytes;
-    out->workspace_bytes = backend->staging_bytes + backend->slots_bytes +
-                           COUNTERS(backend) * sizeof(*backend->arrived);
+    out->workspace_bytes = backend->staging_bytes + fv_lean_plan_device_bytes(backend);
 }
 
 static fv_status_t cuda_host_alloc(fv_backend_t *backend, size_t n_bytes, void **out)

@@ -1,0 +1,262 @@
+/*
+ * lean_plan_cuda.c - cuts the line of a launch into shares, and owns what cut groups need on the device.
+ *
+ * Decode path: station 7 of 10. Before: attend_cuda.c (items become runs). After: lean_cuda.cu (executes).
+ *
+ * Arithmetic on the host, some ns for each share: where it begins on the line, and how many pieces the groups have that
+ * its borders cut (lean_cuda.h).
+ */
+#include "kernels/lean_plan_cuda.h"
+
+#include "kernels/backend_cuda.h"
+#include "kernels/lean_cuda_launch.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define CTAS_PER_SM_MAX  2
+#define CTA_RESERVED     1024U /* bytes of shared memory that the driver takes of each CTA */
+#define RING_SLOTS_MIN   4U
+#define ROUNDS_TILES_MIN 24U /* tiles for each CTA from which shares come in rounds */
+#define MANY_ROWS_ROUNDS 96U /* the same where a piece has over 16 rows: merging costs more */
+#define MANY_ROWS_TILES  4U  /* and a share has at least so many tiles */
+#define SHARE_TILES_MIN  3U  /* of a round but the last */
+
+static size_t counters(const fv_backend_t *backend)
+{
+    return FV_LEAN_LEVELS * 2U * (size_t)backend->shares_max + 1U;
+}
+
+fv_status_t fv_lean_plan_init(fv_backend_t *backend)
+{
+    backend->ctas_max = CTAS_PER_SM_MAX;
+    backend->shares_max = backend->n_sms * CTAS_PER_SM_MAX * FV_LEAN_SHARES_MAX;
+    backend->begins = calloc((size_t)backend->shares_max + 1U, sizeof(*backend->begins));
+    if (backend->begins == NULL) {
+        return fv_fail(FV_ERR_NO_MEMORY, "cuda backend: no memory");
+    }
+    FV_RETURN_IF_ERR(FV_CUDA(
+        cudaMalloc((void **)&backend->arrived, counters(backend) * sizeof(*backend->arrived))));
+    FV_RETURN_IF_ERR(FV_CUDA(cudaMemsetAsync(
+        backend->arrived, 0, counters(backend) * sizeof(*backend->arrived), backend->stream)));
+    /* the usual decode step's pieces: 2 slots a share, 8 rows of 128 */
+    backend->slots_bytes = (size_t)backend->shares_max * 2U * 8U * (128U + 2U) * sizeof(float);
+    return FV_CUDA(cudaMalloc((void **)&backend->slots, backend->slots_bytes));
+}
+
+void fv_lean_plan_free(fv_backend_t *backend)
+{
+    (void)cudaFree(backend->slots);
+    (void)cudaFree(backend->arrived);
+    free(backend->begins);
+}
+
+size_t fv_lean_plan_device_bytes(const fv_backend_t *backend)
+{
+    return backend->slots_bytes + counters(backend) * sizeof(*backend->arrived);
+}
+
+size_t fv_lean_plan_stage_bytes(const fv_backend_t *backend)
+{
+    return FV_CUDA_STAGE_BYTES((size_t)backend->shares_max * sizeof(fv_lean_share_t));
+}
+
+/* Shared memory: as many ring slots as two CTAs of an SM can have, or one CTA if those are too few. */
+static fv_status_t set_ring(const fv_backend_t *backend,
+                            const fv_lean_draft_t *draft,
+                            fv_lean_launch_t *launch,
+                            int32_t *ctas)
+{
+    const uint32_t fixed =
+        fv_lean_cuda_fixed_bytes(launch->head_dim_qk, launch->m_warps, draft->n_q_parts) +
+        CTA_RESERVED;
+    uint32_t n_slots = 0;
+
+    *ctas = fv_lean_cuda_ctas(launch->kind, launch->m_warps, launch->head_dim_v);
+    *ctas = (*ctas < backend->ctas_max) ? *ctas : backend->ctas_max;
+    for (; *ctas >= 1; (*ctas)--) {
+        const uint32_t each = (uint32_t)backend->smem_per_sm / (uint32_t)*ctas;
+
+        n_slots = (each > fixed) ? ((each - fixed) / launch->slot_bytes) : 0U;
+        if ((n_slots >= RING_SLOTS_MIN) || (*ctas == 1)) {
+            break;
+        }
+    }
+    if (n_slots < 2U) {
+        return fv_fail(FV_ERR_UNIMPLEMENTED,
+                       "cuda backend: head dims %d and %d do not fit into shared memory",
+                       launch->head_dim_qk, launch->head_dim_v);
+    }
+    n_slots = (n_slots < FV_LEAN_SLOTS_MAX) ? n_slots : FV_LEAN_SLOTS_MAX;
+    launch->ring_slots = (int32_t)n_slots;
+    launch->smem_bytes = fixed - CTA_RESERVED + n_slots * launch->slot_bytes;
+    return FV_OK;
+}
+
+/*
+ * Tiles of each share of a round: 3/4 of the line in the first, then half of what is left each time, down to
+ * SHARE_TILES_MIN. 0: the rest, in equal shares. A short line is one round, and so is prefill, whose pieces are large.
+ */
+static uint32_t share_tiles(uint32_t left, uint32_t n_ctas, bool is_first, int32_t m_warps)
+{
+    const uint32_t all = (uint32_t)fv_div_up(left, n_ctas);
+    const uint32_t least = (m_warps == 1) ? ROUNDS_TILES_MIN : MANY_ROWS_ROUNDS;
+
+    if ((m_warps == 4) || (all < (is_first ? least : 2U * SHARE_TILES_MIN))) {
+        return 0;
+    }
+    return is_first ? (left / n_ctas * 3U / 4U) : (all / 2U);
+}
+
+/* Where each share begins; returns how many there are. begins [FV_LEAN_SHARES_MAX * n_ctas + 1]. */
+static uint32_t cut_line(uint32_t n_tiles, uint32_t n_ctas, int32_t m_warps, uint32_t *begins)
+{
+    uint32_t n = 0;
+    uint32_t at = 0;
+
+    for (int round = 0; at < n_tiles; round++) {
+        const uint32_t left = n_tiles - at;
+        const uint32_t each =
+            (round == FV_LEAN_SHARES_MAX - 1) ? 0U : share_tiles(left, n_ctas, round == 0, m_warps);
+        const uint32_t here = (left < n_ctas) ? left : n_ctas;
+
+        for (uint32_t i = 0; i < here; i++) {
+            begins[n++] = at;
+            at += (each > 0U) ? each : (left / here + ((i < left % here) ? 1U : 0U));
+        }
+    }
+    begins[n] = n_tiles;
+    return n;
+}
+
+/* Which groups the borders of shares cut, and into how many pieces. */
+static void count_pieces(const fv_lean_run_t *runs,
+                         const uint32_t *begins,
+                         fv_lean_share_t *shares,
+                         uint32_t n_shares)
+{
+    uint32_t first = 0;
+
+    for (uint32_t s = 1; s < n_shares; s++) {
+        const uint32_t group = begins[s] - (uint32_t)shares[s].tile; /* its first tile */
+        const uint32_t end = group + (uint32_t)runs[shares[s].run].n_tiles;
+
+        if (shares[s].tile == 0) {
+            continue;
+        }
+        first = (group >= begins[s - 1U]) ? (s - 1U) : first;
+        shares[s].first = first;
+        if (end <= begins[s + 1U]) {
+            shares[first].n_last = s - first + 1U;
+            for (uint32_t i = first + 1U; i <= s; i++) {
+                shares[i].n_first = s - first + 1U;
+            }
+        }
+    }
+}
+
+/* Cuts the line of a draft; its runs are complete. */
+static void make_shares(fv_backend_t *backend,
+                        const fv_lean_draft_t *draft,
+                        fv_lean_launch_t *launch,
+                        uint32_t n_ctas)
+{
+    const fv_lean_run_t *runs = fv_cuda_on_host(backend, draft->runs);
+    const uint32_t *begins = backend->begins;
+    fv_lean_share_t *shares = NULL;
+    size_t offset = 0;
+    uint32_t most = 0;
+    uint32_t r = 0;
+
+    launch->n_tiles = (uint32_t)draft->n_tiles;
+    most = (launch->m_warps == 1) ? launch->n_tiles
+                                  : (uint32_t)fv_div_up(launch->n_tiles, MANY_ROWS_TILES);
+    launch->n_ctas = (most < n_ctas) ? most : n_ctas;
+    launch->n_shares = cut_line(launch->n_tiles, launch->n_ctas, launch->m_warps, backend->begins);
+    offset = fv_cuda_stage(backend, launch->n_shares * sizeof(*shares));
+    launch->shares = fv_cuda_on_device(backend, offset);
+    shares = fv_cuda_on_host(backend, offset);
+    for (uint32_t s = 0; s < launch->n_shares; s++) {
+        while (begins[s] - runs[r].line_begin >=
+               (uint32_t)runs[r].n_tiles * (uint32_t)runs[r].n_kv_heads) {
+            r++;
+        }
+        const uint32_t at = begins[s] - runs[r].line_begin;
+
+        shares[s] = (fv_lean_share_t){.run = r, .index = s};
+        shares[s].head = (int32_t)(at / (uint32_t)runs[r].n_tiles);
+        shares[s].tile = (int32_t)(at % (uint32_t)runs[r].n_tiles);
+        shares[s].n_tiles = (int32_t)(begins[s + 1U] - begins[s]);
+    }
+    count_pieces(runs, begins, shares, launch->n_shares);
+}
+
+/* Slots for the pieces of cut groups, of this launch's shape. */
+static fv_status_t reserve_slots(fv_backend_t *backend, fv_lean_launch_t *launch)
+{
+    const size_t n_slots = 2U * launch->n_shares;
+    const size_t o_elems = n_slots * (size_t)launch->slot_rows * (size_t)launch->head_dim_v;
+    const size_t n_bytes = (o_elems + n_slots * 2U * (size_t)launch->slot_rows) * sizeof(float);
+
+    if (n_bytes > backend->slots_bytes) {
+        FV_RETURN_IF_ERR(FV_CUDA(cudaStreamSynchronize(backend->stream)));
+        FV_RETURN_IF_ERR(FV_CUDA(cudaFree(backend->slots)));
+        backend->slots = NULL;
+        backend->slots_bytes = 0;
+        FV_RETURN_IF_ERR(FV_CUDA(cudaMalloc((void **)&backend->slots, n_bytes)));
+        backend->slots_bytes = n_bytes;
+    }
+    return FV_OK;
+}
+
+fv_status_t fv_lean_plan(fv_backend_t *backend, const fv_lean_draft_t *draft)
+{
+    const fv_lean_geometry_t *g = &draft->geometry;
+    const uint32_t e = (g->kind == (int32_t)FV_LEAN_F32_WIDE) ? 4U : 2U;
+    const fv_page_swizzle_t k = fv_page_swizzle_make((uint32_t)g->head_dim_qk * e / 16U);
+    const fv_page_swizzle_t v = fv_page_swizzle_make((uint32_t)g->head_dim_v * e / 16U);
+    fv_lean_launch_t launch;
+    int32_t ctas = 0;
+
+    memset(&launch, 0, sizeof(launch));
+    launch.arena = backend->arena;
+    launch.runs = fv_cuda_on_device(backend, draft->runs);
+    launch.head_dim_qk = g->head_dim_qk;
+    launch.head_dim_v = g->head_dim_v;
+    launch.kind = g->kind;
+    launch.m_warps = g->m_warps;
+    launch.n_q_parts = draft->n_q_parts;
+    launch.slot_rows = draft->rows_max;
+    launch.k_bytes = (uint32_t)g->head_dim_qk * e;
+    launch.v_bytes = (uint32_t)g->head_dim_v * e;
+    launch.k_shift = k.shift;
+    launch.k_xor = k.mask;
+    launch.v_shift = v.shift;
+    launch.v_xor = v.mask;
+    launch.slot_bytes =
+        FV_PAGE_TOKENS * ((launch.k_bytes > launch.v_bytes) ? launch.k_bytes : launch.v_bytes);
+    FV_RETURN_IF_ERR(set_ring(backend, draft, &launch, &ctas));
+    launch.is_exact = (draft->n_q_parts == 1) && (g->head_dim_qk == g->head_dim_v) &&
+                      ((g->head_dim_v == 64) || (g->head_dim_v == 128));
+    make_shares(backend, draft, &launch, (uint32_t)(backend->n_sms * ctas));
+    FV_RETURN_IF_ERR(reserve_slots(backend, &launch));
+    FV_RETURN_IF_ERR(fv_cuda_grow((void **)&backend->launches, &backend->launches_max,
+                                  backend->n_launches + 1U, sizeof(*backend->launches)));
+    backend->launches[backend->n_launches++] = launch;
+    return FV_OK;
+}
+
+void fv_lean_plan_finish(fv_backend_t *backend)
+{
+    /* slots may have moved while later launches were planned */
+    for (size_t i = 0; i < backend->n_launches; i++) {
+        fv_lean_launch_t *launch = &backend->launches[i];
+
+        launch->arrived = backend->arrived;
+        launch->claimed = backend->arrived + FV_LEAN_LEVELS * 2U * (size_t)backend->shares_max;
+        launch->slot_o = backend->slots;
+        launch->slot_ml = backend->slots + 2U * (size_t)launch->n_shares *
+                                               (size_t)launch->slot_rows *
+                                               (size_t)launch->head_dim_v;
+    }
+}
