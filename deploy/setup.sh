@@ -4,22 +4,27 @@ set -euo pipefail
 
 usage() {
     cat <<'HELP'
-usage: deploy/setup.sh [--test] [--model] [--no-build]
+usage: deploy/setup.sh [--test] [--model] [--cuda | --no-cuda] [--no-build]
 
 Installs the Debian packages that are missing (as root or through sudo; otherwise it says which), makes
-.venv with the pinned Python packages, and builds fovead and the tools into build/release.
+.venv with the pinned Python packages, and builds fovead and the tools into build/release: with the CUDA backend
+where an NVIDIA GPU and nvcc 13.0 or newer are found, else for the CPU.
 
   --test      also what the tests need
   --model     also what the demo needs: the model (85 MB) and its reader
+  --cuda      with the CUDA backend, GPU or not; fails without nvcc
+  --no-cuda   for the CPU only
   --no-build  packages and .venv only
 HELP
 }
 
-with_test=false with_model=false with_build=true
+with_test=false with_model=false with_build=true with_cuda=auto
 for arg in "$@"; do
     case $arg in
     --test) with_test=true ;;
     --model) with_model=true ;;
+    --cuda) with_cuda=yes ;;
+    --no-cuda) with_cuda=no ;;
     --no-build) with_build=false ;;
     --help) usage && exit 0 ;;
     *) usage >&2 && exit 2 ;;
@@ -93,11 +98,37 @@ make_venv() {
 
 # ---------------------------------------------------------------- build
 
+# Leaves what CMake is to be told in $cuda_options. A folder may have been built the other way before: always said.
+choose_cuda() {
+    local found code=0
+    cuda_options=(-DFV_WITH_CUDA=OFF)
+    case $with_cuda in
+    no)
+        say "without CUDA, as asked"
+        return
+        ;;
+    auto) found=$(deploy/find_nvcc.sh --gpu) || code=$? ;;
+    yes)
+        found=$(deploy/find_nvcc.sh) || {
+            say "--cuda: $found" >&2
+            exit 1
+        }
+        ;;
+    esac
+    if [[ $code -ne 0 ]]; then
+        say "without CUDA: $found"
+        return
+    fi
+    say "with CUDA: $found"
+    cuda_options=(-DFV_WITH_CUDA=ON -DCMAKE_CUDA_COMPILER="$found")
+}
+
 build() {
-    local log=build/setup.log
+    local log=build/setup.log cuda_options
     mkdir -p build
+    choose_cuda
     say "building into build/release"
-    if ! { cmake --preset release && cmake --build --preset release; } >"$log" 2>&1; then
+    if ! { cmake --preset release "${cuda_options[@]}" && cmake --build --preset release; } >"$log" 2>&1; then
         tail -n 40 "$log" >&2
         say "the build failed; all of its output is in $log" >&2
         exit 1

@@ -12,7 +12,8 @@ Installs what is missing and runs the steps named, or all of them:
   asan     debug build with ASan and UBSan, warnings as errors: every C test
   headers  every public header compiles by itself
   tsan     build with TSan: unit, property and simulation tests
-  release  release build
+  release  release build (on a machine with a GPU: with CUDA)
+  cuda     everything that is built with CUDA, warnings as errors; with a GPU its tests run too (needs nvcc)
   python   the Python client: types, a clean install, its tests against the numpy model, fovead alone, fovead
            on 3 ranks; what is sharded also on 2, 4 and 7
   hf       Hugging Face transformers generate through fovead, alone and on 3 ranks (installs torch: 6 GB)
@@ -24,7 +25,7 @@ Logs: build/logs. A step that fails does not stop the others.
 HELP
 }
 
-all_steps=(scripts asan headers tsan release python hf hosts slurm demo)
+all_steps=(scripts asan headers tsan release cuda python hf hosts slurm demo)
 steps=("$@")
 [[ ${1:-} == --help ]] && usage && exit 0
 [[ $# -gt 0 ]] || steps=("${all_steps[@]}")
@@ -102,6 +103,16 @@ run_tsan() {
 }
 
 run_release() { deploy/setup.sh; }
+
+# No GPU is needed to compile; where there is none, the tests of label gpu load and skip themselves.
+run_cuda() {
+    local nvcc
+    nvcc=$(deploy/find_nvcc.sh) || {
+        echo "$nvcc"
+        return 77
+    }
+    cmake --preset cuda -DCMAKE_CUDA_COMPILER="$nvcc" && cmake --build --preset cuda && ctest --preset gpu
+}
 
 # The package by itself: its types, and that pip installs it with all that it needs into an empty environment.
 check_package() {
