@@ -243,7 +243,7 @@ static void plan_sets(bench_t *b, const bench_case_t *c)
     if (b->n_sets * b->set_pages > b->tables_max) {
         die("tables");
     }
-    check(fv_cuda_finish(b->backend), "finish");
+    check(fv_cuda_finish(b->backend, NULL, NULL), "finish");
     /* so that no set's staging moves another's */
     check(fv_cuda_reserve(b->backend, (b->n_sets * b->set_pages * 4U) +
                                           (b->n_sets * (size_t)c->n_items << 17U)),
@@ -472,7 +472,7 @@ static void prepare(bench_t *b, size_t arena_bytes)
     for (size_t i = 0; i < (size_t)ITEMS_MAX * 32U * HEAD_DIM; i++) {
         fv_store_element(b->q, FV_DTYPE_BF16, i, fv_rng_normal(&rng));
     }
-    check(fv_cuda_finish(b->backend), "fill");
+    check(fv_cuda_finish(b->backend, NULL, NULL), "fill");
 }
 
 /* bench_kernels_cuda [JSON file or - [GiB of KV [only cases whose name contains this]]] */

@@ -145,6 +145,7 @@ fv_status_t fv_cuda_append(fv_backend_t *backend, const fv_append_item_t *items,
                                   (fv_append_unit_t *)fv_cuda_on_host(backend, offset) + n_units);
         }
     }
+    FV_RETURN_IF_ERR(fv_cuda_clock_mark(backend, FV_CUDA_BEGIN));
     FV_RETURN_IF_ERR(FV_CUDA(cudaMemcpyAsync(
         backend->staging_device + offset, backend->staging_host + offset,
         n_units * sizeof(fv_append_unit_t), cudaMemcpyHostToDevice, backend->stream)));

@@ -354,5 +354,6 @@ fv_status_t fv_cuda_attend(fv_backend_t *backend, const fv_attn_item_t *items, s
         backend->n_scatters = n_scatters; /* nothing of this step will be written */
         return status;
     }
-    return fv_cuda_attend_start(backend, backend->launches, backend->n_launches);
+    FV_RETURN_IF_ERR(fv_cuda_attend_start(backend, backend->launches, backend->n_launches));
+    return fv_cuda_clock_mark(backend, FV_CUDA_ATTENDED);
 }

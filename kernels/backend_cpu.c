@@ -209,9 +209,14 @@ static void cpu_host_free(fv_backend_t *backend, void *memory)
     free(memory);
 }
 
-static fv_status_t cpu_finish(fv_backend_t *backend)
+static fv_status_t
+cpu_finish(fv_backend_t *backend, const fv_wait_limits_t *limits, fv_device_times_t *out_times)
 {
     (void)backend; /* every call returns when its work is done */
+    (void)limits;
+    if (out_times != NULL) {
+        *out_times = (fv_device_times_t){.is_known = false};
+    }
     return FV_OK;
 }
 

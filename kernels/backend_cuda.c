@@ -19,18 +19,26 @@ fv_status_t fv_cuda_check(cudaError_t error, const char *call)
                    "%.80s: %s", call, cudaGetErrorString(error));
 }
 
+static void free_device(fv_backend_t *backend)
+{
+    if (backend->stream != NULL) {
+        (void)cudaStreamSynchronize(backend->stream);
+        (void)cudaStreamDestroy(backend->stream);
+    }
+    fv_cuda_clock_destroy(&backend->clock);
+    fv_cuda_staging_free(backend);
+    (void)cudaFree(backend->arena);
+    fv_lean_plan_free(backend);
+}
+
 static void cuda_destroy(fv_backend_t *backend)
 {
     if (backend == NULL) {
         return;
     }
-    if (backend->stream != NULL) {
-        (void)cudaStreamSynchronize(backend->stream);
-        (void)cudaStreamDestroy(backend->stream);
-    }
-    fv_cuda_staging_free(backend);
-    (void)cudaFree(backend->arena);
-    fv_lean_plan_free(backend);
+    if (backend->lost == FV_OK) {
+        free_device(backend);
+    } /* else: freeing would wait for a step that may never end; the process's end frees it */
     free(backend->scatters);
     free(backend->pinned);
     free(backend->launches);
@@ -71,6 +79,7 @@ static fv_status_t cuda_init(fv_backend_t *backend, const fv_backend_config_t *c
     }
     FV_RETURN_IF_ERR(choose_device(backend));
     FV_RETURN_IF_ERR(FV_CUDA(cudaStreamCreateWithFlags(&backend->stream, cudaStreamNonBlocking)));
+    FV_RETURN_IF_ERR(fv_cuda_clock_create(&backend->clock));
     backend->kv_arena_bytes = config->kv_arena_bytes;
     if (config->kv_arena_bytes > 0) {
         FV_RETURN_IF_ERR(FV_CUDA(cudaMalloc((void **)&backend->arena, config->kv_arena_bytes)));
@@ -124,7 +133,9 @@ static void cuda_host_free(fv_backend_t *backend, void *memory)
     for (size_t i = 0; i < backend->n_pinned; i++) {
         if (backend->pinned[i].begin == memory) {
             backend->pinned[i] = backend->pinned[--backend->n_pinned];
-            (void)cudaFreeHost(memory);
+            if (backend->lost == FV_OK) { /* freeing waits for the device */
+                (void)cudaFreeHost(memory);
+            }
             return;
         }
     }

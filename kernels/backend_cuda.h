@@ -31,13 +31,29 @@ typedef struct fv_cuda_scatter {
     size_t row_bytes, n_rows, dst_stride;
 } fv_cuda_scatter_t;
 
+/* Moments of a step on the device's clock. */
+typedef enum fv_cuda_mark {
+    FV_CUDA_BEGIN = 0,
+    FV_CUDA_ATTENDED = 1,
+    FV_CUDA_MERGED = 2,
+    FV_CUDA_MARKS = 3,
+} fv_cuda_mark_t;
+
+typedef struct fv_cuda_clock {
+    cudaEvent_t events[FV_CUDA_MARKS];
+    bool is_wanted; /* some finish() has asked for times */
+    bool has[FV_CUDA_MARKS];
+} fv_cuda_clock_t;
+
 struct fv_backend {
     int device;
     int32_t n_sms;
     size_t smem_per_sm;
     char name[64];
     cudaStream_t stream;
-    uint8_t *arena; /* device */
+    fv_cuda_clock_t clock;
+    fv_status_t lost; /* not FV_OK: a step was given up; nothing waits for the device any more */
+    uint8_t *arena;   /* device */
     size_t kv_arena_bytes;
 
     uint8_t *staging_host, *staging_device;
@@ -101,11 +117,32 @@ FV_MUST_CHECK fv_status_t fv_cuda_scatter(fv_backend_t *backend, fv_cuda_scatter
 /* Grow-only array. */
 FV_MUST_CHECK fv_status_t fv_cuda_grow(void **array, size_t *max, size_t n, size_t elem_bytes);
 
+/* The device is done: results that wait in the staging area go to their places, and the area is empty again. */
+void fv_cuda_staging_reset(fv_backend_t *backend);
+
 void fv_cuda_staging_free(fv_backend_t *backend);
+
+/* ------------------------------------------------------------------ wait_cuda.c */
+
+FV_MUST_CHECK fv_status_t fv_cuda_clock_create(fv_cuda_clock_t *clock);
+void fv_cuda_clock_destroy(fv_cuda_clock_t *clock);
+
+/*
+ * Notes a moment, if the step is timed: BEGIN before an operation enqueues anything (the first one counts), the others
+ * after (the last one counts). Whatever else uses the stream between attend and merge (an exchange) needs no mark.
+ */
+FV_MUST_CHECK fv_status_t fv_cuda_clock_mark(fv_backend_t *backend, fv_cuda_mark_t mark);
+
+/* Until the stream is idle. limits NULL: for ever. Errors: as finish(). */
+FV_MUST_CHECK fv_status_t fv_cuda_wait(fv_backend_t *backend, const fv_wait_limits_t *limits);
+
+/* FV_OK, or why the backend does nothing any more. */
+FV_MUST_CHECK fv_status_t fv_cuda_usable(const fv_backend_t *backend);
 
 /* ------------------------------------------------------------------ operations, one file each: <name>_cuda.c */
 
-fv_status_t fv_cuda_finish(fv_backend_t *backend);
+fv_status_t
+fv_cuda_finish(fv_backend_t *backend, const fv_wait_limits_t *limits, fv_device_times_t *out_times);
 fv_status_t fv_cuda_append(fv_backend_t *backend, const fv_append_item_t *items, size_t n_items);
 fv_status_t
 fv_cuda_copy_pages(fv_backend_t *backend, const fv_page_copy_t *copies, size_t n_copies);

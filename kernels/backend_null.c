@@ -90,9 +90,14 @@ static fv_status_t null_merge(fv_backend_t *backend, const fv_merge_item_t *item
     return FV_OK;
 }
 
-static fv_status_t null_finish(fv_backend_t *backend)
+static fv_status_t
+null_finish(fv_backend_t *backend, const fv_wait_limits_t *limits, fv_device_times_t *out_times)
 {
     (void)backend;
+    (void)limits;
+    if (out_times != NULL) {
+        *out_times = (fv_device_times_t){.is_known = false};
+    }
     return FV_OK;
 }
 

@@ -30,6 +30,7 @@
 #include "common/status.h"
 #include "kernels/tiles.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -146,6 +147,24 @@ typedef struct fv_merge_item {
     size_t lse_token_stride;
 } fv_merge_item_t;
 
+/* ------------------------------------------------------------------ waiting */
+
+/* When finish() gives up. */
+typedef struct fv_wait_limits {
+    uint32_t deadline_ms;          /* from the call on */
+    bool (*is_aborted)(void *arg); /* asked now and then; NULL: never */
+    void *arg;
+} fv_wait_limits_t;
+
+/* Of the work between two calls of finish(), by the device's own clock. */
+typedef struct fv_device_times {
+    bool is_known; /* false: the backend has no clock of its own; the rest is 0 then */
+    uint32_t
+        compute_us; /* from the first operation to the end of the last attend(); of append() if there was none */
+    uint32_t
+        exchange_us; /* from there to the end of the last merge(), what lay between included; 0 without one */
+} fv_device_times_t;
+
 /* ------------------------------------------------------------------ the table */
 
 /*
@@ -165,7 +184,15 @@ typedef struct fv_backend_ops {
     fv_status_t (*copy_pages)(fv_backend_t *backend, const fv_page_copy_t *copies, size_t n_copies);
     fv_status_t (*attend)(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items);
     fv_status_t (*merge)(fv_backend_t *backend, const fv_merge_item_t *items, size_t n_items);
-    fv_status_t (*finish)(fv_backend_t *backend);
+    /*
+     * limits NULL: waits for ever. out_times may be NULL; measuring begins after the first call that asks, because the
+     * device's clock must be read while the step is enqueued.
+     * FV_ERR_TIMED_OUT or FV_ERR_RANK_LOST (aborted): given up. The backend is unusable then: the device may still
+     * write where it was told to, so memory named by the step must stay; destroy() does not wait.
+     */
+    fv_status_t (*finish)(fv_backend_t *backend,
+                          const fv_wait_limits_t *limits,
+                          fv_device_times_t *out_times);
 } fv_backend_ops_t;
 
 extern const fv_backend_ops_t fv_backend_cpu;

@@ -182,6 +182,7 @@ fv_status_t fv_cuda_merge(fv_backend_t *backend, const fv_merge_item_t *items, s
         }
     }
     FV_RETURN_IF_ERR(fv_cuda_stage_send(backend, begin));
-    return FV_CUDA(
-        fv_merge_launch(fv_cuda_on_device(backend, begin), n_units, n_blocks, backend->stream));
+    FV_RETURN_IF_ERR(FV_CUDA(
+        fv_merge_launch(fv_cuda_on_device(backend, begin), n_units, n_blocks, backend->stream)));
+    return fv_cuda_clock_mark(backend, FV_CUDA_MERGED);
 }

@@ -8,6 +8,9 @@
 
 #define STAGING_MIN ((size_t)1 << 20)
 
+/* Growing waits for the operations before: long, but not for ever. */
+static const fv_wait_limits_t k_grow_limits = {.deadline_ms = 30000};
+
 fv_status_t fv_cuda_grow(void **array, size_t *max, size_t n, size_t elem_bytes)
 {
     size_t wanted = n + n / 2U;
@@ -40,10 +43,12 @@ fv_status_t fv_cuda_reserve(fv_backend_t *backend, size_t n_bytes)
 {
     size_t wanted = backend->staging_bytes;
 
+    FV_RETURN_IF_ERR(fv_cuda_usable(backend));
     if (n_bytes <= backend->staging_bytes - backend->staging_used) {
         return FV_OK;
     }
-    FV_RETURN_IF_ERR(fv_cuda_finish(backend));
+    FV_RETURN_IF_ERR(fv_cuda_wait(backend, &k_grow_limits));
+    fv_cuda_staging_reset(backend);
     if (n_bytes <= backend->staging_bytes) {
         return FV_OK;
     }
@@ -72,6 +77,7 @@ fv_status_t fv_cuda_stage_send(fv_backend_t *backend, size_t begin)
     if (backend->staging_used == begin) {
         return FV_OK;
     }
+    FV_RETURN_IF_ERR(fv_cuda_clock_mark(backend, FV_CUDA_BEGIN));
     return FV_CUDA(cudaMemcpyAsync(backend->staging_device + begin, backend->staging_host + begin,
                                    backend->staging_used - begin, cudaMemcpyHostToDevice,
                                    backend->stream));
@@ -99,11 +105,9 @@ fv_status_t fv_cuda_scatter(fv_backend_t *backend, fv_cuda_scatter_t scatter)
     return FV_OK;
 }
 
-fv_status_t fv_cuda_finish(fv_backend_t *backend)
+void fv_cuda_staging_reset(fv_backend_t *backend)
 {
-    fv_status_t status = FV_CUDA(cudaStreamSynchronize(backend->stream));
-
-    for (size_t i = 0; (status == FV_OK) && (i < backend->n_scatters); i++) {
+    for (size_t i = 0; i < backend->n_scatters; i++) {
         const fv_cuda_scatter_t *s = &backend->scatters[i];
 
         for (size_t row = 0; row < s->n_rows; row++) {
@@ -112,5 +116,4 @@ fv_status_t fv_cuda_finish(fv_backend_t *backend)
     }
     backend->n_scatters = 0;
     backend->staging_used = 0;
-    return status;
 }

@@ -114,4 +114,13 @@ static fv_status_t all_to_all(void *ctx,
     return status;
 }
 
-const fv_exchange_ops_t fv_exchange_mpi_ops = {.name = "mpi", .all_to_all = all_to_all};
+static bool is_aborted(void *ctx)
+{
+    const fv_exchange_mpi_t *exchange = ctx;
+
+    return (exchange->is_aborted != NULL) && exchange->is_aborted(exchange->arg);
+}
+
+const fv_exchange_ops_t fv_exchange_mpi_ops = {.name = "mpi",
+                                               .all_to_all = all_to_all,
+                                               .is_aborted = is_aborted};

@@ -68,6 +68,9 @@ fv_status_t fv_worker_break(fv_worker_t *worker, fv_status_t status);
 /* FV_OK, or why the worker does nothing any more. */
 FV_MUST_CHECK fv_status_t fv_worker_usable(const fv_worker_t *worker);
 
+/* Waits for the backend, at most the step's deadline, and no longer than the exchange sees all peers. */
+FV_MUST_CHECK fv_status_t fv_worker_finish(fv_worker_t *worker, fv_device_times_t *out_times);
+
 /*
  * Finds an item's session and share and checks what both rest on. Errors: FV_ERR_PROTOCOL when coordinator and worker
  * disagree so much that sizes of messages can not be trusted.

@@ -248,5 +248,5 @@ fv_status_t fv_partials_exchange(fv_worker_t *worker)
         return FV_OK;
     }
     FV_RETURN_IF_ERR(ops->merge(worker->backend, w->merges.data, w->n_merges));
-    return ops->finish(worker->backend);
+    return fv_worker_finish(worker, NULL);
 }

@@ -235,7 +235,8 @@ static fv_attn_item_t make_attend(const fv_step_item_t *item)
 }
 
 /* Pages, copies, appends and attention of every item that has not failed. */
-static fv_status_t compute(fv_worker_t *worker, fv_error_t *item_errors)
+static fv_status_t
+compute(fv_worker_t *worker, fv_error_t *item_errors, fv_device_times_t *out_times)
 {
     const fv_backend_ops_t *ops = worker->config.backend;
     fv_step_work_t *w = &worker->work;
@@ -270,7 +271,7 @@ static fv_status_t compute(fv_worker_t *worker, fv_error_t *item_errors)
     if (w->n_attends > 0U) {
         FV_RETURN_IF_ERR(ops->attend(worker->backend, attends, w->n_attends));
     }
-    return ops->finish(worker->backend);
+    return fv_worker_finish(worker, out_times);
 }
 
 /* ------------------------------------------------------------------ the step */
@@ -323,11 +324,12 @@ fv_status_t fv_worker_step(fv_worker_t *worker,
                            fv_error_t *item_errors)
 {
     int64_t t_begin = fv_clock_us();
+    fv_device_times_t times = {.is_known = false};
 
     memset(out_done, 0, sizeof(*out_done));
     FV_RETURN_IF_ERR(fv_worker_usable(worker));
     FV_RETURN_IF_ERR(plan(worker, items, io, n_items, item_errors));
-    fv_status_t status = compute(worker, item_errors);
+    fv_status_t status = compute(worker, item_errors, &times);
     int64_t t_computed = fv_clock_us();
     if (status == FV_OK) {
         status = fv_partials_exchange(worker);
@@ -336,7 +338,8 @@ fv_status_t fv_worker_step(fv_worker_t *worker,
     if (status != FV_OK) {
         return fv_worker_break(worker, status);
     }
-    out_done->compute_us = micros(t_begin, t_computed);
+    out_done->compute_us = times.is_known ? times.compute_us : micros(t_begin, t_computed);
+    /* through host memory, so the host's clock sees all of it */
     out_done->exchange_us = micros(t_computed, fv_clock_us());
     out_done->error = first_error(item_errors, n_items, &out_done->n_items);
     fv_worker_memory(worker, &out_done->memory);

@@ -130,6 +130,18 @@ fv_status_t fv_worker_usable(const fv_worker_t *worker)
     return FV_OK;
 }
 
+fv_status_t fv_worker_finish(fv_worker_t *worker, fv_device_times_t *out_times)
+{
+    const fv_worker_config_t *c = &worker->config;
+    const fv_wait_limits_t limits = {
+        .deadline_ms = c->step_deadline_ms,
+        .is_aborted = (c->exchange != NULL) ? c->exchange->is_aborted : NULL,
+        .arg = c->exchange_ctx,
+    };
+
+    return c->backend->finish(worker->backend, &limits, out_times);
+}
+
 /* ------------------------------------------------------------------ what it says of itself */
 
 void fv_worker_memory(const fv_worker_t *worker, fv_ctl_memory_t *out)

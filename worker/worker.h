@@ -41,6 +41,8 @@ typedef struct fv_exchange_ops {
                               const fv_exchange_message_t *recvs,
                               size_t n_recvs,
                               uint32_t deadline_ms);
+    bool (*is_aborted)(
+        void *ctx); /* somebody is gone: waiting for the device is in vain; NULL: never */
 } fv_exchange_ops_t;
 
 typedef struct fv_worker_config {
@@ -49,7 +51,7 @@ typedef struct fv_worker_config {
     fv_backend_config_t backend_config; /* kv_arena_bytes: all of this rank's KV memory */
     const fv_exchange_ops_t *exchange;  /* NULL: single rank */
     void *exchange_ctx;                 /* keeps */
-    uint32_t step_deadline_ms;          /* of one exchange; 0 = 30000 */
+    uint32_t step_deadline_ms;          /* of one exchange, and of the device's work; 0 = 30000 */
 } fv_worker_config_t;
 
 FV_MUST_CHECK fv_status_t fv_worker_create(const fv_worker_config_t *config, fv_worker_t **out);

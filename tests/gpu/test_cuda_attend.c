@@ -78,7 +78,7 @@ static void step_add(step_t *step, const fv_attn_spec_t *spec, fv_rng_t *rng, bo
 static void step_run(step_t *step)
 {
     assert_int_equal(k_ops->attend(backend, step->items, step->n), FV_OK);
-    assert_int_equal(k_ops->finish(backend), FV_OK);
+    assert_int_equal(k_ops->finish(backend, NULL, NULL), FV_OK);
 }
 
 static size_t step_check(step_t *step, const char *name)

@@ -63,7 +63,7 @@ static void shards(fv_backend_t *backend, const fv_attn_spec_t *spec, fv_rng_t *
         item.dst = dst;
         item.n_dst = 2;
         assert_int_equal(k_ops->attend(backend, &item, 1), FV_OK);
-        assert_int_equal(k_ops->finish(backend), FV_OK);
+        assert_int_equal(k_ops->finish(backend, NULL, NULL), FV_OK);
     }
     memset(out, 0xff, fv_attn_case_out_bytes(attn));
     for (int i = 0; i < 2; i++) {
@@ -84,7 +84,7 @@ static void shards(fv_backend_t *backend, const fv_attn_spec_t *spec, fv_rng_t *
         };
     }
     assert_int_equal(k_ops->merge(backend, merges, 2), FV_OK);
-    assert_int_equal(k_ops->finish(backend), FV_OK);
+    assert_int_equal(k_ops->finish(backend, NULL, NULL), FV_OK);
     fv_attn_case_solve(attn);
     assert_int_equal(fv_attn_case_check(attn, out, lse, "shards"), 0);
     for (uint16_t part = 0; part < spec->n_parts; part++) {
@@ -139,7 +139,7 @@ static void test_far_offsets(void **state)
     assert_int_equal(fv_attn_case_load(attn, k_ops, backend, &rng), FV_OK);
     fv_attn_item_t item = fv_attn_case_item(attn, 0, out, NULL);
     assert_int_equal(k_ops->attend(backend, &item, 1), FV_OK);
-    assert_int_equal(k_ops->finish(backend), FV_OK);
+    assert_int_equal(k_ops->finish(backend, NULL, NULL), FV_OK);
     fv_attn_case_solve(attn);
     assert_int_equal(fv_attn_case_check(attn, out, NULL, "far"), 0);
     /* the same page of near memory, were the offset cut to 32 bits, is not there at all */
@@ -153,7 +153,7 @@ static void test_far_offsets(void **state)
     attn->pages[0] = 0;
     memset(out, 0xff, fv_attn_case_out_bytes(attn));
     assert_int_equal(k_ops->attend(backend, &item, 1), FV_OK);
-    assert_int_equal(k_ops->finish(backend), FV_OK);
+    assert_int_equal(k_ops->finish(backend, NULL, NULL), FV_OK);
     assert_int_equal(fv_attn_case_check(attn, out, NULL, "copied"), 0);
     free(out);
     fv_attn_case_destroy(attn);
@@ -185,7 +185,7 @@ static void test_cpu_equals_gpu(void **state)
             assert_int_equal(fv_attn_case_load(attn, k_both[i], backend, &rng), FV_OK);
             fv_attn_item_t item = fv_attn_case_item(attn, 0, out[i], NULL);
             assert_int_equal(k_both[i]->attend(backend, &item, 1), FV_OK);
-            assert_int_equal(k_both[i]->finish(backend), FV_OK);
+            assert_int_equal(k_both[i]->finish(backend, NULL, NULL), FV_OK);
             assert_int_equal(fv_attn_case_check(attn, out[i], NULL, k_both[i]->name), 0);
             k_both[i]->destroy(backend);
         }
@@ -244,7 +244,7 @@ static void test_refusals(void **state)
     attend.group = 0;
     assert_int_equal(k_ops->attend(backend, &attend, 1), FV_ERR_INVALID_ARG);
     assert_int_equal(k_ops->attend(backend, NULL, 0), FV_OK);
-    assert_int_equal(k_ops->finish(backend), FV_OK);
+    assert_int_equal(k_ops->finish(backend, NULL, NULL), FV_OK);
     k_ops->destroy(backend);
 }
 

@@ -41,7 +41,7 @@ static void one_step(fv_backend_t *backend, fv_rng_t *rng, const char *name)
         items[i] = fv_attn_case_item(cases[i], 0, out[i], lse[i]);
     }
     assert_int_equal(fv_backend_cpu.attend(backend, items, N_CASES), FV_OK);
-    assert_int_equal(fv_backend_cpu.finish(backend), FV_OK);
+    assert_int_equal(fv_backend_cpu.finish(backend, NULL, NULL), FV_OK);
     for (size_t i = 0; i < N_CASES; i++) {
         fv_attn_case_solve(cases[i]);
         assert_int_equal(fv_attn_case_check(cases[i], out[i], lse[i], name), 0);

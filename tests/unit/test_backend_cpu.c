@@ -449,7 +449,7 @@ static void test_null_backend(void **state)
     memset(&item, 0, sizeof(item));
     item.out = out;
     assert_int_equal(fv_backend_null.attend(backend, &item, 1), FV_OK);
-    assert_int_equal(fv_backend_null.finish(backend), FV_OK);
+    assert_int_equal(fv_backend_null.finish(backend, NULL, NULL), FV_OK);
     assert_true(out[3] == 4.0F);
     fv_backend_null.destroy(backend);
 }
