@@ -1,61 +1,290 @@
-#!/bin/sh
-# gpu_run.sh - on the GPU machine: tests, sanitizers, benchmark, from a bundle of gpu_bundle.sh. Short table last.
+#!/usr/bin/env bash
+# gpu_run.sh - on the GPU machine: everything there is to run from a bundle of gpu_bundle.sh. Short table last.
 #
-#     gpu_run.sh RESULTS_DIR [tests] [sanitize] [bench [NAME_FILTER]]
+#     gpu_run.sh RESULTS_DIR [PART]...
 #
-# Exit status: of the first part that failed; every part is run and bounded in time.
-set -u
+#   tests          the GPU tests; those for several GPUs under mpirun
+#   sanitize       memcheck, racecheck (with RACE=1's test), initcheck, synccheck over the GPU tests
+#   bench [NAME]   the kernels beside the streaming read; NAME: only cases whose name contains it
+#   e2e            fovead --backend cuda alone, and with 2 GPUs or more on 2 ranks: the C clients' end-to-end tests, tests/python
+#   service        bench_service, batch 1 x 128k and 64 x 32k tokens, TCP and unix, beside the bare echo
+#   transformers   Hugging Face models generate the same tokens as with SDPA, on one rank and on two
+#   scale [N]      bench/scale/run_gpus.sh over N GPUs (all that there are)
+#   peers          PyTorch's attention kernels at the shapes of `bench`, and the table of both
+#
+# Without PARTs: tests e2e bench. Every command is bounded, and all together by FV_RUN_SECONDS (560); a part that finds
+# no time left is reported as such. FV_KERNELS_GIB, FV_SERVICE_GIB: GPU memory to take there (0 = most of it);
+# FV_SERVICE_CASES: batch x context (1x131072 64x32768); FV_RUN_BACKEND=cpu FV_RUN_GPUS=2: a dry run without a GPU.
+# RESULTS_DIR gets table.txt and results.tar.gz (logs and figures), rewritten after every command.
+# Exit status: of the first command that failed; every part is run.
+set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-out=$1
+[[ $# -ge 1 ]] || { sed -n '2,25p' "$0" && exit 2; }
+mkdir -p "$1" && results=$(cd "$1" && pwd)
 shift
-[ $# -gt 0 ] || set -- tests sanitize bench
-mkdir -p "$out"
+[[ $# -gt 0 ]] || set -- tests e2e bench
+readonly deadline=$((SECONDS + ${FV_RUN_SECONDS:-560}))
+work=$(mktemp -d)
+mkdir "$work/results"
 status=0
 
-# run NAME SECONDS COMMAND...: log to RESULTS_DIR/NAME.log, one line here
-run() {
-    name=$1
-    limit=$2
-    shift 2
-    begin=$(date +%s)
-    timeout "$limit" "$@" >"$out/$name.log" 2>&1
-    rc=$?
-    echo "$name: exit $rc, $(($(date +%s) - begin)) s"
-    if [ $rc -ne 0 ]; then
-        grep -vE '^\[ (RUN|      OK) ' "$out/$name.log" | head -40
-        [ $status -ne 0 ] || status=$rc
-    fi
+# ---------------------------------------------------------------- the machine
+
+unpack() {
+    [[ ! -d $here/bin && -e $here/bundle.tar.xz ]] || return 0
+    bundle=$work/bundle
+    mkdir "$bundle"
+    tar -xJf "$here/bundle.tar.xz" -C "$bundle" 2>/dev/null ||
+        python3 -m tarfile -e "$here/bundle.tar.xz" "$bundle"
 }
 
-nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
-echo "commit $(cat "$here/commit")"
-while [ $# -gt 0 ]; do
-    case $1 in
-    tests)
-        for test in "$here"/bin/test_cuda_*; do
-            run "$(basename "$test")" 200 "$test"
-        done
-        ;;
-    sanitize)
-        for tool in memcheck initcheck synccheck racecheck; do
-            test=$here/bin/test_cuda_attend
-            if [ "$tool" = racecheck ]; then
-                test=$here/bin/race_cuda_attend
-                [ -x "$test" ] || continue
-            fi
-            FV_GPU_QUICK=1 run "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 99 "$test"
-        done
-        ;;
-    bench)
-        filter=
-        if [ $# -gt 1 ]; then
-            case $2 in tests | sanitize | bench) ;; *) filter=$2 && shift ;; esac
-        fi
-        run bench 400 "$here/bin/bench_kernels_cuda" "$out/bench.json" "${FV_BENCH_GIB:-0}" "$filter"
-        cat "$out/bench.log"
+# What only this machine lacks is taken from the spare folders: mpirun and libmpi must be of one version.
+use_spare_libraries() {
+    local lib known
+    known=$(ldconfig -p)
+    for lib in "$bundle"/lib-spare/*; do
+        [[ ! -e $lib || -e $bundle/lib/${lib##*/} ]] || grep -qF "${lib##*/} " <<<"$known" ||
+            ln -s "../lib-spare/${lib##*/}" "$bundle/lib/"
+    done
+}
+
+use_spare_python() {
+    export PYTHONPATH=$bundle/client/python PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+    python3 -c 'import fovea._pb.attention_pb2' 2>/dev/null ||
+        PYTHONPATH=$bundle/python-spare/protobuf:$PYTHONPATH
+    python3 -c 'import grpc_reflection, grpc_health' 2>/dev/null ||
+        PYTHONPATH=$PYTHONPATH:$bundle/python-spare/grpc
+}
+
+# Of the system's NCCL and PyTorch's the one of the version whose headers the build used, which its device API demands;
+# else the newest.
+choose_nccl() {
+    local found
+    found=$(python3 - "$(cat "$bundle/nccl_version")" <<'PYTHON'
+import ctypes, pathlib, sys
+wanted = int(sys.argv[1])
+places = [pathlib.Path(entry) / "nvidia/nccl/lib/libnccl.so.2" for entry in sys.path]
+best = (False, 0, "")
+for name in ["libnccl.so.2", *(str(place) for place in places if place.exists())]:
+    try:
+        version = ctypes.c_int()
+        ctypes.CDLL(name, mode=ctypes.RTLD_LOCAL).ncclGetVersion(ctypes.byref(version))
+        best = max(best, (version.value == wanted, version.value, name))
+    except OSError:
+        continue
+print(*best[1:])
+PYTHON
+    )
+    nccl_version=${found%% *}
+    [[ $found != */* ]] || LD_LIBRARY_PATH=$(dirname "${found#* }")${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+    export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-}
+}
+
+describe() {
+    nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.total --format=csv,noheader
+    echo "commit $(cat "$here/commit"), $n_gpus GPU(s), NCCL $nccl_version (built with $(cat "$bundle/nccl_version")), $(mpirun --version 2>/dev/null | head -n 1)"
+}
+
+# ---------------------------------------------------------------- running
+
+say() { echo "$*" | tee -a "$results/table.txt"; }
+
+pack() { tar -czf "$results/results.tar.gz.new" -C "$work" results && mv "$results"/results.tar.gz{.new,}; }
+
+time_left() { echo $((deadline - SECONDS)); }
+
+# run NAME SECONDS COMMAND...: log to NAME.log, one line here
+run() {
+    local name=$1 limit=$2 log=$work/results/$1.log begin=$SECONDS rc counts
+    shift 2
+    if [[ $(time_left) -lt 10 ]]; then
+        say "$(printf '%-28s not run: no time left' "$name")"
+        [[ $status -ne 0 ]] || status=124
+        return 1
+    fi
+    [[ $limit -lt $(time_left) ]] || limit=$(time_left)
+    timeout -k 5 "$limit" "$@" >"$log" 2>&1
+    rc=$?
+    counts=$(grep -hE '^\[  (PASSED|FAILED)  \] [0-9]+ test|^=* ?[0-9]+ (passed|failed|skipped).* in |ERROR SUMMARY|RACECHECK SUMMARY' \
+        "$log" | sed 's/=//g; s/^ *//; s/ *$//' | tail -n 2 | paste -sd ';')
+    case $rc in
+    0) say "$(printf '%-28s ok %4d s  %s' "$name" $((SECONDS - begin)) "$counts")" ;;
+    77) say "$(printf '%-28s skipped    %s' "$name" "$(tail -n 1 "$log")")" ;;
+    *)
+        say "$(printf '%-28s FAILED (%d) %4d s  %s' "$name" "$rc" $((SECONDS - begin)) "$counts")"
+        grep -vE '^\[ (RUN|      OK) ' "$log" | grep -E 'ERROR|rror:|FAIL|assert|fovead|expected' | head -n 25
+        tail -n 8 "$log"
+        [[ $status -ne 0 ]] || status=$rc
         ;;
     esac
+    pack
+    return "$rc"
+}
+
+mpi() { # N: the command that starts N ranks
+    echo "mpirun --allow-run-as-root --oversubscribe --bind-to none --mca btl self,vader -x NCCL_NVLS_ENABLE -x LD_LIBRARY_PATH -np $1"
+}
+
+has() { [[ -x $bundle/bin/$1 ]]; }
+
+# ---------------------------------------------------------------- parts
+
+# Tests that say `ranks` in their name need a process a GPU.
+part_tests() {
+    local test name
+    for test in "$bundle"/bin/test_{cuda,gpu,nccl}_* "$bundle"/bin/test_*_{cuda,nccl}; do
+        name=${test##*/}
+        [[ -x $test ]] || continue
+        case $name in
+        *nccl* | *ranks*)
+            [[ $n_gpus -ge 2 ]] || continue
+            # shellcheck disable=SC2046 # words
+            run "tests-$name-$n_gpus" 120 $(mpi "$n_gpus") "$test"
+            ;;
+        *) run "tests-$name" 200 "$test" ;;
+        esac
+    done
+}
+
+part_sanitize() {
+    local tool test
+    for test in test_cuda_attend test_cuda_pages; do
+        for tool in memcheck initcheck synccheck racecheck; do
+            has "$test" || continue
+            if [[ $tool == racecheck ]]; then
+                [[ $test != test_cuda_attend ]] || { has race_cuda_attend && test=race_cuda_attend; } || continue
+            fi
+            FV_GPU_QUICK=1 run "sanitize-$tool-$test" 120 compute-sanitizer --tool "$tool" --error-exitcode 99 \
+                "$bundle/bin/$test"
+        done
+    done
+}
+
+part_bench() {
+    run bench 400 "$bundle/bin/bench_kernels_cuda" "$work/results/bench.json" "${FV_KERNELS_GIB:-0}" "${1:-}"
+    cat "$work/results/bench.log"
+}
+
+# What N ranks of the service take to start, as words for env: for the C tests, for the Python tests.
+c_service() {
+    echo "FV_TEST_CLI=$bundle/bin/fovea"
+    [[ $1 -eq 1 ]] || echo "FV_TEST_LAUNCH=$(mpi "$1")"
+}
+python_service() {
+    echo "FOVEAD=$bundle/bin/fovead"
+    echo "FOVEAD_ARGS=--backend=$backend"
+    [[ $1 -eq 1 ]] || echo "FV_TEST_RANKS=$1"
+}
+
+pytest() { # NAME SECONDS RANKS ARGS...
+    local name=$1 limit=$2 ranks=$3 words
+    shift 3
+    mapfile -t words < <(python_service "$ranks")
+    run "$name-$ranks" "$limit" env "${words[@]}" python3 -m pytest -q -p no:cacheprovider "$@"
+}
+
+part_e2e() {
+    local n name words
+    for n in 1 2; do
+        [[ $n -le $n_gpus ]] || continue
+        mapfile -t words < <(c_service "$n")
+        for name in test_e2e_attend test_e2e_session test_e2e_stream test_e2e_cli; do
+            has "$name" || continue
+            [[ $name != test_e2e_cli || $n -eq 1 ]] || continue
+            run "e2e-$name-$n" 180 env FV_TEST_FOVEAD="$bundle/bin/fovead --backend=$backend" "${words[@]}" \
+                "$bundle/bin/$name"
+        done
+        pytest e2e-python 240 "$n" "$bundle/tests/python" --ignore-glob '*/test_transformers*.py'
+    done
+}
+
+start_fovead() { # ARGS...: its pid in $fovead; on a socket and a port
+    "$bundle/bin/fovead" --backend "$backend" --listen "unix:$work/fovea.sock" --listen 127.0.0.1:7411 "$@" \
+        >"$work/results/fovead.log" 2>&1 &
+    fovead=$!
+    for _ in {1..300}; do
+        [[ -S $work/fovea.sock ]] && return 0
+        kill -0 "$fovead" 2>/dev/null || break
+        sleep 0.1
+    done
+    cat "$work/results/fovead.log"
+    return 1
+}
+
+part_service() {
+    local case name memory=()
+    [[ ${FV_SERVICE_GIB:-0} -eq 0 ]] || memory=(--kv-memory "${FV_SERVICE_GIB}g")
+    if start_fovead "${memory[@]}"; then
+        for case in ${FV_SERVICE_CASES:-1x131072 64x32768}; do
+            name=service-b${case%x*}-${case#*x}
+            run "$name" 240 "$bundle/bin/bench_service" --connect "unix:$work/fovea.sock" --connect 127.0.0.1:7411 \
+                --call stream --batch "${case%x*}" --in-flight 1 --context "${case#*x}" --rounds 5 --seconds 2 \
+                --json "$work/results/$name.json"
+            cat "$work/results/$name.log"
+        done
+    else
+        say "service                      FAILED: fovead did not start"
+        status=1
+    fi
+    kill -TERM "$fovead" 2>/dev/null
+    wait "$fovead" 2>/dev/null
+}
+
+part_transformers() {
+    local n
+    for n in 1 2; do
+        [[ $n -le $n_gpus ]] || continue
+        pytest transformers 240 "$n" -s "$bundle/tests/python/test_transformers_device.py"
+        pytest transformers-families 240 "$n" "$bundle/tests/python/test_transformers.py"
+    done
+}
+
+part_scale() {
+    run "scale-${1:-$n_gpus}" 540 "$bundle/bench/scale/run_gpus.sh" "${1:-$n_gpus}" "$bundle/bin/bench_scale" "$work/results/scale"
+    cat "$work/results/scale-${1:-$n_gpus}.log"
+}
+
+part_peers() {
+    run peers 400 python3 "$bundle/bench/peers/peers.py" --bench "$bundle/bin/bench_kernels_cuda" --out "$work/results/peers"
+    cat "$work/results/peers.log"
+}
+
+# ---------------------------------------------------------------- main
+
+bundle=$here
+backend=${FV_RUN_BACKEND:-cuda}
+trap 'rm -rf "$work"' EXIT
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 NCCL_NVLS_ENABLE=0
+unpack
+use_spare_libraries
+use_spare_python
+choose_nccl
+n_gpus=${FV_RUN_GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')}
+: >"$results/table.txt"
+say "$(describe)"
+parts=" tests sanitize bench e2e service transformers scale peers "
+while [[ $# -gt 0 ]]; do
+    [[ $parts == *" $1 "* ]] || { echo "gpu_run: unknown part $1" >&2 && exit 2; }
+    part=$1
+    argument=
     shift
+    if [[ $# -gt 0 && $parts != *" $1 "* ]]; then
+        argument=$1
+        shift
+    fi
+    case $part in
+    tests) part_tests ;;
+    sanitize) part_sanitize ;;
+    bench) part_bench "$argument" ;;
+    e2e) part_e2e ;;
+    service) part_service ;;
+    transformers) part_transformers ;;
+    scale) part_scale "$argument" ;;
+    peers) part_peers ;;
+    esac
 done
+echo
+cat "$results/table.txt"
+pack
 exit $status
