@@ -149,6 +149,7 @@ run_hf() {
     .venv/bin/python -c 'import torch, transformers' || return 1
     FOVEAD=$fovead .venv/bin/python -m pytest -q tests/python/test_transformers.py || code=1
     FOVEAD=$fovead FV_TEST_RANKS=3 .venv/bin/python -m pytest -q tests/python/test_transformers.py || code=1
+    FOVEAD=$fovead FV_TEST_RANKS=2 .venv/bin/python -m pytest -q tests/python/test_transformers_device.py || code=1
     return $code
 }
 
