@@ -3,6 +3,8 @@
  */
 #include "common/model.h"
 
+#include "common/policy.h"
+
 #include <math.h>
 #include <string.h>
 
@@ -41,19 +43,59 @@ static fv_status_t check_heads(const fv_model_spec_t *spec)
     return FV_OK;
 }
 
-static fv_status_t check_policy(const fv_policy_t *policy)
+static fv_status_t check_s2(const fv_model_spec_t *spec, const fv_policy_t *p)
+{
+    int32_t bs = p->block_tokens;
+
+    if ((bs < FV_S2_BLOCK_MIN) || (bs > FV_S2_BLOCK_MAX) || ((bs & (bs - 1)) != 0)) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "spec.policies.s2.block_tokens: given %d, expected 16, 32, 64, 128 or 256",
+                       bs);
+    }
+    FV_RETURN_IF_ERR(check_range("policies.s2.local_blocks", p->local_blocks, 1, FV_S2_LOCAL_MAX));
+    FV_RETURN_IF_ERR(check_range("policies.s2.vert_stride", p->vert_stride, 1, FV_S2_STRIDE_MAX));
+    FV_RETURN_IF_ERR(check_range("policies.s2.head_sliding_step", p->head_sliding_step,
+                                 -FV_S2_SLIDING_MAX, FV_S2_SLIDING_MAX));
+    FV_RETURN_IF_ERR(check_range("policies.s2.head_sliding_offset", p->head_sliding_offset,
+                                 -FV_S2_SLIDING_MAX, FV_S2_SLIDING_MAX));
+    if ((p->pattern_per != FV_PATTERN_KV_HEAD) && (p->pattern_per != FV_PATTERN_Q_HEAD)) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "spec.policies.s2.pattern_per: given %d, expected KV_HEAD or Q_HEAD",
+                       p->pattern_per);
+    }
+    if ((p->homo_head != 0) && (p->num_dense_heads != 0)) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "spec.policies.s2.num_dense_heads: given %d, expected 0 with homo_head",
+                       p->num_dense_heads);
+    }
+    return check_range("policies.s2.num_dense_heads", p->num_dense_heads, 0,
+                       (p->pattern_per == FV_PATTERN_Q_HEAD) ? spec->n_q_heads : spec->n_kv_heads);
+}
+
+/* What is left to the model: the reference divides by the query heads, whichever heads the pattern is for. */
+static void resolve_s2(const fv_model_spec_t *spec, fv_policy_t *p)
+{
+    int32_t n_q_heads = (p->homo_head != 0) ? 1 : spec->n_q_heads;
+
+    p->n_heads = (p->pattern_per == FV_PATTERN_Q_HEAD) ? spec->n_q_heads : spec->n_kv_heads;
+    if (p->head_sliding_step == 0) {
+        p->head_sliding_step = (p->vert_stride > n_q_heads) ? (p->vert_stride / n_q_heads) : 1;
+    }
+}
+
+static fv_status_t check_policy(const fv_model_spec_t *spec, fv_policy_t *policy)
 {
     if (policy->kind == FV_POLICY_S2) {
-        return fv_fail(FV_ERR_UNIMPLEMENTED,
-                       "spec.policies: S2 is not served by this version (Dense and Window are)");
+        FV_RETURN_IF_ERR(check_s2(spec, policy));
+        resolve_s2(spec, policy);
+        return FV_OK;
     }
     if (policy->kind == FV_POLICY_WINDOW) {
         FV_RETURN_IF_ERR(
             check_range("policies.window.window_tokens", policy->window_tokens, 1, INT32_MAX));
-        FV_RETURN_IF_ERR(
-            check_range("policies.window.sink_tokens", policy->sink_tokens, 0, INT32_MAX));
+        return check_range("policies.window.sink_tokens", policy->sink_tokens, 0, INT32_MAX);
     }
-    return FV_OK;
+    return check_range("policies.kind", policy->kind, 0, FV_POLICY_S2);
 }
 
 static fv_status_t check_sharding(const fv_sharding_t *sharding)
@@ -107,7 +149,7 @@ fv_status_t fv_model_spec_check(fv_model_spec_t *spec)
     }
     FV_RETURN_IF_ERR(check_range("policies", spec->n_policies, 1, FV_POLICIES_MAX));
     for (int32_t i = 0; i < spec->n_policies; i++) {
-        FV_RETURN_IF_ERR(check_policy(&spec->policies[i]));
+        FV_RETURN_IF_ERR(check_policy(spec, &spec->policies[i]));
     }
     for (int32_t i = 0; i < spec->n_layers; i++) {
         FV_RETURN_IF_ERR(

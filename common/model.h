@@ -28,15 +28,31 @@ typedef enum fv_model_kind {
 typedef enum fv_policy_kind {
     FV_POLICY_DENSE = 0,
     FV_POLICY_WINDOW = 1,
-    FV_POLICY_S2 = 2, /* later */
+    FV_POLICY_S2 = 2,
 } fv_policy_kind_t;
 
-/* Which tokens a query may read; the same for every head of a layer until S2. */
+/* Values are those of fovea.v1.S2.PatternPer. */
+typedef enum fv_pattern_per {
+    FV_PATTERN_KV_HEAD = 0, /* the query heads of a KV head share its pattern */
+    FV_PATTERN_Q_HEAD = 1,  /* each query head has its own */
+} fv_pattern_per_t;
+
+/* Which tokens a query may read; what the numbers of S2 mean is in common/policy.h. */
 typedef struct fv_policy {
     int32_t kind;          /* fv_policy_kind_t */
     int32_t window_tokens; /* WINDOW: >= 1, counts the query's own position */
     int32_t sink_tokens;   /* WINDOW: >= 0, the first tokens, always visible */
-    int32_t reserved;
+    /* S2 */
+    int32_t block_tokens; /* 16, 32, 64, 128 or 256 */
+    int32_t local_blocks; /* >= 1, counts the query's own block */
+    int32_t vert_stride;  /* >= 1 blocks; 1 is dense */
+    int32_t
+        head_sliding_step; /* blocks from head to head; resolved: 0 = max(1, vert_stride / Hq) */
+    int32_t head_sliding_offset;
+    int32_t num_dense_heads; /* the last heads */
+    int32_t homo_head;       /* 1: every head has head 0's pattern */
+    int32_t pattern_per;     /* fv_pattern_per_t */
+    int32_t n_heads;         /* of the pattern: Hkv, or Hq with Q_HEAD; resolved, not given */
 } fv_policy_t;
 
 typedef enum fv_sharding_mode {
@@ -90,7 +106,7 @@ static inline size_t fv_model_page_bytes(const fv_model_spec_t *spec)
 }
 
 /*
- * Checks every field of `spec`, and resolves head_dim_v = 0 and softmax_scale = 0.
+ * Checks every field of `spec`, and resolves head_dim_v = 0, softmax_scale = 0 and what S2 policies leave open.
  * Errors: FV_ERR_INVALID_ARG naming the field, what was given and what was expected;
  *         FV_ERR_UNIMPLEMENTED for kinds and policies that this version does not serve.
  */

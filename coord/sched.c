@@ -4,6 +4,7 @@
 #include "coord/sched.h"
 
 #include "common/digest.h"
+#include "common/policy.h"
 #include "coord/sched_internal.h"
 
 #include <inttypes.h>
@@ -88,6 +89,46 @@ static int32_t find_model(const fv_sched_t *sched, const char *id)
     return -1;
 }
 
+static fv_status_t check_served(const fv_sched_t *sched, const fv_model_spec_t *spec)
+{
+    for (int32_t i = 0; (sched->config.no_s2 != NULL) && (i < spec->n_policies); i++) {
+        if (spec->policies[i].kind == FV_POLICY_S2) {
+            return fv_fail(FV_ERR_UNIMPLEMENTED,
+                           "spec.policies: S2 is not served by the %s backend in this version",
+                           sched->config.no_s2);
+        }
+    }
+    return FV_OK;
+}
+
+/* Heads that leave a block to no one but the local window see less than their layer's context. */
+static void warn_coverage(const fv_model_spec_t *spec, fv_register_response_t *response)
+{
+    for (int32_t i = 0; i < spec->n_policies; i++) {
+        const fv_policy_t *p = &spec->policies[i];
+        char text[sizeof(response->warnings[0])];
+        int32_t n_layers = 0;
+        int32_t first = 0;
+
+        for (int32_t layer = spec->n_layers - 1; layer >= 0; layer--) {
+            if (spec->layer_policy[layer] == i) {
+                n_layers++;
+                first = layer;
+            }
+        }
+        if ((p->kind != FV_POLICY_S2) || (n_layers == 0) || (fv_s2_coverage(p) == p->vert_stride)) {
+            continue;
+        }
+        (void)snprintf(
+            text, sizeof(text),
+            "S2 in %d layers (layer %d the first): no head reads %d of every %d blocks "
+            "once they have left the %d local ones; dense layers between, more heads or a "
+            "smaller stride would",
+            n_layers, first, p->vert_stride - fv_s2_coverage(p), p->vert_stride, p->local_blocks);
+        add_warning(response, text);
+    }
+}
+
 fv_status_t fv_sched_register(fv_sched_t *sched,
                               fv_model_spec_t *spec,
                               fv_register_response_t *out,
@@ -95,6 +136,7 @@ fv_status_t fv_sched_register(fv_sched_t *sched,
                               fv_ctl_model_t *out_message)
 {
     FV_RETURN_IF_ERR(fv_model_spec_check(spec));
+    FV_RETURN_IF_ERR(check_served(sched, spec));
     fv_register_response_t response = {0};
     /* The id is the spec's own checksum, so it is the same after a restart. */
     (void)snprintf(response.model_id, sizeof(response.model_id), "m%016" PRIx64,
@@ -104,6 +146,7 @@ fv_status_t fv_sched_register(fv_sched_t *sched,
                     "sharding.mode: HEADS cannot split one KV head; every session of this "
                     "model lives on one rank (CONTEXT would spread it)");
     }
+    warn_coverage(spec, &response);
     int32_t known = find_model(sched, response.model_id);
     if (known >= 0) {
         if (!fv_model_spec_equal(&sched->models[known].spec, spec)) {

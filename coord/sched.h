@@ -44,6 +44,7 @@ typedef struct fv_sched_config {
     uint32_t step_tokens_max;
     uint32_t shard_tokens; /* default of models and sessions that name none */
     fv_plan_cost_t cost;
+    const char *no_s2; /* a backend among the ranks' that serves no S2 policy; NULL: all do */
     /*
      * Called for a request that is about to join a step, when its spec is known and before anything is taken for it: room
      * for its answer. An error refuses the request. NULL: nothing to prepare.

@@ -96,6 +96,19 @@ static fv_status_t check_tensors(const fv_request_t *request)
     return check_reply(request);
 }
 
+static fv_status_t check_causal(const fv_request_t *request)
+{
+    const fv_model_spec_t *spec = request->spec;
+
+    if (!request->head.causal &&
+        (spec->policies[spec->layer_policy[request->head.layer]].kind == FV_POLICY_S2)) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "causal: given false, expected true: layer %u has an S2 policy",
+                       request->head.layer);
+    }
+    return FV_OK;
+}
+
 /* Finds the sessions and checks everything that does not depend on their lengths. */
 static fv_status_t resolve(fv_sched_t *sched, fv_request_t *request)
 {
@@ -128,6 +141,7 @@ static fv_status_t resolve(fv_sched_t *sched, fv_request_t *request)
         session->layers[request->head.layer].request_mark = mark;
         request->sessions[i] = session;
     }
+    FV_RETURN_IF_ERR(check_causal(request));
     return check_tensors(request);
 }
 

@@ -18,9 +18,17 @@
 #define PRIME_BYTES    512U  /* of each are asked for ahead; the hardware then fetches the rest */
 #define SHARE_COST_MIN 2000U /* ns; less is not worth waking a thread for */
 
+/* Query heads of a KV head that walk together: those with the same pattern. */
+static int32_t walk_heads(const fv_attn_item_t *item)
+{
+    return fv_policy_splits_group(&item->policy) ? 1 : item->group;
+}
+
 static int32_t block_tokens(const fv_attn_item_t *item)
 {
-    return (item->group >= FV_BLOCK_ROWS) ? 1 : (FV_BLOCK_ROWS / item->group);
+    int32_t n_heads = walk_heads(item);
+
+    return (n_heads >= FV_BLOCK_ROWS) ? 1 : (FV_BLOCK_ROWS / n_heads);
 }
 
 static fv_tile_query_t group_query(const fv_attn_item_t *item, const fv_lean_group_t *group)
@@ -32,6 +40,8 @@ static fv_tile_query_t group_query(const fv_attn_item_t *item, const fv_lean_gro
     query.q_begin = item->position + group->t_begin;
     query.q_end = item->position + group->t_end;
     query.kv_end = item->kv_end;
+    query.head = fv_policy_head(&item->policy, item->kv_head_begin + group->kv_head, item->group,
+                                group->g_begin);
     query.causal = item->causal;
     return query;
 }
@@ -55,7 +65,7 @@ reserve_groups(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_item
 
     for (size_t i = 0; i < n_items; i++) {
         FV_RETURN_IF_ERR(fv_cpu_check_attend(&items[i]));
-        n_groups += (size_t)items[i].n_kv_heads *
+        n_groups += (size_t)items[i].n_kv_heads * (size_t)(items[i].group / walk_heads(&items[i])) *
                     fv_div_up((uint64_t)items[i].n_tokens, (uint64_t)block_tokens(&items[i]));
     }
     if (n_groups <= backend->groups_max) {
@@ -71,39 +81,51 @@ reserve_groups(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_item
     return FV_OK;
 }
 
-/* Appends the groups of one item to the line; rows without any tile are answered at once. */
+/* The group's tiles join the line; rows without any are answered at once. */
+static fv_status_t
+plan_group(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_group_t *group)
+{
+    fv_lean_line_t *line = &backend->line;
+    fv_tile_query_t query = group_query(item, group);
+
+    group->tiles = fv_tiles_make(&query);
+    group->n_tiles = fv_tiles_count(&group->tiles);
+    if (group->n_tiles == 0) {
+        fv_cpu_write_empty(item, group);
+        return FV_OK;
+    }
+    if (item->pages == NULL) {
+        return fv_fail(FV_ERR_INVALID_ARG, "kernels: pages: given none, expected %d of KV head %d",
+                       group->n_tiles, group->kv_head);
+    }
+    group->cost_begin = line->cost;
+    group->tile_cost =
+        tile_cost(backend, item, (group->t_end - group->t_begin) * (group->g_end - group->g_begin));
+    line->cost += (uint64_t)group->tile_cost * (uint64_t)group->n_tiles;
+    line->n_groups++;
+    return FV_OK;
+}
+
+/* Appends the groups of one item to the line. */
 static fv_status_t plan_item(fv_backend_t *backend, uint32_t item_idx)
 {
     const fv_attn_item_t *item = &backend->items[item_idx];
-    fv_lean_line_t *line = &backend->line;
     int32_t step = block_tokens(item);
+    int32_t n_heads = walk_heads(item);
 
     for (int32_t h = 0; h < item->n_kv_heads; h++) {
-        for (int32_t t = 0; t < item->n_tokens; t += step) {
-            fv_lean_group_t *group = &backend->groups[line->n_groups];
-            fv_tile_query_t query;
+        for (int32_t g = 0; g < item->group; g += n_heads) {
+            for (int32_t t = 0; t < item->n_tokens; t += step) {
+                fv_lean_group_t *group = &backend->groups[backend->line.n_groups];
 
-            group->item_idx = item_idx;
-            group->kv_head = h;
-            group->t_begin = t;
-            group->t_end = (item->n_tokens - t < step) ? item->n_tokens : (t + step);
-            query = group_query(item, group);
-            group->tiles = fv_tiles_make(&query);
-            group->n_tiles = fv_tiles_count(&group->tiles);
-            if (group->n_tiles == 0) {
-                fv_cpu_write_empty(item, group);
-                continue;
+                group->item_idx = item_idx;
+                group->kv_head = h;
+                group->t_begin = t;
+                group->t_end = (item->n_tokens - t < step) ? item->n_tokens : (t + step);
+                group->g_begin = g;
+                group->g_end = g + n_heads;
+                FV_RETURN_IF_ERR(plan_group(backend, item, group));
             }
-            if (item->pages == NULL) {
-                return fv_fail(FV_ERR_INVALID_ARG,
-                               "kernels: pages: given none, expected %d of KV head %d",
-                               group->n_tiles, h);
-            }
-            group->cost_begin = line->cost;
-            group->tile_cost =
-                tile_cost(backend, item, (group->t_end - group->t_begin) * item->group);
-            line->cost += (uint64_t)group->tile_cost * (uint64_t)group->n_tiles;
-            line->n_groups++;
         }
     }
     return FV_OK;
@@ -114,9 +136,10 @@ load_block(fv_tile_block_t *block, const fv_attn_item_t *item, const fv_lean_gro
 {
     size_t dk = (size_t)item->head_dim_qk;
     size_t head_bytes = dk * fv_dtype_bytes((fv_dtype_t)item->io_dtype);
+    int32_t n_heads = group->g_end - group->g_begin;
     float *q = block->q;
 
-    block->n_rows = (group->t_end - group->t_begin) * item->group;
+    block->n_rows = (group->t_end - group->t_begin) * n_heads;
     block->head_dim_qk = item->head_dim_qk;
     block->head_dim_v = item->head_dim_v;
     block->o_stride = (int32_t)fv_align_up((size_t)item->head_dim_v, 16U);
@@ -132,10 +155,10 @@ load_block(fv_tile_block_t *block, const fv_attn_item_t *item, const fv_lean_gro
     }
     for (int32_t t = group->t_begin; t < group->t_end; t++) {
         const uint8_t *token = (const uint8_t *)item->q + (size_t)t * item->q_token_bytes +
-                               (size_t)(group->kv_head * item->group) * head_bytes;
+                               (size_t)(group->kv_head * item->group + group->g_begin) * head_bytes;
 
-        fv_load_row(q, token, (fv_dtype_t)item->io_dtype, dk * (size_t)item->group);
-        q += dk * (size_t)item->group;
+        fv_load_row(q, token, (fv_dtype_t)item->io_dtype, dk * (size_t)n_heads);
+        q += dk * (size_t)n_heads;
     }
     memset(block->o, 0, (size_t)block->n_rows * (size_t)block->o_stride * sizeof(float));
     for (int32_t r = 0; r < block->n_rows; r++) {
@@ -160,6 +183,7 @@ static void prime_streams(const uint8_t *matrix, size_t n_bytes)
 static void attend_tile(const fv_tile_ops_t *ops,
                         fv_tile_block_t *block,
                         const fv_attn_item_t *item,
+                        int32_t n_heads,
                         const fv_tile_query_t *query,
                         const fv_tile_t *tile,
                         const uint8_t *page)
@@ -182,11 +206,11 @@ static void attend_tile(const fv_tile_ops_t *ops,
         ops->accumulate(block, v);
         return;
     }
-    fv_cpu_mask_scores(block, query, tile, item->group);
+    fv_cpu_mask_scores(block, query, tile, n_heads);
     ops->softmax(block);
     v = fv_cpu_clean_v(block, tile, v);
     if (!tile->full && !fv_cpu_is_finite_v(block, v)) {
-        fv_cpu_accumulate_seen(block, query, tile, item->group, v);
+        fv_cpu_accumulate_seen(block, query, tile, n_heads, v);
         return;
     }
     ops->accumulate(block, v);
@@ -223,7 +247,7 @@ static void attend_piece(fv_backend_t *backend,
             fv_tile_t next = fv_tile_at(&query, &group->tiles, i + 1);
             block->next_page = fv_cpu_page(backend, pages[next.local_page], page_bytes);
         }
-        attend_tile(ops, block, item, &query, &tile, page);
+        attend_tile(ops, block, item, group->g_end - group->g_begin, &query, &tile, page);
     }
     if (ops->end != NULL) {
         ops->end();

@@ -13,10 +13,16 @@
 #include <math.h>
 #include <string.h>
 
-/* Slots of a tile that a row sees: [0, sink) and [begin, end). */
+/* Slots of a tile that a row sees: [0, sink), [begin, end), and before `begin` the strided ones. */
 typedef struct slot_range {
     int32_t sink, begin, end;
+    uint32_t strided; /* quarters */
 } slot_range_t;
+
+static bool is_strided(const slot_range_t *slots, int32_t slot)
+{
+    return ((slots->strided >> ((uint32_t)slot / FV_S2_BLOCK_MIN)) & 1U) != 0U;
+}
 
 static int32_t to_slot(int64_t token, const fv_tile_t *tile)
 {
@@ -31,6 +37,7 @@ static slot_range_t row_slots(const fv_tile_query_t *query, const fv_tile_t *til
     slots.sink = to_slot(row.sink, tile);
     slots.begin = to_slot(row.begin, tile);
     slots.end = to_slot(row.end, tile);
+    slots.strided = tile->strided;
     return slots;
 }
 
@@ -46,7 +53,7 @@ void fv_cpu_mask_scores(fv_tile_block_t *block,
             float *s = block->s + (size_t)(r + g) * FV_PAGE_TOKENS;
 
             for (int32_t j = slots.sink; j < slots.begin; j++) {
-                s[j] = -INFINITY;
+                s[j] = is_strided(&slots, j) ? s[j] : -INFINITY;
             }
             for (int32_t j = slots.end; j < FV_PAGE_TOKENS; j++) {
                 s[j] = -INFINITY;
@@ -147,7 +154,8 @@ void fv_cpu_accumulate_seen(fv_tile_block_t *block,
             o[d] *= block->alpha[r];
         }
         for (int32_t j = 0; j < tile->n_tokens; j++) {
-            if ((j < slots.sink) || ((j >= slots.begin) && (j < slots.end))) {
+            if ((j < slots.sink) || ((j >= slots.begin) && (j < slots.end)) ||
+                ((j < slots.begin) && is_strided(&slots, j))) {
                 add_token(block, v, (size_t)j, p[j], o);
             }
         }

@@ -52,6 +52,8 @@ void fv_cpu_write_rows(const fv_attn_item_t *item,
                        const fv_lean_group_t *group,
                        const fv_tile_block_t *block)
 {
+    int32_t n_heads = group->g_end - group->g_begin;
+
     for (int32_t r = 0; r < block->n_rows; r++) {
         float *o = block->o + (size_t)r * (size_t)block->o_stride;
         /* l = 0 only where every score was -inf: the empty set, by whichever way it came about */
@@ -60,8 +62,8 @@ void fv_cpu_write_rows(const fv_attn_item_t *item,
         for (int32_t d = 0; d < block->head_dim_v; d++) {
             o[d] *= inverse;
         }
-        write_row(item, group->t_begin + r / item->group,
-                  group->kv_head * item->group + r % item->group, o,
+        write_row(item, group->t_begin + r / n_heads,
+                  group->kv_head * item->group + group->g_begin + r % n_heads, o,
                   block->m[r] + log2f(block->l[r]));
     }
 }
@@ -71,7 +73,7 @@ void fv_cpu_write_empty(const fv_attn_item_t *item, const fv_lean_group_t *group
     static const float zeros[FV_HEAD_DIM_MAX];
 
     for (int64_t t = group->t_begin; t < group->t_end; t++) {
-        for (int32_t g = 0; g < item->group; g++) {
+        for (int32_t g = group->g_begin; g < group->g_end; g++) {
             write_row(item, t, group->kv_head * item->group + g, zeros, -INFINITY);
         }
     }

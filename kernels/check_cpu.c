@@ -69,6 +69,22 @@ static fv_status_t check_result(const fv_attn_item_t *item)
     return FV_OK;
 }
 
+/* The model's check has seen the rest (common/model.c); here is what an index or a division rests on. */
+static fv_status_t check_s2(const fv_attn_item_t *item)
+{
+    const fv_policy_t *p = &item->policy;
+
+    FV_RETURN_IF_ERR(check(item->causal, "causal", 0, "true with an S2 policy"));
+    FV_RETURN_IF_ERR(check((p->block_tokens >= FV_S2_BLOCK_MIN) &&
+                               (p->block_tokens <= FV_S2_BLOCK_MAX) &&
+                               ((p->block_tokens & (p->block_tokens - 1)) == 0),
+                           "policy.block_tokens", p->block_tokens, "16, 32, 64, 128 or 256"));
+    FV_RETURN_IF_ERR(check((p->local_blocks >= 1) && (p->local_blocks <= FV_S2_LOCAL_MAX),
+                           "policy.local_blocks", p->local_blocks, "1..2^24"));
+    return check((p->vert_stride >= 1) && (p->vert_stride <= FV_S2_STRIDE_MAX),
+                 "policy.vert_stride", p->vert_stride, "1..65536");
+}
+
 static fv_status_t check_context(const fv_attn_item_t *item)
 {
     const fv_kv_shard_t *shard = &item->shard;
@@ -82,8 +98,11 @@ static fv_status_t check_context(const fv_attn_item_t *item)
               "shard.shard_tokens", shard->shard_tokens, "a positive multiple of 64"));
     FV_RETURN_IF_ERR(check(shard->part < shard->n_parts, "shard.part", shard->part, "< n_parts"));
     FV_RETURN_IF_ERR(
-        check((item->policy.kind == FV_POLICY_DENSE) || (item->policy.kind == FV_POLICY_WINDOW),
-              "policy.kind", item->policy.kind, "DENSE or WINDOW"));
+        check((item->policy.kind >= FV_POLICY_DENSE) && (item->policy.kind <= FV_POLICY_S2),
+              "policy.kind", item->policy.kind, "DENSE, WINDOW or S2"));
+    if (item->policy.kind == FV_POLICY_S2) {
+        return check_s2(item);
+    }
     if (item->policy.kind == FV_POLICY_WINDOW) {
         FV_RETURN_IF_ERR(check(item->policy.window_tokens >= 1, "policy.window_tokens",
                                item->policy.window_tokens, "1 or more"));
@@ -113,6 +132,8 @@ fv_status_t fv_cpu_check_attend(const fv_attn_item_t *item)
                        "kernels: logit_softcap: given %g, expected 0 or a positive finite number",
                        (double)item->logit_softcap);
     }
+    FV_RETURN_IF_ERR(check((item->kv_head_begin >= 0) && (item->kv_head_begin < FV_HEADS_MAX),
+                           "kv_head_begin", item->kv_head_begin, "0..1023"));
     FV_RETURN_IF_ERR(check_pointer("q", item->q));
     FV_RETURN_IF_ERR(check_context(item));
     return check_result(item);

@@ -98,6 +98,7 @@ typedef struct fv_partial_dst {
 typedef struct fv_attn_item {
     int32_t n_tokens; /* query tokens, >= 1 */
     int32_t n_kv_heads, group;
+    int32_t kv_head_begin; /* the model's number of local KV head 0: S2's patterns go by it */
     int32_t head_dim_qk, head_dim_v;
     int32_t io_dtype, kv_dtype;
     float softmax_scale, logit_softcap; /* softcap 0 = off; else c * tanh(s / c) after scaling */
@@ -108,8 +109,8 @@ typedef struct fv_attn_item {
     int64_t kv_end;
     const void *q; /* q + t * q_token_bytes + h * dk * e */
     size_t q_token_bytes;
-    const fv_page_ref_t
-        *pages; /* pages[kv_head * pages_head_stride + local_page]; may be NULL when no tile */
+    const fv_page_ref_t *
+        pages; /* pages[kv_head * pages_head_stride + local_page]; may be NULL when no tile; those that no row reads may be anything */
     size_t pages_head_stride;
 
     /* Result, n_dst = 0: final. o in io_dtype at out + t * out_token_bytes + h * dv * e; lse (may be
@@ -216,6 +217,7 @@ size_t fv_backend_cuda_memory_free(void); /* bytes on that GPU; 0 when there is 
 typedef struct fv_attend_ref_params {
     int64_t n_tokens, position, kv_end;
     int32_t n_kv_heads, group, head_dim_qk, head_dim_v;
+    int32_t kv_head_begin; /* as in fv_attn_item_t */
     double softmax_scale, logit_softcap;
     bool causal;
     fv_policy_t policy;

@@ -25,6 +25,7 @@ typedef struct fv_lean_group {
     uint32_t item_idx;
     int32_t kv_head;
     int32_t t_begin, t_end; /* query tokens of the item */
+    int32_t g_begin, g_end; /* query heads of the KV head */
     int32_t n_tiles;        /* >= 1 */
     uint32_t tile_cost;     /* >= 1 */
     fv_tile_list_t tiles;

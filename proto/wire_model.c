@@ -5,6 +5,7 @@
  * Ranges that fv_model_spec_check() knows are left to it; here is only what the flat struct cannot hold.
  */
 #include "proto/wire_message.h"
+#include "proto/wire_policy.h"
 #include "proto/wire_text.h"
 
 #include <string.h>
@@ -42,30 +43,6 @@ static Fovea__V1__Sharding sharding_encode(const fv_sharding_t *in)
     return out;
 }
 
-static fv_status_t policy_decode(const Fovea__V1__LayerPolicy *in, size_t index, fv_policy_t *out)
-{
-    *out = (fv_policy_t){0};
-    switch ((int)in->policy_case) {
-    case FOVEA__V1__LAYER_POLICY__POLICY_DENSE:
-        out->kind = FV_POLICY_DENSE;
-        return FV_OK;
-    case FOVEA__V1__LAYER_POLICY__POLICY_WINDOW:
-        out->kind = FV_POLICY_WINDOW;
-        FV_RETURN_IF_ERR(fv_message_int32("spec.policies.window.window_tokens",
-                                          in->window->window_tokens, &out->window_tokens));
-        return fv_message_int32("spec.policies.window.sink_tokens", in->window->sink_tokens,
-                                &out->sink_tokens);
-    case FOVEA__V1__LAYER_POLICY__POLICY_S2:
-        out->kind = FV_POLICY_S2; /* refused by fv_model_spec_check: nothing else is kept */
-        return FV_OK;
-    case FOVEA__V1__LAYER_POLICY__POLICY__NOT_SET:
-    default:
-        return fv_fail(FV_ERR_INVALID_ARG,
-                       "spec.policies[%zu].policy: given none, expected dense, window or s2",
-                       index);
-    }
-}
-
 /* The index of `policy` in the spec's table, where it is put if it is not there yet. */
 static fv_status_t policy_intern(fv_model_spec_t *spec, const fv_policy_t *policy, uint8_t *out)
 {
@@ -92,7 +69,7 @@ layer_policy_decode(const Fovea__V1__LayerPolicy *in, size_t index, fv_model_spe
     fv_policy_t policy;
     uint8_t slot = 0;
 
-    FV_RETURN_IF_ERR(policy_decode(in, index, &policy));
+    FV_RETURN_IF_ERR(fv_wire_policy_decode(in, index, &policy));
     FV_RETURN_IF_ERR(policy_intern(spec, &policy, &slot));
     if (in->n_layers == 0) {
         memset(spec->layer_policy, slot, (size_t)spec->n_layers);
@@ -175,39 +152,16 @@ fv_status_t fv_wire_register_request_decode(fv_span_t in, fv_model_spec_t *out)
 typedef struct policies_out {
     Fovea__V1__LayerPolicy *list[FV_POLICIES_MAX];
     Fovea__V1__LayerPolicy policies[FV_POLICIES_MAX];
-    Fovea__V1__Window windows[FV_POLICIES_MAX];
-    Fovea__V1__S2 s2;
-    Fovea__V1__Dense dense;
+    fv_wire_policy_t kinds[FV_POLICIES_MAX];
     uint32_t layers[FV_LAYERS_MAX];
     size_t n;
 } policies_out_t;
-
-static void policy_encode(const fv_policy_t *in, policies_out_t *p)
-{
-    Fovea__V1__LayerPolicy *out = &p->policies[p->n];
-
-    if (in->kind == FV_POLICY_WINDOW) {
-        p->windows[p->n] = (Fovea__V1__Window)FOVEA__V1__WINDOW__INIT;
-        p->windows[p->n].window_tokens = (uint32_t)in->window_tokens;
-        p->windows[p->n].sink_tokens = (uint32_t)in->sink_tokens;
-        out->policy_case = FOVEA__V1__LAYER_POLICY__POLICY_WINDOW;
-        out->window = &p->windows[p->n];
-    } else if (in->kind == FV_POLICY_S2) {
-        out->policy_case = FOVEA__V1__LAYER_POLICY__POLICY_S2;
-        out->s2 = &p->s2;
-    } else {
-        out->policy_case = FOVEA__V1__LAYER_POLICY__POLICY_DENSE;
-        out->dense = &p->dense;
-    }
-}
 
 static void policies_encode(const fv_model_spec_t *in, policies_out_t *p)
 {
     uint32_t *layers = p->layers;
 
     p->n = 0;
-    p->s2 = (Fovea__V1__S2)FOVEA__V1__S2__INIT;
-    p->dense = (Fovea__V1__Dense)FOVEA__V1__DENSE__INIT;
     for (int32_t i = 1; i < in->n_policies; i++) {
         Fovea__V1__LayerPolicy *out = &p->policies[p->n];
         uint32_t *next = layers;
@@ -224,7 +178,7 @@ static void policies_encode(const fv_model_spec_t *in, policies_out_t *p)
         out->layers = layers;
         out->n_layers = (size_t)(next - layers);
         layers = next;
-        policy_encode(&in->policies[i], p);
+        fv_wire_policy_encode(&in->policies[i], &p->kinds[p->n], out);
         p->list[p->n++] = out;
     }
 }

@@ -207,6 +207,7 @@ static fv_attn_item_t make_attend(const fv_step_item_t *item)
         .n_tokens = (int32_t)ctl->n_tokens,
         .n_kv_heads = session->n_heads,
         .group = fv_model_group(spec),
+        .kv_head_begin = item->share.head_begin,
         .head_dim_qk = spec->head_dim_qk,
         .head_dim_v = spec->head_dim_v,
         .io_dtype = ctl->dtype,

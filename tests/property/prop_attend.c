@@ -29,6 +29,7 @@ static void one_step(fv_backend_t *backend, fv_rng_t *rng, const char *name)
 
     for (size_t i = 0; i < N_CASES; i++) {
         fv_attn_spec_t spec = fv_attn_spec_random(rng, MACS);
+        fv_attn_spec_maybe_s2(rng, &spec);
 
         if ((spec.kv_end > 0) && (fv_rng_range(rng, 0, 3) == 0)) {
             spec.spoil_token = fv_rng_range(rng, 1, spec.kv_end);

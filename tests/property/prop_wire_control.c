@@ -154,6 +154,18 @@ static void random_spec(fv_model_spec_t *spec)
     for (int32_t i = 1; i < spec->n_policies; i++) {
         spec->policies[i] = (fv_policy_t){
             .kind = FV_POLICY_WINDOW, .window_tokens = i, .sink_tokens = random_i31()};
+        if (fv_random_below(&g_random, 2) == 0) {
+            spec->policies[i] =
+                (fv_policy_t){.kind = FV_POLICY_S2,
+                              .block_tokens = i,
+                              .local_blocks = random_i31(),
+                              .vert_stride = random_i31(),
+                              .head_sliding_step = -random_i31(),
+                              .head_sliding_offset = random_i31(),
+                              .num_dense_heads = random_i31(),
+                              .homo_head = (int32_t)fv_random_below(&g_random, 2),
+                              .pattern_per = (int32_t)fv_random_below(&g_random, 2)};
+        }
     }
     for (int32_t i = 0; i < spec->n_layers; i++) {
         spec->layer_policy[i] =

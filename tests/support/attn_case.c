@@ -82,6 +82,28 @@ static void pick_policy(fv_rng_t *rng, fv_attn_spec_t *spec)
     }
 }
 
+fv_policy_t fv_s2_random(fv_rng_t *rng, int32_t n_q_heads, int32_t n_kv_heads)
+{
+    fv_policy_t p = {.kind = FV_POLICY_S2};
+
+    p.block_tokens = 16 << fv_rng_range(rng, 0, 4);
+    p.local_blocks = (int32_t)fv_rng_range(rng, 1, (fv_rng_range(rng, 0, 3) == 0) ? 20 : 4);
+    p.vert_stride = (int32_t)fv_rng_range(rng, 1, (fv_rng_range(rng, 0, 3) == 0) ? 70 : 9);
+    p.pattern_per = (int32_t)fv_rng_range(rng, FV_PATTERN_KV_HEAD, FV_PATTERN_Q_HEAD);
+    p.n_heads = (p.pattern_per == FV_PATTERN_Q_HEAD) ? n_q_heads : n_kv_heads;
+    p.homo_head = fv_rng_range(rng, 0, 4) == 0;
+    if (fv_rng_range(rng, 0, 1) == 0) {
+        p.head_sliding_step = (p.vert_stride > n_q_heads) ? (p.vert_stride / n_q_heads) : 1;
+    } else {
+        p.head_sliding_step = (int32_t)fv_rng_range(rng, -9, 9);
+    }
+    p.head_sliding_offset = (int32_t)fv_rng_range(rng, 0, 1) * (int32_t)fv_rng_range(rng, -99, 99);
+    if ((p.homo_head == 0) && (fv_rng_range(rng, 0, 3) == 0)) {
+        p.num_dense_heads = (int32_t)fv_rng_range(rng, 0, p.n_heads);
+    }
+    return p;
+}
+
 fv_attn_spec_t fv_attn_spec_random(fv_rng_t *rng, int64_t macs)
 {
     fv_attn_spec_t spec;
@@ -115,16 +137,32 @@ fv_attn_spec_t fv_attn_spec_random(fv_rng_t *rng, int64_t macs)
     return spec;
 }
 
+void fv_attn_spec_maybe_s2(fv_rng_t *rng, fv_attn_spec_t *spec)
+{
+    int32_t n_kv_heads = spec->n_kv_heads + (int32_t)fv_rng_range(rng, 0, 6);
+
+    if (fv_rng_range(rng, 0, 1) == 0) {
+        return;
+    }
+    spec->causal = true;
+    spec->kv_head_begin = (int32_t)fv_rng_range(rng, 0, n_kv_heads - spec->n_kv_heads);
+    spec->policy = fv_s2_random(rng, n_kv_heads * spec->group, n_kv_heads);
+}
+
 void fv_attn_spec_print(const fv_attn_spec_t *s)
 {
     (void)printf(
         "  tokens %d position %" PRId64 " kv_end %" PRId64 " heads %dx%d dims %d/%d io %s "
-        "kv %s scale %g softcap %g causal %d policy %d window %d sink %d shard %u parts %u "
+        "kv %s scale %g softcap %g causal %d policy %d window %d sink %d "
+        "s2 %d/%d/%d step %d offset %d dense %d homo %d per %d of %d from head %d shard %u parts %u "
         "amplitude %g spoil %" PRId64 " seed %" PRIu64 "\n",
         s->n_tokens, s->position, s->kv_end, s->n_kv_heads, s->group, s->head_dim_qk, s->head_dim_v,
         fv_dtype_str(s->io_dtype), fv_dtype_str(s->kv_dtype), (double)s->softmax_scale,
         (double)s->logit_softcap, s->causal, s->policy.kind, s->policy.window_tokens,
-        s->policy.sink_tokens, s->shard_tokens, s->n_parts, (double)s->q_amplitude, s->spoil_token,
+        s->policy.sink_tokens, s->policy.block_tokens, s->policy.local_blocks,
+        s->policy.vert_stride, s->policy.head_sliding_step, s->policy.head_sliding_offset,
+        s->policy.num_dense_heads, s->policy.homo_head, s->policy.pattern_per, s->policy.n_heads,
+        s->kv_head_begin, s->shard_tokens, s->n_parts, (double)s->q_amplitude, s->spoil_token,
         s->seed);
 }
 
@@ -135,35 +173,51 @@ static void fill(void *data, int32_t dtype, size_t n, float amplitude, float mea
     }
 }
 
-static bool row_sees(const fv_attn_spec_t *s, int64_t p, int64_t j)
+/* Does any query head of the KV head, in a row at position p, see token j? */
+static bool row_sees(const fv_attn_spec_t *s, int32_t kv_head, int64_t p, int64_t j)
 {
+    const fv_policy_t *s2 = &s->policy;
     bool seen = !s->causal || (j <= p);
 
     if (s->policy.kind == FV_POLICY_WINDOW) {
         seen = seen && ((llabs((long long)(p - j)) < s->policy.window_tokens) ||
                         (j < s->policy.sink_tokens));
     }
+    if (seen && (s->policy.kind == FV_POLICY_S2)) {
+        seen = p / s2->block_tokens - j / s2->block_tokens < s2->local_blocks;
+        for (int32_t g = 0; !seen && (g < s->group); g++) {
+            int32_t head = fv_policy_head(s2, s->kv_head_begin + kv_head, s->group, g);
+
+            seen = fv_policy_is_dense(s2, head) ||
+                   ((j / s2->block_tokens + (int64_t)head * s2->head_sliding_step +
+                     s2->head_sliding_offset) %
+                        s2->vert_stride ==
+                    0);
+        }
+    }
     return seen;
 }
 
-/* Tokens that no row sees become NaN; spoil_token gets one NaN in K and one in V. */
+/* Tokens that no row sees become NaN, for each KV head its own; spoil_token gets one NaN in K and one in V. */
 static void poison(fv_attn_case_t *attn)
 {
     const fv_attn_spec_t *s = &attn->spec;
-    size_t k_row = (size_t)s->n_kv_heads * (size_t)s->head_dim_qk;
-    size_t v_row = (size_t)s->n_kv_heads * (size_t)s->head_dim_v;
+    size_t dk = (size_t)s->head_dim_qk;
+    size_t dv = (size_t)s->head_dim_v;
+    size_t k_row = (size_t)s->n_kv_heads * dk;
+    size_t v_row = (size_t)s->n_kv_heads * dv;
     fv_dtype_t io = (fv_dtype_t)s->io_dtype;
 
-    for (int64_t j = 0; j < s->kv_end; j++) {
+    for (int64_t i = 0; i < s->kv_end * s->n_kv_heads; i++) {
         bool seen = false;
         for (int64_t t = 0; !seen && (t < s->n_tokens); t++) {
-            seen = row_sees(s, s->position + t, j);
+            seen = row_sees(s, (int32_t)(i % s->n_kv_heads), s->position + t, i / s->n_kv_heads);
         }
-        for (size_t d = 0; !seen && (d < k_row); d++) {
-            fv_store_element(attn->k, io, (size_t)j * k_row + d, NAN);
+        for (size_t d = 0; !seen && (d < dk); d++) {
+            fv_store_element(attn->k, io, (size_t)i * dk + d, NAN);
         }
-        for (size_t d = 0; !seen && (d < v_row); d++) {
-            fv_store_element(attn->v, io, (size_t)j * v_row + d, NAN);
+        for (size_t d = 0; !seen && (d < dv); d++) {
+            fv_store_element(attn->v, io, (size_t)i * dv + d, NAN);
         }
     }
     if (s->spoil_token > 0) { /* V of head 0, K of the last head */
@@ -303,6 +357,7 @@ void fv_attn_case_solve(fv_attn_case_t *attn)
     params.kv_end = s->kv_end;
     params.n_kv_heads = s->n_kv_heads;
     params.group = s->group;
+    params.kv_head_begin = s->kv_head_begin;
     params.head_dim_qk = s->head_dim_qk;
     params.head_dim_v = s->head_dim_v;
     params.softmax_scale = (double)s->softmax_scale;

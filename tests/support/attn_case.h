@@ -34,6 +34,7 @@ typedef struct fv_attn_spec {
     float softmax_scale, logit_softcap; /* scale 0 = 1/sqrt(dk) */
     bool causal;
     fv_policy_t policy;
+    int32_t kv_head_begin; /* S2: the model's number of KV head 0 */
     int64_t position, kv_end;
     uint32_t shard_tokens; /* 0 = 64 */
     uint16_t n_parts;      /* 0 = 1 */
@@ -57,8 +58,15 @@ typedef struct fv_attn_case {
     double v_bound;     /* max finite |v| */
 } fv_attn_case_t;
 
-/* Random spec: any shape the contract allows whose oracle stays below about `macs` multiply-adds. */
+/*
+ * Random spec: any shape the contract allows whose oracle stays below about `macs` multiply-adds. Dense or window; S2 is
+ * what fv_s2_random() puts in its place (with causal).
+ */
 fv_attn_spec_t fv_attn_spec_random(fv_rng_t *rng, int64_t macs);
+/* A random S2 policy of a model with these heads, resolved as its check would; may be any the API allows. */
+fv_policy_t fv_s2_random(fv_rng_t *rng, int32_t n_q_heads, int32_t n_kv_heads);
+/* Every other spec becomes one of S2: causal, with fv_s2_random()'s policy, its heads a slice of a larger model's. */
+void fv_attn_spec_maybe_s2(fv_rng_t *rng, fv_attn_spec_t *spec);
 void fv_attn_spec_print(const fv_attn_spec_t *spec);
 
 /* Never fails: a test machine without memory for it aborts. destroy(NULL) is fine. */

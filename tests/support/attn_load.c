@@ -190,6 +190,7 @@ fv_attn_item_t fv_attn_case_item(const fv_attn_case_t *attn, uint16_t part, void
     item.logit_softcap = s->logit_softcap;
     item.causal = s->causal;
     item.policy = s->policy;
+    item.kv_head_begin = s->kv_head_begin;
     item.shard = part_shard(s, part);
     item.position = s->position;
     item.kv_end = s->kv_end;

@@ -361,7 +361,15 @@ static void test_refusals(void **state)
     REFUSE(kv_end, INT64_MAX);
     REFUSE(shard.shard_tokens, 65);
     REFUSE(shard.part, 1);
-    REFUSE(policy.kind, FV_POLICY_S2);
+    REFUSE(policy.kind, 3);
+    REFUSE(kv_head_begin, -1);
+    good.policy = (fv_policy_t){
+        .kind = FV_POLICY_S2, .block_tokens = 64, .local_blocks = 1, .vert_stride = 4};
+    REFUSE(policy.block_tokens, 48);
+    REFUSE(policy.local_blocks, 0);
+    REFUSE(policy.vert_stride, 0);
+    REFUSE(causal, false);
+    good.policy = (fv_policy_t){.kind = FV_POLICY_DENSE};
     REFUSE(q, NULL);
     REFUSE(out, NULL);
     REFUSE(pages, NULL);

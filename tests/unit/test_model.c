@@ -77,7 +77,26 @@ SPOIL(infinite_scale, spec->softmax_scale = INFINITY)
 SPOIL(negative_softcap, spec->logit_softcap = -1.0F)
 SPOIL(nan_softcap, spec->logit_softcap = NAN)
 SPOIL(latent, spec->kind = FV_MODEL_LATENT)
-SPOIL(s2, spec->policies[1].kind = FV_POLICY_S2)
+SPOIL(unknown_kind, spec->policies[1].kind = 3)
+#define GOOD_S2                                                                         \
+    (fv_policy_t)                                                                       \
+    {                                                                                   \
+        .kind = FV_POLICY_S2, .block_tokens = 64, .local_blocks = 16, .vert_stride = 8, \
+    }
+SPOIL(s2_block_48, (spec->policies[1] = GOOD_S2, spec->policies[1].block_tokens = 48))
+SPOIL(s2_block_8, (spec->policies[1] = GOOD_S2, spec->policies[1].block_tokens = 8))
+SPOIL(s2_block_512, (spec->policies[1] = GOOD_S2, spec->policies[1].block_tokens = 512))
+SPOIL(s2_no_local, (spec->policies[1] = GOOD_S2, spec->policies[1].local_blocks = 0))
+SPOIL(s2_no_stride, (spec->policies[1] = GOOD_S2, spec->policies[1].vert_stride = 0))
+SPOIL(s2_stride, (spec->policies[1] = GOOD_S2, spec->policies[1].vert_stride = 65537))
+SPOIL(s2_step, (spec->policies[1] = GOOD_S2, spec->policies[1].head_sliding_step = INT32_MIN))
+SPOIL(s2_offset, (spec->policies[1] = GOOD_S2, spec->policies[1].head_sliding_offset = INT32_MAX))
+SPOIL(s2_dense, (spec->policies[1] = GOOD_S2, spec->policies[1].num_dense_heads = 9))
+SPOIL(s2_homo,
+      (spec->policies[1] = GOOD_S2,
+       spec->policies[1].homo_head = 1,
+       spec->policies[1].num_dense_heads = 1))
+SPOIL(s2_per, (spec->policies[1] = GOOD_S2, spec->policies[1].pattern_per = 2))
 SPOIL(no_window, spec->policies[1].window_tokens = 0)
 SPOIL(negative_sink, spec->policies[1].sink_tokens = -1)
 SPOIL(no_policies, spec->n_policies = 0)
@@ -112,7 +131,18 @@ static void test_each_bad_field_is_refused_by_name(void **state)
         {"logit_softcap", negative_softcap, FV_ERR_INVALID_ARG},
         {"logit_softcap", nan_softcap, FV_ERR_INVALID_ARG},
         {"kind", latent, FV_ERR_UNIMPLEMENTED},
-        {"policies", s2, FV_ERR_UNIMPLEMENTED},
+        {"kind", unknown_kind, FV_ERR_INVALID_ARG},
+        {"block_tokens: given 48", s2_block_48, FV_ERR_INVALID_ARG},
+        {"block_tokens: given 8", s2_block_8, FV_ERR_INVALID_ARG},
+        {"block_tokens: given 512", s2_block_512, FV_ERR_INVALID_ARG},
+        {"local_blocks", s2_no_local, FV_ERR_INVALID_ARG},
+        {"vert_stride", s2_no_stride, FV_ERR_INVALID_ARG},
+        {"vert_stride", s2_stride, FV_ERR_INVALID_ARG},
+        {"head_sliding_step", s2_step, FV_ERR_INVALID_ARG},
+        {"head_sliding_offset", s2_offset, FV_ERR_INVALID_ARG},
+        {"num_dense_heads", s2_dense, FV_ERR_INVALID_ARG},
+        {"num_dense_heads: given 1, expected 0 with homo_head", s2_homo, FV_ERR_INVALID_ARG},
+        {"pattern_per", s2_per, FV_ERR_INVALID_ARG},
         {"window_tokens", no_window, FV_ERR_INVALID_ARG},
         {"sink_tokens", negative_sink, FV_ERR_INVALID_ARG},
         {"policies", no_policies, FV_ERR_INVALID_ARG},
@@ -135,6 +165,30 @@ static void test_each_bad_field_is_refused_by_name(void **state)
             fail_msg("case %zu (%s): \"%s\"", i, k_cases[i].field, fv_error_context());
         }
     }
+}
+
+static void test_s2_is_resolved(void **state)
+{
+    fv_model_spec_t spec;
+
+    (void)state;
+    good_spec(&spec);
+    spec.policies[1] = GOOD_S2;
+    spec.policies[1].vert_stride = 70;
+    assert_int_equal(fv_model_spec_check(&spec), FV_OK);
+    assert_int_equal(spec.policies[1].n_heads, 8);
+    assert_int_equal(spec.policies[1].head_sliding_step, 2); /* by query heads: 70 / 32 */
+    spec.policies[1].pattern_per = FV_PATTERN_Q_HEAD;
+    assert_int_equal(fv_model_spec_check(&spec), FV_OK); /* again: what is resolved stays */
+    assert_int_equal(spec.policies[1].n_heads, 32);
+    assert_int_equal(spec.policies[1].head_sliding_step, 2);
+    spec.policies[1] = GOOD_S2;
+    assert_int_equal(fv_model_spec_check(&spec), FV_OK);
+    assert_int_equal(spec.policies[1].head_sliding_step, 1); /* 8 / 32 rounds down to none */
+    spec.policies[1] = GOOD_S2;
+    spec.policies[1].homo_head = 1;
+    assert_int_equal(fv_model_spec_check(&spec), FV_OK);
+    assert_int_equal(spec.policies[1].head_sliding_step, 8);
 }
 
 static void test_the_largest_and_smallest_are_served(void **state)
@@ -162,6 +216,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_what_is_left_out_is_resolved),
         cmocka_unit_test(test_each_bad_field_is_refused_by_name),
+        cmocka_unit_test(test_s2_is_resolved),
         cmocka_unit_test(test_the_largest_and_smallest_are_served),
     };
 

@@ -234,13 +234,55 @@ static void test_bad_models_are_refused(void **state)
     assert_says(decode_spec(&spec), FV_ERR_INVALID_ARG, "sharding.groups");
 }
 
-/* What this version does not serve is understood, and refused as such. */
-static void test_later_features_are_unimplemented(void **state)
+static void test_s2(void **state)
 {
     Fovea__V1__ModelSpec spec = good_spec();
     Fovea__V1__S2 s2 = FOVEA__V1__S2__INIT;
     Fovea__V1__LayerPolicy policy = FOVEA__V1__LAYER_POLICY__INIT;
     Fovea__V1__LayerPolicy *policies[1] = {&policy};
+    fv_policy_t given = {0};
+
+    (void)state;
+    policy.policy_case = FOVEA__V1__LAYER_POLICY__POLICY_S2;
+    policy.s2 = &s2;
+    spec.policies = policies;
+    spec.n_policies = 1;
+    s2.block_tokens = 128;
+    s2.local_blocks = 4;
+    s2.vert_stride = 7;
+    s2.head_sliding_step = -2;
+    s2.head_sliding_offset = 3;
+    s2.num_dense_heads = 1;
+    s2.pattern_per = FOVEA__V1__S2__PATTERN_PER__Q_HEAD;
+    assert_int_equal(decode_spec(&spec), FV_OK);
+    given = (fv_policy_t){.kind = FV_POLICY_S2,
+                          .block_tokens = 128,
+                          .local_blocks = 4,
+                          .vert_stride = 7,
+                          .head_sliding_step = -2,
+                          .head_sliding_offset = 3,
+                          .num_dense_heads = 1,
+                          .pattern_per = FV_PATTERN_Q_HEAD};
+    assert_memory_equal(&g_spec.policies[1], &given, sizeof(given));
+    assert_int_equal(fv_model_spec_check(&g_spec), FV_OK);
+    assert_int_equal(g_spec.policies[1].n_heads, spec.n_q_heads);
+    s2.vert_stride = (uint32_t)INT32_MAX + 1U;
+    assert_says(decode_spec(&spec), FV_ERR_INVALID_ARG, "s2.vert_stride: given 2147483648");
+    s2.vert_stride = 7;
+    s2.preset = text("s2-16");
+    assert_says(decode_spec(&spec), FV_ERR_INVALID_ARG, "given \"s2-16\" with other fields");
+    s2 = (Fovea__V1__S2)FOVEA__V1__S2__INIT;
+    s2.preset = text("s2-16");
+    assert_int_equal(decode_spec(&spec), FV_OK);
+    assert_int_equal(g_spec.policies[1].vert_stride, 16);
+    s2.preset = text("s2-17");
+    assert_says(decode_spec(&spec), FV_ERR_INVALID_ARG, "expected phi3-small");
+}
+
+/* What this version does not serve is understood, and refused as such. */
+static void test_later_features_are_unimplemented(void **state)
+{
+    Fovea__V1__ModelSpec spec = good_spec();
     Fovea__V1__Sharding sharding = FOVEA__V1__SHARDING__INIT;
     Fovea__V1__LatentNorm norm = FOVEA__V1__LATENT_NORM__INIT;
 
@@ -251,14 +293,6 @@ static void test_later_features_are_unimplemented(void **state)
     spec.latent_norm = &norm;
     assert_int_equal(decode_spec(&spec), FV_OK);
     assert_says(fv_model_spec_check(&g_spec), FV_ERR_UNIMPLEMENTED, "LATENT");
-    spec = good_spec();
-    policy.policy_case = FOVEA__V1__LAYER_POLICY__POLICY_S2;
-    s2.block_tokens = 64;
-    policy.s2 = &s2;
-    spec.policies = policies;
-    spec.n_policies = 1;
-    assert_int_equal(decode_spec(&spec), FV_OK);
-    assert_says(fv_model_spec_check(&g_spec), FV_ERR_UNIMPLEMENTED, "S2");
     spec = good_spec();
     sharding.mode = FOVEA__V1__SHARDING__MODE__LATENT;
     sharding.groups = 2;
@@ -419,6 +453,7 @@ int main(void)
         cmocka_unit_test(test_policies_fall_on_their_layers),
         cmocka_unit_test(test_distinct_policies_are_bounded),
         cmocka_unit_test(test_bad_models_are_refused),
+        cmocka_unit_test(test_s2),
         cmocka_unit_test(test_later_features_are_unimplemented),
         cmocka_unit_test(test_bad_opens_are_refused),
         cmocka_unit_test(test_bad_session_ids_are_refused),

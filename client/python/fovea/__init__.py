@@ -30,12 +30,13 @@ from fovea.errors import (
     Unavailable,
     Unimplemented,
 )
-from fovea.model import Dense, LayerPolicy, ModelSpec, Sharding, Window
+from fovea.model import S2, Dense, LayerPolicy, ModelSpec, Sharding, Window
 from fovea.placement import format_placement
 from fovea.session import Session
 from fovea.stream import AttendStream
 
 __all__ = [
+    "S2",
     "AttendResult",
     "AttendStream",
     "Cancelled",

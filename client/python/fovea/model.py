@@ -14,6 +14,8 @@ _MODES = {
     "context": pb.Sharding.CONTEXT,
 }
 
+_PATTERNS = {"kv_head": pb.S2.KV_HEAD, "q_head": pb.S2.Q_HEAD}
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -29,10 +31,44 @@ class Window:
 
 
 @dataclass(frozen=True)
+class S2:
+    """S2-Attention: the last local_blocks blocks, and every vert_stride-th block before them, a different one for
+    each head. Which ones exactly: proto/attention.proto. A preset ("phi3-small", "s2-16", ...) stands for all numbers.
+    """
+
+    block_tokens: int = 0  # 16, 32, 64, 128 or 256
+    local_blocks: int = 0  # >= 1, counts the query's own
+    vert_stride: int = 0  # >= 1 blocks
+    head_sliding_step: int = 0  # 0 = max(1, vert_stride / n_q_heads)
+    head_sliding_offset: int = 0
+    num_dense_heads: int = 0  # the last ones
+    homo_head: bool = False  # every head as head 0
+    pattern_per: str = "kv_head"  # or "q_head"
+    preset: str = ""
+
+    def to_pb(self) -> pb.S2:
+        per = _PATTERNS.get(self.pattern_per)
+        if per is None:
+            expected = " or ".join(_PATTERNS)
+            raise ValueError(f'pattern_per: given "{self.pattern_per}", expected {expected}')
+        return pb.S2(
+            block_tokens=self.block_tokens,
+            local_blocks=self.local_blocks,
+            vert_stride=self.vert_stride,
+            head_sliding_step=self.head_sliding_step,
+            head_sliding_offset=self.head_sliding_offset,
+            num_dense_heads=self.num_dense_heads,
+            homo_head=self.homo_head,
+            pattern_per=per,
+            preset=self.preset,
+        )
+
+
+@dataclass(frozen=True)
 class LayerPolicy:
     """Which tokens a query may read, in `layers` (empty = every layer). A later entry wins."""
 
-    policy: Dense | Window
+    policy: Dense | Window | S2
     layers: Sequence[int] = ()
 
 
@@ -95,6 +131,8 @@ class ModelSpec:
             if isinstance(entry.policy, Window):
                 added.window.window_tokens = entry.policy.window_tokens
                 added.window.sink_tokens = entry.policy.sink_tokens
+            elif isinstance(entry.policy, S2):
+                added.s2.CopyFrom(entry.policy.to_pb())
             else:
                 added.dense.SetInParent()
         if self.sharding is not None:

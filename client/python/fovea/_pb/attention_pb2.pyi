@@ -99,7 +99,7 @@ class Window(_message.Message):
     def __init__(self, window_tokens: _Optional[int] = ..., sink_tokens: _Optional[int] = ...) -> None: ...
 
 class S2(_message.Message):
-    __slots__ = ("block_tokens", "local_blocks", "vert_stride", "head_sliding_step", "head_sliding_offset", "num_dense_heads", "homo_head", "pattern_per")
+    __slots__ = ("block_tokens", "local_blocks", "vert_stride", "head_sliding_step", "head_sliding_offset", "num_dense_heads", "homo_head", "pattern_per", "preset")
     class PatternPer(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KV_HEAD: _ClassVar[S2.PatternPer]
@@ -114,6 +114,7 @@ class S2(_message.Message):
     NUM_DENSE_HEADS_FIELD_NUMBER: _ClassVar[int]
     HOMO_HEAD_FIELD_NUMBER: _ClassVar[int]
     PATTERN_PER_FIELD_NUMBER: _ClassVar[int]
+    PRESET_FIELD_NUMBER: _ClassVar[int]
     block_tokens: int
     local_blocks: int
     vert_stride: int
@@ -122,7 +123,8 @@ class S2(_message.Message):
     num_dense_heads: int
     homo_head: bool
     pattern_per: S2.PatternPer
-    def __init__(self, block_tokens: _Optional[int] = ..., local_blocks: _Optional[int] = ..., vert_stride: _Optional[int] = ..., head_sliding_step: _Optional[int] = ..., head_sliding_offset: _Optional[int] = ..., num_dense_heads: _Optional[int] = ..., homo_head: bool = ..., pattern_per: _Optional[_Union[S2.PatternPer, str]] = ...) -> None: ...
+    preset: str
+    def __init__(self, block_tokens: _Optional[int] = ..., local_blocks: _Optional[int] = ..., vert_stride: _Optional[int] = ..., head_sliding_step: _Optional[int] = ..., head_sliding_offset: _Optional[int] = ..., num_dense_heads: _Optional[int] = ..., homo_head: bool = ..., pattern_per: _Optional[_Union[S2.PatternPer, str]] = ..., preset: _Optional[str] = ...) -> None: ...
 
 class Sharding(_message.Message):
     __slots__ = ("mode", "groups", "alpha", "mu", "shard_tokens", "max_ranks")
@@ -433,7 +435,7 @@ class PlacementShare(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., kv_head_begin: _Optional[int] = ..., kv_head_end: _Optional[int] = ..., q_head_begin: _Optional[int] = ..., q_head_end: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[TokenRange, _Mapping]]] = ..., n_tokens: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., freed_bytes: _Optional[int] = ..., truncated: bool = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("session_id", "model_id", "mode", "n_head_parts", "n_ctx_parts", "shard_tokens", "shares", "reason", "n_tokens")
+    __slots__ = ("session_id", "model_id", "mode", "n_head_parts", "n_ctx_parts", "shard_tokens", "shares", "reason", "n_tokens", "patterns", "n_q_heads", "n_kv_heads")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -443,6 +445,9 @@ class Placement(_message.Message):
     SHARES_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     N_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PATTERNS_FIELD_NUMBER: _ClassVar[int]
+    N_Q_HEADS_FIELD_NUMBER: _ClassVar[int]
+    N_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     model_id: str
     mode: str
@@ -452,7 +457,24 @@ class Placement(_message.Message):
     shares: _containers.RepeatedCompositeFieldContainer[PlacementShare]
     reason: str
     n_tokens: int
-    def __init__(self, session_id: _Optional[str] = ..., model_id: _Optional[str] = ..., mode: _Optional[str] = ..., n_head_parts: _Optional[int] = ..., n_ctx_parts: _Optional[int] = ..., shard_tokens: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[PlacementShare, _Mapping]]] = ..., reason: _Optional[str] = ..., n_tokens: _Optional[int] = ...) -> None: ...
+    patterns: _containers.RepeatedCompositeFieldContainer[PlacementPattern]
+    n_q_heads: int
+    n_kv_heads: int
+    def __init__(self, session_id: _Optional[str] = ..., model_id: _Optional[str] = ..., mode: _Optional[str] = ..., n_head_parts: _Optional[int] = ..., n_ctx_parts: _Optional[int] = ..., shard_tokens: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[PlacementShare, _Mapping]]] = ..., reason: _Optional[str] = ..., n_tokens: _Optional[int] = ..., patterns: _Optional[_Iterable[_Union[PlacementPattern, _Mapping]]] = ..., n_q_heads: _Optional[int] = ..., n_kv_heads: _Optional[int] = ...) -> None: ...
+
+class PlacementPattern(_message.Message):
+    __slots__ = ("policy", "n_tokens", "floor", "kv_bytes", "freed_bytes")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    N_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FLOOR_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    policy: LayerPolicy
+    n_tokens: int
+    floor: int
+    kv_bytes: int
+    freed_bytes: int
+    def __init__(self, policy: _Optional[_Union[LayerPolicy, _Mapping]] = ..., n_tokens: _Optional[int] = ..., floor: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., freed_bytes: _Optional[int] = ...) -> None: ...
 
 class WatchStatusRequest(_message.Message):
     __slots__ = ("interval_ms",)
