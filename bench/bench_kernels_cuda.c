@@ -489,7 +489,7 @@ int main(int argc, char **argv)
         return 77;
     }
     if (n_bytes == 0) {
-        n_bytes = fv_backend_cuda_memory_free() / 100U * 90U;
+        n_bytes = fv_backend_cuda_memory_free(0) / 100U * 90U;
     }
     b.json = ((argc > 1) && (strcmp(argv[1], "-") != 0)) ? fopen(argv[1], "w") : NULL;
     prepare(&b, n_bytes);

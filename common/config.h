@@ -47,10 +47,12 @@ typedef struct fv_config {
     int32_t drain_timeout_ms;
     char log_level[FV_CONFIG_TEXT_BYTES]; /* for fv_log_level_parse() */
     /* ranks */
-    fv_memory_limit_t kv_memory;        /* of one rank */
-    int32_t threads;                    /* of one rank; 0 = as many as it may run on */
-    char backend[FV_CONFIG_TEXT_BYTES]; /* "auto", "cpu", "null" */
-    char isa[FV_CONFIG_TEXT_BYTES];     /* as fv_backend_config_t.isa */
+    fv_memory_limit_t kv_memory;         /* of one rank */
+    int32_t threads;                     /* of one rank; 0 = as many as it may run on */
+    char backend[FV_CONFIG_TEXT_BYTES];  /* "auto", "cpu", "null" */
+    char isa[FV_CONFIG_TEXT_BYTES];      /* as fv_backend_config_t.isa */
+    char exchange[FV_CONFIG_TEXT_BYTES]; /* "auto", "mpi", "nccl", "nccl-collective" */
+    uint64_t exchange_memory;            /* bytes of each GPU */
     bool dedicated_coordinator;
     char control_address[FV_CONFIG_TEXT_BYTES]; /* "auto", or an address as in listen */
     /* steps */

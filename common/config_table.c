@@ -68,6 +68,25 @@ const fv_option_t fv_options[] = {
      .type = FV_OPTION_CHOICE,
      .offset = AT(isa),
      .choices = "auto amx avx512 avx2 portable"},
+    {.name = "exchange",
+     .arg = "NAME",
+     .value = "auto",
+     .help =
+         "How ranks exchange partial results; auto = nccl where every rank has a GPU of its own, else mpi. "
+         "nccl-collective uses no memory shared between GPUs.",
+     .type = FV_OPTION_CHOICE,
+     .offset = AT(exchange),
+     .choices = "auto mpi nccl nccl-collective"},
+    {.name = "exchange_memory",
+     .arg = "BYTES",
+     .value = "256m",
+     .help =
+         "Memory of each GPU for partial results of others; a step needs 2 x tokens x query heads x (head_dim_v + 1) "
+         "x 4 bytes of it, whatever the number of ranks. Larger messages take NCCL's send and receive.",
+     .type = FV_OPTION_BYTES,
+     .offset = AT(exchange_memory),
+     .min = M,
+     .max = 64U * G},
     {.name = "dedicated_coordinator",
      .arg = "BOOL",
      .value = "false",

@@ -42,6 +42,7 @@ extern "C" {
     X(FV_ERR_RANK_LOST, -104, "a rank was lost")               \
     X(FV_ERR_TIMED_OUT, -105, "a rank did not answer in time") \
     X(FV_ERR_CUDA, -107, "CUDA error")                         \
+    X(FV_ERR_NCCL, -108, "NCCL error")                         \
     X(FV_ERR_PROTOCOL, -106, "bad message between coordinator and worker")
 
 typedef enum fv_status {

@@ -2,7 +2,8 @@
  * main.c - fovead: picks this process's role and puts the parts together.
  *
  * Alone (no mpirun): one rank, coordinator and worker, no MPI. Under mpirun or srun: rank 0 coordinates and, unless
- * --dedicated-coordinator, works too; the others work. The only file that knows coord and worker both.
+ * --dedicated-coordinator, works too; the others work. With main_exchange.c the only file that knows coord and worker
+ * both.
  *
  * Exit codes: 0 clean stop, 1 start-up failed, 2 usage or configuration, 3 a rank was lost, 4 failed while serving.
  */
@@ -13,6 +14,7 @@
 #include "coord/bootstrap.h"
 #include "coord/engine.h"
 #include "coord/link.h"
+#include "coord/main_exchange.h"
 #include "coord/resources.h"
 #include "coord/rpc.h"
 #include "coord/version.h"
@@ -44,9 +46,13 @@ typedef struct fv_process {
     fv_config_t config;
     bool has_mpi;
     MPI_Comm comm;
-    int rank, n_ranks, n_local_ranks;
+    int rank, n_ranks;
+    int local_rank, n_local_ranks; /* among the ranks of this host */
+    bool is_with_coordinator;      /* rank 0 is on this host */
+    const fv_backend_ops_t *backend;
+    int32_t device;      /* cuda: of the GPUs that this process sees */
     fv_worker_t *worker; /* NULL: dedicated coordinator */
-    fv_exchange_mpi_t *exchange;
+    fv_main_exchange_t exchange;
     fv_ctl_hello_t hello;
     fv_ctl_hello_t *hellos; /* rank 0: [n_ranks] */
     int *fds;               /* [n_ranks] */
@@ -83,6 +89,7 @@ static fv_status_t join_mpi(fv_process_t *p)
 
     p->n_ranks = 1;
     p->n_local_ranks = 1;
+    p->is_with_coordinator = true;
     if (!is_launched_by_mpi()) {
         return FV_OK; /* embedded: MPI is not entered at all */
     }
@@ -96,7 +103,12 @@ static fv_status_t join_mpi(fv_process_t *p)
     (void)MPI_Comm_size(p->comm, &p->n_ranks);
     if (MPI_Comm_split_type(p->comm, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &local) ==
         MPI_SUCCESS) {
+        int first = p->rank;
+
         (void)MPI_Comm_size(local, &p->n_local_ranks);
+        (void)MPI_Comm_rank(local, &p->local_rank);
+        (void)MPI_Bcast(&first, 1, MPI_INT, 0, local);
+        p->is_with_coordinator = first == 0;
         (void)MPI_Comm_free(&local);
     }
     if (p->n_ranks > 1024) {
@@ -118,6 +130,15 @@ static bool all_fine(const fv_process_t *p, bool mine)
     return all != 0;
 }
 
+/* The same; a rank that is not fine says why. */
+static bool said_fine(const fv_process_t *p, fv_status_t status)
+{
+    if (status != FV_OK) {
+        fv_error("%s", fv_error_context());
+    }
+    return all_fine(p, status == FV_OK);
+}
+
 /* ------------------------------------------------------------------ the worker */
 
 /* NULL: not in this build. */
@@ -135,21 +156,35 @@ static const fv_backend_ops_t *backend_named(const char *name)
     return (strcmp(name, fv_backend_null.name) == 0) ? &fv_backend_null : &fv_backend_cpu;
 }
 
-/* A share of the memory is one of the device's own. */
-static uint64_t
-kv_memory(const fv_memory_limit_t *limit, const fv_backend_ops_t *backend, int32_t n_local_workers)
+static fv_main_place_t place_of(fv_process_t *p)
 {
+    return (fv_main_place_t){
+        .comm = &p->comm,
+        .rank = p->rank,
+        .n_ranks = p->n_ranks,
+        .local_rank = p->local_rank,
+        .n_local_ranks = p->n_local_ranks,
+        .is_with_coordinator = p->is_with_coordinator,
+        .is_dedicated = p->config.dedicated_coordinator,
+    };
+}
+
+/* A share of the memory is one of the device's own. */
+static uint64_t kv_memory(fv_process_t *p)
+{
+    const fv_memory_limit_t *limit = &p->config.kv_memory;
+
 #if defined(FV_WITH_CUDA)
-    if ((backend == &fv_backend_cuda) && (limit->percent > 0)) {
-        fv_memory_limit_t device = {.bytes = fv_backend_cuda_memory_free() / 100U *
-                                             (uint64_t)limit->percent};
+    if ((p->backend == &fv_backend_cuda) && (limit->percent > 0)) {
+        fv_main_place_t place = place_of(p);
+        uint64_t n_sharers = (uint64_t)fv_main_device_sharers(&place, fv_backend_cuda_count());
+        fv_memory_limit_t device = {.bytes = fv_backend_cuda_memory_free(p->device) / 100U *
+                                             (uint64_t)limit->percent / n_sharers};
 
         return fv_resolve_kv_memory(&device, 1);
     }
-#else
-    (void)backend;
 #endif
-    return fv_resolve_kv_memory(limit, n_local_workers);
+    return fv_resolve_kv_memory(limit, p->n_local_ranks);
 }
 
 static bool has_worker(const fv_process_t *p)
@@ -157,12 +192,11 @@ static bool has_worker(const fv_process_t *p)
     return (p->rank != 0) || !p->config.dedicated_coordinator;
 }
 
-static fv_status_t start_worker(fv_process_t *p)
+/* What this rank finds out alone. */
+static fv_status_t choose_backend(fv_process_t *p)
 {
-    int32_t n_local_workers = p->n_local_ranks;
-    const fv_backend_ops_t *backend = backend_named(p->config.backend);
-
-    if (backend == NULL) {
+    p->backend = backend_named(p->config.backend);
+    if (p->backend == NULL) {
         return fv_fail(FV_ERR_INVALID_ARG,
                        "backend: given %s, expected auto, cpu or null: this build has no CUDA",
                        p->config.backend);
@@ -171,29 +205,56 @@ static fv_status_t start_worker(fv_process_t *p)
         return fv_fail(FV_ERR_INVALID_ARG,
                        "dedicated_coordinator: given true for one rank, expected at least two");
     }
+#if defined(FV_WITH_CUDA)
+    if (p->backend == &fv_backend_cuda) {
+        fv_main_place_t place = place_of(p);
+
+        p->device = fv_main_device(&place, fv_backend_cuda_count());
+    }
+#endif
+    return FV_OK;
+}
+
+static fv_status_t start_worker(fv_process_t *p, uint64_t kv_bytes)
+{
+    fv_worker_config_t config = {
+        .rank = (uint32_t)p->rank,
+        .n_ranks = (uint32_t)p->n_ranks,
+        .backend = p->backend,
+        .backend_config = {.n_threads = fv_resolve_threads(p->config.threads, p->n_local_ranks),
+                           .kv_arena_bytes = kv_bytes,
+                           .device = p->device,
+                           .isa = p->config.isa},
+        .exchange = p->exchange.ops,
+        .exchange_ctx = p->exchange.ctx,
+        .step_deadline_ms = (uint32_t)p->config.step_deadline_ms,
+    };
+
     if (!has_worker(p)) {
         p->hello = (fv_ctl_hello_t){.rank = (uint32_t)p->rank, .backend = "none"};
         (void)snprintf(p->hello.device, sizeof(p->hello.device), "coordinator only");
         return FV_OK;
     }
-    if (p->n_ranks > 1) {
-        FV_RETURN_IF_ERR(fv_exchange_mpi_create(&p->comm, &p->exchange));
-    }
-    fv_worker_config_t config = {
-        .rank = (uint32_t)p->rank,
-        .n_ranks = (uint32_t)p->n_ranks,
-        .backend = backend,
-        .backend_config = {.n_threads = fv_resolve_threads(p->config.threads, n_local_workers),
-                           .kv_arena_bytes =
-                               kv_memory(&p->config.kv_memory, backend, n_local_workers),
-                           .isa = p->config.isa},
-        .exchange = (p->n_ranks > 1) ? &fv_exchange_mpi_ops : NULL,
-        .exchange_ctx = p->exchange,
-        .step_deadline_ms = (uint32_t)p->config.step_deadline_ms,
-    };
     FV_RETURN_IF_ERR(fv_worker_create(&config, &p->worker));
     fv_worker_hello(p->worker, &p->hello);
     return FV_OK;
+}
+
+/* Backend, exchange, worker: after each, all ranks know whether all are fine, so that none waits for another. */
+static bool start_parts(fv_process_t *p)
+{
+    fv_main_place_t place = place_of(p);
+    fv_status_t status = choose_backend(p);
+
+    if (!said_fine(p, status)) {
+        return false;
+    }
+    status = fv_main_exchange_open(&place, &p->config, p->backend, p->device, &p->exchange);
+    uint64_t kv_bytes = has_worker(p) ? kv_memory(p) : 0U; /* before a neighbour takes its own */
+    if (!said_fine(p, status)) {
+        return false;
+    }
+    return said_fine(p, start_worker(p, kv_bytes));
 }
 
 static fv_status_t local_model(void *ctx, const fv_ctl_model_t *message)
@@ -261,8 +322,8 @@ static fv_status_t meet(fv_process_t *p)
     }
     FV_RETURN_IF_ERR(fv_link_create(&p->comm, (uint32_t)p->n_ranks, EPOCH, p->fds,
                                     (uint32_t)p->config.step_deadline_ms, &p->link));
-    if (p->exchange != NULL) {
-        fv_exchange_mpi_on_poll(p->exchange, fv_link_is_broken, p->link);
+    if ((p->exchange.ops != NULL) && (p->exchange.ops->on_poll != NULL)) {
+        p->exchange.ops->on_poll(p->exchange.ctx, fv_link_is_broken, p->link);
     }
     return FV_OK;
 }
@@ -273,7 +334,7 @@ static void print_banner(const fv_process_t *p, const fv_rpc_t *rpc)
     uint64_t kv_bytes = 0;
 
     fv_info("fovead %s: %d rank%s, exchange %s", FV_VERSION, p->n_ranks,
-            (p->n_ranks == 1) ? "" : "s", (p->n_ranks > 1) ? "mpi" : "none");
+            (p->n_ranks == 1) ? "" : "s", p->exchange.text);
     for (int r = 0; r < p->n_ranks; r++) {
         const fv_ctl_hello_t *h = &p->hellos[r];
         kv_bytes += h->memory.kv_bytes_total;
@@ -320,7 +381,7 @@ static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served)
         .local = (p->worker != NULL) ? &k_local_ops : NULL,
         .local_ctx = p->worker,
         .link = p->link,
-        .exchange = (p->n_ranks > 1) ? "mpi" : "none",
+        .exchange = p->exchange.name,
         .ranks = p->hellos,
     };
 
@@ -407,13 +468,7 @@ static int start_and_run(fv_process_t *p, const sigset_t *signals)
     fv_status_t status = fv_log_level_parse(p->config.log_level, &level);
     fv_log_init(level, p->rank);
     int signal_fd = (p->rank == 0) ? signalfd(-1, signals, SFD_NONBLOCK | SFD_CLOEXEC) : -1;
-    if (status == FV_OK) {
-        status = start_worker(p);
-    }
-    if (status != FV_OK) {
-        fv_error("%s", fv_error_context());
-    }
-    if (!all_fine(p, status == FV_OK)) {
+    if (!said_fine(p, status) || !start_parts(p)) {
         return EXIT_START;
     }
     status = meet(p);
@@ -439,7 +494,7 @@ static void finish(fv_process_t *p, int code)
         (void)close(p->fds[0]);
     }
     fv_worker_destroy(p->worker);
-    fv_exchange_mpi_destroy(p->exchange);
+    fv_main_exchange_close(&p->exchange);
     free(p->hellos);
     free(p->fds);
     if (p->has_mpi) {

@@ -231,5 +231,6 @@ const fv_backend_ops_t fv_backend_cpu = {
     .copy_pages = fv_cpu_copy_pages,
     .attend = fv_cpu_attend,
     .merge = fv_cpu_merge,
+    .empty = fv_cpu_empty,
     .finish = cpu_finish,
 };

@@ -65,7 +65,11 @@ fv_cpu_page(const fv_backend_t *backend, fv_page_ref_t ref, size_t page_bytes)
 fv_status_t fv_cpu_append(fv_backend_t *backend, const fv_append_item_t *items, size_t n_items);
 fv_status_t fv_cpu_copy_pages(fv_backend_t *backend, const fv_page_copy_t *copies, size_t n_copies);
 fv_status_t fv_cpu_attend(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items);
-fv_status_t fv_cpu_merge(fv_backend_t *backend, const fv_merge_item_t *items, size_t n_items);
+fv_status_t fv_cpu_merge(fv_backend_t *backend,
+                         const fv_merge_item_t *items,
+                         size_t n_items,
+                         const fv_merge_sync_t *sync);
+fv_status_t fv_cpu_empty(fv_backend_t *backend, float *lse_log2, uint64_t n_rows);
 
 /*
  * attend_mask_cpu.c: tiles that some row does not see wholly, or that are not full of tokens. `group` is the rows of

@@ -18,7 +18,7 @@
 
 #include <stdbool.h>
 
-/* Memory of host_alloc(): the device reaches it at the same address. */
+/* Memory of host_alloc() or reach(): the device reaches it at the same address. */
 typedef struct fv_cuda_pinned {
     uint8_t *begin;
     size_t n_bytes;
@@ -61,6 +61,9 @@ struct fv_backend {
 
     fv_cuda_scatter_t *scatters;
     size_t n_scatters, scatters_max;
+
+    uint8_t *merge_blob; /* of the merge() under way, 16-byte aligned, grow-only */
+    size_t merge_blob_max;
 
     fv_cuda_pinned_t *pinned;
     size_t n_pinned, pinned_max;
@@ -108,7 +111,7 @@ static inline void *fv_cuda_on_device(const fv_backend_t *backend, size_t offset
 /* Copies [begin, staging_used) to the device. */
 FV_MUST_CHECK fv_status_t fv_cuda_stage_send(fv_backend_t *backend, size_t begin);
 
-/* True if [p, p + n) is memory of host_alloc(). */
+/* True if [p, p + n) is memory of host_alloc() or reach(). */
 bool fv_cuda_is_pinned(const fv_backend_t *backend, const void *p, size_t n_bytes);
 
 /* Notes that finish() must copy rows from the staging area to dst. */
@@ -146,7 +149,11 @@ fv_cuda_finish(fv_backend_t *backend, const fv_wait_limits_t *limits, fv_device_
 fv_status_t fv_cuda_append(fv_backend_t *backend, const fv_append_item_t *items, size_t n_items);
 fv_status_t
 fv_cuda_copy_pages(fv_backend_t *backend, const fv_page_copy_t *copies, size_t n_copies);
-fv_status_t fv_cuda_merge(fv_backend_t *backend, const fv_merge_item_t *items, size_t n_items);
+fv_status_t fv_cuda_merge(fv_backend_t *backend,
+                          const fv_merge_item_t *items,
+                          size_t n_items,
+                          const fv_merge_sync_t *sync);
+fv_status_t fv_cuda_empty(fv_backend_t *backend, float *lse_log2, uint64_t n_rows);
 
 /* attend in two halves, which the benchmark calls apart: plan and stage into backend->launches, then start them. */
 fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items);

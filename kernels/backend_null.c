@@ -82,11 +82,23 @@ static fv_status_t null_attend(fv_backend_t *backend, const fv_attn_item_t *item
     return FV_OK;
 }
 
-static fv_status_t null_merge(fv_backend_t *backend, const fv_merge_item_t *items, size_t n_items)
+static fv_status_t null_merge(fv_backend_t *backend,
+                              const fv_merge_item_t *items,
+                              size_t n_items,
+                              const fv_merge_sync_t *sync)
 {
     (void)backend;
     (void)items;
     (void)n_items;
+    (void)sync;
+    return FV_OK;
+}
+
+static fv_status_t null_empty(fv_backend_t *backend, float *lse_log2, uint64_t n_rows)
+{
+    (void)backend;
+    (void)lse_log2;
+    (void)n_rows;
     return FV_OK;
 }
 
@@ -112,5 +124,6 @@ const fv_backend_ops_t fv_backend_null = {
     .copy_pages = null_copy,
     .attend = null_attend,
     .merge = null_merge,
+    .empty = null_empty,
     .finish = null_finish,
 };

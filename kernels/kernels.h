@@ -48,6 +48,7 @@ typedef struct fv_backend fv_backend_t;
 typedef struct fv_backend_config {
     int32_t n_threads; /* CPU: compute threads, caller's included; 0 = all this process may use */
     size_t kv_arena_bytes; /* multiple of FV_PAGE_UNIT */
+    int32_t device;        /* CUDA: which of the GPUs that this process sees */
     const char
         *isa; /* CPU: "auto", "amx", "avx512", "avx2", "portable" (tests force each); NULL = auto */
 } fv_backend_config_t;
@@ -148,6 +149,28 @@ typedef struct fv_merge_item {
     size_t lse_token_stride;
 } fv_merge_item_t;
 
+/*
+ * One peer of an exchange in which devices write partial states into each other's memory (worker/exchange_nccl.h): what
+ * the merge tells it, and what it waits for. Device addresses.
+ */
+typedef struct fv_merge_pair {
+    uint32_t *
+        signal; /* in the peer's memory: becomes `value` when all that was enqueued before is there */
+    const uint32_t *awaited; /* in this device's memory: waited for until it is `value` or later */
+    uint32_t value;
+    uint32_t reserved;
+} fv_merge_pair_t;
+
+/* The exchange that a merge completes. Borrowed during the call; *abort and *gave_up until finish(). */
+typedef struct fv_merge_sync {
+    const fv_merge_pair_t *pairs;
+    size_t n_pairs;
+    uint32_t deadline_ms;     /* of waiting */
+    volatile uint32_t *abort; /* memory of the host that the device reads: not 0 ends the waiting */
+    volatile uint32_t
+        *gave_up; /* alike, written: 1 + the pair that did not answer; no row is merged then */
+} fv_merge_sync_t;
+
 /* ------------------------------------------------------------------ waiting */
 
 /* When finish() gives up. */
@@ -184,7 +207,13 @@ typedef struct fv_backend_ops {
     fv_status_t (*append)(fv_backend_t *backend, const fv_append_item_t *items, size_t n_items);
     fv_status_t (*copy_pages)(fv_backend_t *backend, const fv_page_copy_t *copies, size_t n_copies);
     fv_status_t (*attend)(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items);
-    fv_status_t (*merge)(fv_backend_t *backend, const fv_merge_item_t *items, size_t n_items);
+    /* sync NULL: all parts are there. CPU backends take nothing else. With it, n_items may be 0: signals and waits. */
+    fv_status_t (*merge)(fv_backend_t *backend,
+                         const fv_merge_item_t *items,
+                         size_t n_items,
+                         const fv_merge_sync_t *sync);
+    /* n_rows partial states become the empty set by their lse alone: an empty part's o may be anything. */
+    fv_status_t (*empty)(fv_backend_t *backend, float *lse_log2, uint64_t n_rows);
     /*
      * limits NULL: waits for ever. out_times may be NULL; measuring begins after the first call that asks, because the
      * device's clock must be read while the step is enqueued.
@@ -200,10 +229,20 @@ extern const fv_backend_ops_t fv_backend_cpu;
 /* Moves no KV and computes nothing: outputs are left as they are. For measuring the service around it. */
 extern const fv_backend_ops_t fv_backend_null;
 #if defined(FV_WITH_CUDA)
-/* One NVIDIA GPU of compute capability 9.0: the first that this process sees. */
+/* One NVIDIA GPU of compute capability 9.0. */
 extern const fv_backend_ops_t fv_backend_cuda;
-bool fv_backend_cuda_is_visible(void);    /* the driver shows this process a GPU */
-size_t fv_backend_cuda_memory_free(void); /* bytes on that GPU; 0 when there is none */
+
+#    define FV_CUDA_ID_BYTES 16
+bool fv_backend_cuda_is_visible(void); /* the driver shows this process a GPU */
+int32_t fv_backend_cuda_count(void);   /* how many */
+/* Bytes free on a GPU, and what names it on all hosts and whatever the order of devices; 0 and false: there is none. */
+size_t fv_backend_cuda_memory_free(int32_t device);
+bool fv_backend_cuda_id(int32_t device, uint8_t out[FV_CUDA_ID_BYTES]);
+
+/* For the exchange between devices: the backend's cudaStream_t, and memory of others that the device reaches. */
+void *fv_backend_cuda_stream(fv_backend_t *backend);
+FV_MUST_CHECK fv_status_t fv_backend_cuda_reach(fv_backend_t *backend, void *begin, size_t n_bytes);
+void fv_backend_cuda_unreach(fv_backend_t *backend, const void *begin);
 #endif
 
 /* ------------------------------------------------------------------ oracle */

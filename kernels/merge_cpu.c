@@ -83,11 +83,27 @@ static void merge_thread(void *ctx, int32_t thread_idx)
     }
 }
 
-fv_status_t fv_cpu_merge(fv_backend_t *backend, const fv_merge_item_t *items, size_t n_items)
+fv_status_t fv_cpu_empty(fv_backend_t *backend, float *lse_log2, uint64_t n_rows)
+{
+    (void)backend;
+    for (uint64_t i = 0; i < n_rows; i++) {
+        lse_log2[i] = -INFINITY;
+    }
+    return FV_OK;
+}
+
+fv_status_t fv_cpu_merge(fv_backend_t *backend,
+                         const fv_merge_item_t *items,
+                         size_t n_items,
+                         const fv_merge_sync_t *sync)
 {
     merge_step_t step;
     uint64_t n_elems = 0;
 
+    if (sync != NULL) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "kernels: merge: given pairs to wait for, expected none");
+    }
     step.items = items;
     step.n_units = 0;
     atomic_init(&step.next_unit, 0U);

@@ -1,31 +1,50 @@
 /*
- * merge_cuda.c - the merge of partial states on the GPU: parts are read where they are, over the bus.
+ * merge_cuda.c - the merge of partial states on the GPU: parts are read where they are, in the device's memory after an
+ * exchange between devices, over the bus after one between hosts.
  *
  * Decode path: station 8 of 10. Before: worker/exchange_*.c. After: merge_cuda.cu, then worker/step.c.
  */
-#include "kernels/backend_cuda.h"
-#include "kernels/page_cuda.h"
+#include "kernels/merge_cuda.h"
 
+#include "kernels/backend_cuda.h"
+
+#include <stdlib.h>
 #include <string.h>
 
-#define BLOCKS_MAX ((uint64_t)INT32_MAX)
+#define ROWS_MAX  ((uint64_t)1 << 40)
+#define UNITS_MAX ((size_t)1 << 24)
 
-static size_t item_stage_bytes(const fv_merge_item_t *item)
+/* The kernel reads states by 16 bytes. */
+static bool is_direct(const fv_backend_t *backend, const float *src, size_t n, size_t alignment)
+{
+    return ((uintptr_t)src % alignment == 0U) && fv_cuda_is_pinned(backend, src, n * sizeof(float));
+}
+
+static size_t part_bytes(const fv_backend_t *backend, const float *src, size_t n, size_t alignment)
+{
+    return is_direct(backend, src, n, alignment) ? 0U : FV_CUDA_STAGE_BYTES(n * sizeof(float));
+}
+
+/* Staging bytes of an item's states, those that the device does not reach. */
+static size_t item_stage_bytes(const fv_backend_t *backend, const fv_merge_item_t *item)
 {
     const size_t n_rows = (size_t)item->n_rows;
-    const size_t parts = (size_t)item->n_parts;
+    size_t n_bytes = 0;
 
-    return 2U * FV_CUDA_STAGE_BYTES(parts * sizeof(float *)) +
-           parts * (FV_CUDA_STAGE_BYTES(n_rows * (size_t)item->head_dim_v * sizeof(float)) +
-                    FV_CUDA_STAGE_BYTES(n_rows * sizeof(float)));
+    for (int32_t part = 0; part < item->n_parts; part++) {
+        n_bytes += part_bytes(backend, item->o[part], n_rows * (size_t)item->head_dim_v, 16U) +
+                   part_bytes(backend, item->lse_log2[part], n_rows, sizeof(float));
+    }
+    return n_bytes;
 }
 
 /* n floats where the device reaches them. */
-static const float *stage_floats(fv_backend_t *backend, const float *src, size_t n)
+static const float *
+stage_floats(fv_backend_t *backend, const float *src, size_t n, size_t alignment)
 {
     float *staged = NULL;
 
-    if (fv_cuda_is_pinned(backend, src, n * sizeof(float))) {
+    if (is_direct(backend, src, n, alignment)) {
         return src;
     }
     staged = fv_cuda_on_host(backend, fv_cuda_stage(backend, n * sizeof(float)));
@@ -114,30 +133,6 @@ stage_results(fv_backend_t *backend, const fv_merge_item_t *item, fv_merge_unit_
     return FV_OK;
 }
 
-static fv_status_t
-make_unit(fv_backend_t *backend, const fv_merge_item_t *item, fv_merge_unit_t *unit)
-{
-    const size_t parts = (size_t)item->n_parts;
-    const size_t o_at = fv_cuda_stage(backend, parts * sizeof(float *));
-    const size_t lse_at = fv_cuda_stage(backend, parts * sizeof(float *));
-    const float **o = fv_cuda_on_host(backend, o_at);
-    const float **lse = fv_cuda_on_host(backend, lse_at);
-
-    for (size_t part = 0; part < parts; part++) {
-        o[part] =
-            stage_floats(backend, item->o[part], (size_t)item->n_rows * (size_t)item->head_dim_v);
-        lse[part] = stage_floats(backend, item->lse_log2[part], (size_t)item->n_rows);
-    }
-    unit->o = fv_cuda_on_device(backend, o_at);
-    unit->lse_log2 = fv_cuda_on_device(backend, lse_at);
-    unit->row_len = item->row_len;
-    unit->n_rows = item->n_rows;
-    unit->n_parts = item->n_parts;
-    unit->head_dim_v = item->head_dim_v;
-    unit->io_dtype = item->io_dtype;
-    return stage_results(backend, item, unit);
-}
-
 static size_t item_out_bytes(const fv_merge_item_t *item)
 {
     const uint64_t n_tokens = item->n_rows / item->row_len + 2U;
@@ -147,42 +142,143 @@ static size_t item_out_bytes(const fv_merge_item_t *item)
            FV_CUDA_STAGE_BYTES((size_t)n_tokens * (size_t)item->row_len * sizeof(float));
 }
 
-fv_status_t fv_cuda_merge(fv_backend_t *backend, const fv_merge_item_t *items, size_t n_items)
+static fv_status_t make_unit(fv_backend_t *backend,
+                             const fv_merge_item_t *item,
+                             fv_merge_unit_t *unit,
+                             fv_merge_part_t *parts)
 {
-    size_t n_bytes = FV_CUDA_STAGE_BYTES(n_items * sizeof(fv_merge_unit_t));
-    uint64_t n_blocks = 0;
-    uint32_t n_units = 0;
-    size_t begin = 0;
-    fv_merge_unit_t *units = NULL;
+    const size_t n_rows = (size_t)item->n_rows;
 
+    for (int32_t i = 0; i < item->n_parts; i++) {
+        parts[i].o = stage_floats(backend, item->o[i], n_rows * (size_t)item->head_dim_v, 16U);
+        parts[i].lse_log2 = stage_floats(backend, item->lse_log2[i], n_rows, sizeof(float));
+    }
+    unit->row_len = item->row_len;
+    unit->n_parts = (uint32_t)item->n_parts;
+    unit->head_dim_v = item->head_dim_v;
+    unit->io_dtype = item->io_dtype;
+    return stage_results(backend, item, unit);
+}
+
+/* What one merge() needs. */
+typedef struct plan {
+    size_t n_units, n_parts, n_pairs;
+    uint64_t n_rows;
+    size_t stage_bytes; /* at most, for states and results that the device does not reach */
+} plan_t;
+
+static fv_status_t make_plan(const fv_backend_t *backend,
+                             const fv_merge_item_t *items,
+                             size_t n_items,
+                             const fv_merge_sync_t *sync,
+                             plan_t *plan)
+{
+    *plan = (plan_t){.n_pairs = (sync == NULL) ? 0U : sync->n_pairs};
     for (size_t i = 0; i < n_items; i++) {
         FV_RETURN_IF_ERR(fv_cpu_check_merge(&items[i]));
-        n_bytes +=
-            (items[i].n_rows > 0) ? (item_stage_bytes(&items[i]) + item_out_bytes(&items[i])) : 0U;
-        n_blocks += items[i].n_rows;
-    }
-    if (n_blocks == 0) {
-        return FV_OK;
-    }
-    if (n_blocks > BLOCKS_MAX) {
-        return fv_fail(FV_ERR_INVALID_ARG, "kernels: merge: given %llu rows, expected at most %llu",
-                       (unsigned long long)n_blocks, (unsigned long long)BLOCKS_MAX);
-    }
-    FV_RETURN_IF_ERR(fv_cuda_reserve(backend, n_bytes));
-    begin = fv_cuda_stage(backend, n_items * sizeof(fv_merge_unit_t));
-    units = fv_cuda_on_host(backend, begin);
-    n_blocks = 0;
-    for (size_t i = 0; i < n_items; i++) {
         if (items[i].n_rows > 0) {
-            memset(&units[n_units], 0, sizeof(units[n_units]));
-            units[n_units].block_begin = n_blocks;
-            FV_RETURN_IF_ERR(make_unit(backend, &items[i], &units[n_units]));
-            n_blocks += items[i].n_rows;
-            n_units++;
+            plan->stage_bytes += item_stage_bytes(backend, &items[i]) + item_out_bytes(&items[i]);
+            plan->n_units++;
+            plan->n_parts += (size_t)items[i].n_parts;
+            plan->n_rows += items[i].n_rows;
         }
     }
-    FV_RETURN_IF_ERR(fv_cuda_stage_send(backend, begin));
-    FV_RETURN_IF_ERR(FV_CUDA(
-        fv_merge_launch(fv_cuda_on_device(backend, begin), n_units, n_blocks, backend->stream)));
+    if ((plan->n_rows > ROWS_MAX) || (plan->n_parts > UNITS_MAX)) {
+        return fv_fail(
+            FV_ERR_INVALID_ARG,
+            "kernels: merge: given %llu rows and %zu parts, expected at most %llu and %zu",
+            (unsigned long long)plan->n_rows, plan->n_parts, (unsigned long long)ROWS_MAX,
+            UNITS_MAX);
+    }
+    return FV_OK;
+}
+
+/* Room for the blob, 16-byte aligned: malloc's alignment. */
+static fv_status_t take_blob(fv_backend_t *backend, size_t n_bytes)
+{
+    return fv_cuda_grow((void **)&backend->merge_blob, &backend->merge_blob_max, n_bytes, 1);
+}
+
+static fv_status_t fill_blob(fv_backend_t *backend,
+                             const fv_merge_item_t *items,
+                             size_t n_items,
+                             const fv_merge_sync_t *sync,
+                             const plan_t *plan)
+{
+    void *const units_at = backend->merge_blob + fv_merge_units_at(plan->n_pairs);
+    void *const parts_at = backend->merge_blob + fv_merge_parts_at(plan->n_pairs, plan->n_units);
+    fv_merge_unit_t *unit = units_at;
+    fv_merge_part_t *part = parts_at;
+    uint64_t n_rows = 0;
+
+    if (plan->n_pairs > 0) {
+        memcpy(backend->merge_blob, sync->pairs, plan->n_pairs * sizeof(*sync->pairs));
+    }
+    for (size_t i = 0; i < n_items; i++) {
+        if (items[i].n_rows == 0) {
+            continue;
+        }
+        *unit = (fv_merge_unit_t){
+            .row_begin = n_rows,
+            .part_begin = (uint32_t)(part - (const fv_merge_part_t *)parts_at),
+        };
+        FV_RETURN_IF_ERR(make_unit(backend, &items[i], unit, part));
+        n_rows += items[i].n_rows;
+        part += items[i].n_parts;
+        unit++;
+    }
+    return FV_OK;
+}
+
+/* A blob that is too large for parameters travels through the staging area. */
+static fv_status_t send_blob(fv_backend_t *backend, fv_merge_launch_t *launch)
+{
+    size_t at = 0;
+
+    launch->blob = backend->merge_blob;
+    if (launch->blob_bytes <= FV_MERGE_BLOB_MAX) {
+        return FV_OK;
+    }
+    at = fv_cuda_stage(backend, (size_t)launch->blob_bytes);
+    memcpy(fv_cuda_on_host(backend, at), backend->merge_blob, (size_t)launch->blob_bytes);
+    launch->blob = fv_cuda_on_device(backend, at);
+    return fv_cuda_stage_send(backend, at);
+}
+
+fv_status_t fv_cuda_merge(fv_backend_t *backend,
+                          const fv_merge_item_t *items,
+                          size_t n_items,
+                          const fv_merge_sync_t *sync)
+{
+    fv_merge_launch_t launch = {0};
+    plan_t plan;
+
+    FV_RETURN_IF_ERR(make_plan(backend, items, n_items, sync, &plan));
+    if ((plan.n_rows == 0) && (plan.n_pairs == 0)) {
+        return FV_OK;
+    }
+    launch.blob_bytes = fv_align_up(fv_merge_parts_at(plan.n_pairs, plan.n_units) +
+                                        plan.n_parts * sizeof(fv_merge_part_t),
+                                    16U);
+    launch.n_rows = plan.n_rows;
+    launch.n_pairs = (uint32_t)plan.n_pairs;
+    launch.n_units = (uint32_t)plan.n_units;
+    if (sync != NULL) {
+        launch.deadline_ns = (uint64_t)sync->deadline_ms * 1000000U;
+        launch.abort = sync->abort;
+        launch.gave_up = sync->gave_up;
+    }
+    FV_RETURN_IF_ERR(take_blob(backend, (size_t)launch.blob_bytes));
+    FV_RETURN_IF_ERR(fv_cuda_reserve(backend, plan.stage_bytes +
+                                                  FV_CUDA_STAGE_BYTES((size_t)launch.blob_bytes)));
+    FV_RETURN_IF_ERR(fill_blob(backend, items, n_items, sync, &plan));
+    FV_RETURN_IF_ERR(send_blob(backend, &launch));
+    FV_RETURN_IF_ERR(FV_CUDA(fv_merge_launch(&launch, backend->stream)));
     return fv_cuda_clock_mark(backend, FV_CUDA_MERGED);
+}
+
+fv_status_t fv_cuda_empty(fv_backend_t *backend, float *lse_log2, uint64_t n_rows)
+{
+    FV_RETURN_IF_ERR(fv_cuda_usable(backend));
+    return FV_CUDA(fv_merge_empty_launch(lse_log2, n_rows, backend->stream));
 }

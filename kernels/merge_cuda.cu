@@ -2,19 +2,93 @@
  * merge_cuda.cu - partial states of rows whose KV spans ranks become results. The formula is in kernels.h.
  *
  * Decode path: station 8 of 10. Before: merge_cuda.c. After: worker/step.c.
+ *
+ * With pairs, this kernel is also the end of the exchange: peers wrote their states straight into this device's memory,
+ * as this device did into theirs. Block 0 tells each peer that all of it is there (release), every block waits until each
+ * peer has said so (acquire). Waiting is safe however many blocks fit the device: the signals come from block 0, which
+ * is the first to run and signals before it waits, so no rank waits for a block that has no room. It is bounded too, by
+ * the device's clock and by a word that the host can set.
  */
-#include "kernels/page_cuda.h"
-#include "kernels/ptx.cuh"
+#include "kernels/merge_cuda.h"
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <math.h>
 
-#define THREADS 64
-#define LN2     0.69314718055994530942F
+#define WARPS      4U
+#define THREADS    (WARPS * 32U)
+#define BLOCKS_MAX 1056U /* 8 for each SM; more rows go round */
+#define AT_ONCE    4     /* parts whose rows are read together */
+#define COLS       2U    /* float4 of each lane: head_dim_v <= 256 */
+#define POLLS      256U  /* between looks at clock and abort word */
+#define LN2        0.69314718055994530942F
 
-/* The unit whose blocks hold this one. */
-static __device__ const fv_merge_unit_t *find_unit(const fv_merge_unit_t *units, uint32_t n_units)
+static __device__ __forceinline__ uint64_t clock_ns()
+{
+    uint64_t t = 0;
+
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+    return t;
+}
+
+/* Everything before it, of the kernels this one depends on too, is visible to the peer that sees the value. */
+static __device__ __forceinline__ void signal(uint32_t *at, uint32_t value)
+{
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
+
+static __device__ __forceinline__ uint32_t look(const uint32_t *at)
+{
+    uint32_t value = 0;
+
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+    return value;
+}
+
+/* Values count up and wrap: later ones will do, a peer may be ahead by one. */
+static __device__ bool await(const fv_merge_launch_t &p, const uint32_t *at, uint32_t value)
+{
+    uint64_t begin = 0;
+
+    for (uint32_t i = 0;; i++) {
+        if ((int32_t)(look(at) - value) >= 0) {
+            return true;
+        }
+        if (i % POLLS == POLLS - 1U) {
+            const uint64_t now = clock_ns();
+
+            begin = (begin == 0) ? now : begin;
+            if ((now - begin > p.deadline_ns) || (*p.abort != 0)) {
+                return false;
+            }
+        }
+    }
+}
+
+/* True when all peers' states are there. The same answer for the whole block. */
+static __device__ bool meet(const fv_merge_launch_t &p, const fv_merge_pair_t *pairs)
+{
+    bool is_there = true;
+
+    if (blockIdx.x == 0) {
+        for (uint32_t i = threadIdx.x; i < p.n_pairs; i += THREADS) {
+            signal(pairs[i].signal, pairs[i].value);
+        }
+    }
+    for (uint32_t i = threadIdx.x; is_there && (i < p.n_pairs); i += THREADS) {
+        is_there = await(p, pairs[i].awaited, pairs[i].value);
+        if (!is_there) {
+            *p.gave_up = i + 1U;
+        }
+    }
+    return __syncthreads_and(is_there ? 1 : 0) != 0;
+}
+
+/* The unit that holds the row. */
+static __device__ const fv_merge_unit_t *
+find_unit(const fv_merge_unit_t *units, uint32_t n_units, uint64_t row)
 {
     uint32_t low = 0;
     uint32_t high = n_units;
@@ -22,7 +96,7 @@ static __device__ const fv_merge_unit_t *find_unit(const fv_merge_unit_t *units,
     while (high - low > 1) {
         const uint32_t middle = low + (high - low) / 2;
 
-        if (units[middle].block_begin <= blockIdx.x) {
+        if (units[middle].row_begin <= row) {
             low = middle;
         } else {
             high = middle;
@@ -31,61 +105,235 @@ static __device__ const fv_merge_unit_t *find_unit(const fv_merge_unit_t *units,
     return units + low;
 }
 
-static __device__ void store(uint8_t *at, int32_t dtype, uint32_t i, float x)
+static __device__ __forceinline__ uint32_t pack_bf16(float a, float b)
+{
+    const __nv_bfloat162 packed = __floats2bfloat162_rn(a, b);
+
+    return *(const uint32_t *)&packed;
+}
+
+static __device__ __forceinline__ uint32_t pack_f16(float a, float b)
+{
+    const __half2 packed = __floats2half2_rn(a, b);
+
+    return *(const uint32_t *)&packed;
+}
+
+/* Four columns; `at` may have any alignment that the element has. */
+static __device__ void store4(uint8_t *at, int32_t dtype, float4 x)
 {
     if (dtype == FV_DTYPE_F32) {
-        ((float *)at)[i] = x;
-    } else if (dtype == FV_DTYPE_BF16) {
-        ((__nv_bfloat16 *)at)[i] = __float2bfloat16_rn(x);
-    } else {
-        ((__half *)at)[i] = __float2half_rn(x);
+        if (((uintptr_t)at & 15U) == 0) {
+            *(float4 *)at = x;
+            return;
+        }
+        ((float *)at)[0] = x.x;
+        ((float *)at)[1] = x.y;
+        ((float *)at)[2] = x.z;
+        ((float *)at)[3] = x.w;
+        return;
+    }
+    const bool is_bf16 = dtype == FV_DTYPE_BF16;
+    const uint32_t low = is_bf16 ? pack_bf16(x.x, x.y) : pack_f16(x.x, x.y);
+    const uint32_t high = is_bf16 ? pack_bf16(x.z, x.w) : pack_f16(x.z, x.w);
+
+    if (((uintptr_t)at & 7U) == 0) {
+        *(uint2 *)at = make_uint2(low, high);
+        return;
+    }
+    ((uint16_t *)at)[0] = (uint16_t)low;
+    ((uint16_t *)at)[1] = (uint16_t)(low >> 16U);
+    ((uint16_t *)at)[2] = (uint16_t)high;
+    ((uint16_t *)at)[3] = (uint16_t)(high >> 16U);
+}
+
+/* The sum so far of a row, this lane's columns. */
+typedef struct row_sum {
+    float4 o[COLS];
+    float weight;
+} row_sum_t;
+
+/* AT_ONCE parts: their loads are under way together; an empty part's o may be anything and is not multiplied. */
+static __device__ __forceinline__ void add_parts(row_sum_t *sum,
+                                                 const fv_merge_part_t *parts,
+                                                 uint32_t n_parts,
+                                                 uint64_t row,
+                                                 uint32_t dv,
+                                                 float top)
+{
+    const uint32_t lane = threadIdx.x & 31U;
+    float4 o[AT_ONCE][COLS];
+    float lse[AT_ONCE];
+
+#pragma unroll
+    for (uint32_t i = 0; i < AT_ONCE; i++) {
+        const fv_merge_part_t part = parts[min(i, n_parts - 1U)];
+
+        lse[i] = __ldcg(part.lse_log2 + row);
+#pragma unroll
+        for (uint32_t c = 0; c < COLS; c++) {
+            const uint32_t col = min((c * 32U + lane) * 4U, dv - 4U);
+
+            o[i][c] = __ldcg((const float4 *)(part.o + row * dv + col));
+        }
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < AT_ONCE; i++) {
+        if ((i < n_parts) && (lse[i] != -INFINITY)) {
+            const float w = exp2f(lse[i] - top);
+
+            sum->weight += w;
+#pragma unroll
+            for (uint32_t c = 0; c < COLS; c++) {
+                sum->o[c].x += w * o[i][c].x;
+                sum->o[c].y += w * o[i][c].y;
+                sum->o[c].z += w * o[i][c].z;
+                sum->o[c].w += w * o[i][c].w;
+            }
+        }
     }
 }
 
-/* Grid: one block a row. A NaN lse may be dropped by the maximum; its weight is NaN and takes the row with it. */
-static __global__ void __launch_bounds__(THREADS)
-    merge_kernel(const fv_merge_unit_t *units, uint32_t n_units)
+/* One row by one warp. A NaN lse may be dropped by the maximum; its weight is NaN and takes the row with it. */
+static __device__ void merge_row(const fv_merge_unit_t &u, const fv_merge_part_t *parts, uint64_t i)
 {
-    const fv_merge_unit_t u = *find_unit(units, n_units);
-    const uint64_t i = blockIdx.x - u.block_begin;
+    const uint32_t lane = threadIdx.x & 31U;
     const uint64_t row = u.row_base + i;
     const uint64_t t = row / u.row_len;
     const uint64_t h = row - t * u.row_len;
+    const uint32_t dv = (uint32_t)u.head_dim_v;
     const uint32_t e = (u.io_dtype == FV_DTYPE_F32) ? 4U : 2U;
+    uint8_t *out = u.out + (t - u.out_first) * u.out_token_bytes + h * (uint64_t)dv * e;
+    row_sum_t sum = {};
     float top = -INFINITY;
 
-    for (int32_t part = 0; part < u.n_parts; part++) {
-        const float lse = u.lse_log2[part][i];
+    parts += u.part_begin;
+    for (uint32_t part = 0; part < u.n_parts; part++) {
+        const float lse = __ldcg(parts[part].lse_log2 + i);
 
         top = (lse > top) ? lse : top;
     }
-    for (uint32_t d = threadIdx.x; d < (uint32_t)u.head_dim_v; d += THREADS) {
-        float o = 0.0F;
-        float sum = 0.0F;
+    for (uint32_t part = 0; part < u.n_parts; part += AT_ONCE) {
+        add_parts(&sum, parts + part, u.n_parts - part, i, dv, top);
+    }
+#pragma unroll
+    for (uint32_t c = 0; c < COLS; c++) {
+        const uint32_t col = (c * 32U + lane) * 4U;
+        const float w = sum.weight;
+        const bool is_empty = w == 0.0F;
 
-        for (int32_t part = 0; part < u.n_parts; part++) {
-            const float lse = u.lse_log2[part][i];
-
-            if (lse != -INFINITY) { /* an empty part's o may be anything */
-                const float w = exp2f(lse - top);
-
-                sum += w;
-                o += w * u.o[part][i * (uint64_t)u.head_dim_v + d];
-            }
+        if (col < dv) {
+            store4(out + (uint64_t)col * e, u.io_dtype,
+                   make_float4(
+                       is_empty ? 0.0F : (sum.o[c].x / w), is_empty ? 0.0F : (sum.o[c].y / w),
+                       is_empty ? 0.0F : (sum.o[c].z / w), is_empty ? 0.0F : (sum.o[c].w / w)));
         }
-        store(u.out + (t - u.out_first) * u.out_token_bytes + h * (uint64_t)u.head_dim_v * e,
-              u.io_dtype, d, (sum == 0.0F) ? 0.0F : (o / sum));
-        if ((d == 0) && (u.lse != NULL)) {
-            u.lse[(t - u.lse_first) * u.lse_token_stride + h] = (top + log2f(sum)) * LN2;
-        }
+    }
+    if ((lane == 0) && (u.lse != NULL)) {
+        u.lse[(t - u.lse_first) * u.lse_token_stride + h] = (top + log2f(sum.weight)) * LN2;
     }
 }
 
-cudaError_t fv_merge_launch(const fv_merge_unit_t *units,
-                            uint32_t n_units,
-                            uint64_t n_blocks,
-                            cudaStream_t stream)
+static __device__ __forceinline__ void merge(const fv_merge_launch_t &p, const uint8_t *blob)
 {
-    merge_kernel<<<(uint32_t)n_blocks, THREADS, 0, stream>>>(units, n_units);
+    const fv_merge_pair_t *pairs = (const fv_merge_pair_t *)blob;
+    const fv_merge_unit_t *units = (const fv_merge_unit_t *)(blob + fv_merge_units_at(p.n_pairs));
+    const fv_merge_part_t *parts =
+        (const fv_merge_part_t *)(blob + fv_merge_parts_at(p.n_pairs, p.n_units));
+
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (!meet(p, pairs)) {
+        return;
+    }
+    for (uint64_t row = (uint64_t)blockIdx.x * WARPS + (threadIdx.x >> 5U); row < p.n_rows;
+         row += (uint64_t)gridDim.x * WARPS) {
+        const fv_merge_unit_t *u = find_unit(units, p.n_units, row);
+
+        merge_row(*u, parts, row - u->row_begin);
+    }
+}
+
+template <uint32_t BYTES> struct blob_t {
+    alignas(16) uint8_t data[BYTES];
+};
+
+template <uint32_t BYTES>
+static __global__ void __launch_bounds__(THREADS)
+    merge_kernel(const __grid_constant__ fv_merge_launch_t p,
+                 const __grid_constant__ blob_t<BYTES> blob)
+{
+    merge(p, blob.data);
+}
+
+static __global__ void __launch_bounds__(THREADS)
+    merge_staged_kernel(const __grid_constant__ fv_merge_launch_t p)
+{
+    merge(p, p.blob);
+}
+
+static __global__ void __launch_bounds__(THREADS) empty_kernel(float *lse_log2, uint64_t n)
+{
+    const uint64_t i = (uint64_t)blockIdx.x * THREADS + threadIdx.x;
+
+    if (i < n) {
+        lse_log2[i] = -INFINITY;
+    }
+}
+
+static cudaError_t
+start(const void *kernel, const fv_merge_launch_t *launch, void **args, cudaStream_t stream)
+{
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attribute = {};
+    uint64_t n_blocks = (launch->n_rows + WARPS - 1U) / WARPS;
+
+    n_blocks = (n_blocks < 1U) ? 1U : n_blocks; /* nothing to merge, but somebody to tell */
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = dim3((uint32_t)((n_blocks < BLOCKS_MAX) ? n_blocks : BLOCKS_MAX));
+    config.blockDim = dim3(THREADS);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return cudaLaunchKernelExC(&config, kernel, args);
+}
+
+/* The parameters' blob is read up to the kernel's size, so it is copied into a buffer of that size. */
+template <uint32_t BYTES>
+static cudaError_t start_inline(const fv_merge_launch_t *launch, cudaStream_t stream)
+{
+    static thread_local blob_t<BYTES> blob;
+    fv_merge_launch_t copy = *launch;
+    void *args[2] = {&copy, &blob};
+
+    for (uint64_t i = 0; i < launch->blob_bytes; i += 16U) {
+        *(uint4 *)(blob.data + i) = *(const uint4 *)(launch->blob + i);
+    }
+    return start((const void *)merge_kernel<BYTES>, launch, args, stream);
+}
+
+cudaError_t fv_merge_launch(const fv_merge_launch_t *launch, cudaStream_t stream)
+{
+    if (launch->blob_bytes <= 1024U) {
+        return start_inline<1024U>(launch, stream);
+    }
+    if (launch->blob_bytes <= 8192U) {
+        return start_inline<8192U>(launch, stream);
+    }
+    if (launch->blob_bytes <= FV_MERGE_BLOB_MAX) {
+        return start_inline<FV_MERGE_BLOB_MAX>(launch, stream);
+    }
+    fv_merge_launch_t copy = *launch;
+    void *args[1] = {&copy};
+
+    return start((const void *)merge_staged_kernel, launch, args, stream);
+}
+
+cudaError_t fv_merge_empty_launch(float *lse_log2, uint64_t n, cudaStream_t stream)
+{
+    if (n == 0) {
+        return cudaSuccess;
+    }
+    empty_kernel<<<(uint32_t)((n + THREADS - 1U) / THREADS), THREADS, 0, stream>>>(lse_log2, n);
     return cudaGetLastError();
 }

@@ -29,19 +29,6 @@ typedef struct fv_copy_unit {
     uint32_t k_bytes, v_bytes, v_offset;
 } fv_copy_unit_t;
 
-/* fv_merge_item_t with the device's pointers. o and lse_log2 are arrays [n_parts] in device memory. */
-typedef struct fv_merge_unit {
-    const float *const *o;
-    const float *const *lse_log2;
-    uint8_t *out;
-    float *lse;
-    uint64_t row_base, row_len, out_token_bytes, lse_token_stride;
-    uint64_t n_rows;
-    uint64_t out_first, lse_first; /* token that stands at the base */
-    uint64_t block_begin;          /* first block of the grid that works on it: one row a block */
-    int32_t n_parts, head_dim_v, io_dtype, reserved;
-} fv_merge_unit_t;
-
 cudaError_t fv_page_append_launch(uint8_t *arena,
                                   const fv_append_unit_t *units,
                                   uint32_t n_units,
@@ -50,10 +37,6 @@ cudaError_t fv_page_copy_launch(uint8_t *arena,
                                 const fv_copy_unit_t *units,
                                 uint32_t n_units,
                                 cudaStream_t stream);
-cudaError_t fv_merge_launch(const fv_merge_unit_t *units,
-                            uint32_t n_units,
-                            uint64_t n_blocks,
-                            cudaStream_t stream);
 
 #ifdef __cplusplus
 }

@@ -48,9 +48,11 @@ void fv_exchange_mpi_destroy(fv_exchange_mpi_t *exchange)
     free(exchange);
 }
 
-void fv_exchange_mpi_on_poll(fv_exchange_mpi_t *exchange, bool (*is_aborted)(void *arg), void *arg)
+static void on_poll(void *ctx, bool (*is_gone)(void *arg), void *arg)
 {
-    exchange->is_aborted = is_aborted;
+    fv_exchange_mpi_t *exchange = ctx;
+
+    exchange->is_aborted = is_gone;
     exchange->arg = arg;
 }
 
@@ -121,6 +123,9 @@ static bool is_aborted(void *ctx)
     return (exchange->is_aborted != NULL) && exchange->is_aborted(exchange->arg);
 }
 
-const fv_exchange_ops_t fv_exchange_mpi_ops = {.name = "mpi",
-                                               .all_to_all = all_to_all,
-                                               .is_aborted = is_aborted};
+const fv_exchange_ops_t fv_exchange_mpi_ops = {
+    .name = "mpi",
+    .all_to_all = all_to_all,
+    .is_aborted = is_aborted,
+    .on_poll = on_poll,
+};

@@ -256,16 +256,17 @@ fv_status_t fv_worker_serve(fv_worker_t *worker, int control_fd, uint32_t epoch,
 {
     inbox_t in = {
         .worker = worker, .fd = control_fd, .epoch = epoch, .comm = *(MPI_Comm *)mpi_comm};
-    bool is_mpi = worker->config.exchange == &fv_exchange_mpi_ops;
+    const fv_exchange_ops_t *exchange = worker->config.exchange;
+    bool is_polled = (exchange != NULL) && (exchange->on_poll != NULL);
 
     FV_RETURN_IF_ERR(fv_mpi_check(MPI_Comm_set_errhandler(in.comm, MPI_ERRORS_RETURN),
                                   "MPI_Comm_set_errhandler"));
-    if (is_mpi) { /* an exchange must not outlive the coordinator either */
-        fv_exchange_mpi_on_poll(worker->config.exchange_ctx, is_coordinator_gone, &in);
+    if (is_polled) { /* an exchange must not outlive the coordinator either */
+        exchange->on_poll(worker->config.exchange_ctx, is_coordinator_gone, &in);
     }
     fv_status_t status = serve(&in);
-    if (is_mpi) {
-        fv_exchange_mpi_on_poll(worker->config.exchange_ctx, NULL, NULL);
+    if (is_polled) {
+        exchange->on_poll(worker->config.exchange_ctx, NULL, NULL);
     }
     fv_array_free(&in.body);
     fv_array_free(&in.item_errors);

@@ -23,10 +23,18 @@ typedef struct fv_step_item {
     bool failed;       /* its error is in item_errors; it goes on as the empty set */
 } fv_step_item_t;
 
-/* What one peer sends and gets in the step under way; offsets into the exchange buffer. */
+/* How long the parts of a step took. */
+typedef struct fv_step_times {
+    int64_t computed_us; /* host clock: attention done; between devices: enqueued */
+    bool
+        is_exchange_known; /* device.exchange_us is the exchange's, if the device's times are known */
+    fv_device_times_t device;
+} fv_step_times_t;
+
+/* What one peer sends and gets in the step under way. */
 typedef struct fv_peer {
     size_t send_bytes, recv_bytes;
-    size_t send_at, recv_at; /* next free byte while messages are laid out */
+    uint8_t *send, *recv; /* next free byte while messages are laid out */
 } fv_peer_t;
 
 /* Scratch of the step, see step.c and partials.c. Counts are of the step under way. */
@@ -38,11 +46,14 @@ typedef struct fv_step_work {
     fv_array_t merges;   /* fv_merge_item_t */
     fv_array_t dsts;     /* fv_partial_dst_t */
     fv_array_t parts;    /* const float *: o, then lse, of each merge */
-    fv_array_t messages; /* fv_exchange_message_t: sends, then receives */
-    size_t n_items, n_attends, n_appends, n_copies, n_merges, n_dsts, n_parts;
+    fv_array_t messages; /* host exchange: fv_exchange_message_t, sends, then receives */
+    fv_array_t with;     /* device exchange: fv_exchange_peer_t */
+    size_t n_items, n_attends, n_appends, n_copies, n_merges, n_dsts, n_parts, n_with;
     fv_peer_t *peers; /* [n_ranks] */
-    size_t own_bytes, own_at;
-    fv_host_buffer_t exchange; /* to each peer | from each peer | own partial states */
+    size_t own_bytes;
+    uint8_t *own;
+    fv_host_buffer_t
+        exchange; /* host exchange: to each peer | from each peer | own partial states */
 } fv_step_work_t;
 
 struct fv_worker {

@@ -5,6 +5,8 @@
  */
 #include "worker/partials.h"
 
+#include "common/clock.h"
+
 #include <math.h>
 #include <string.h>
 
@@ -46,6 +48,12 @@ void fv_partials_begin(fv_worker_t *worker)
     w->n_dsts = 0;
     w->n_parts = 0;
     w->n_merges = 0;
+    w->n_with = 0;
+}
+
+static bool is_between_devices(const fv_worker_t *worker)
+{
+    return (worker->config.exchange != NULL) && (worker->config.exchange->begin != NULL);
 }
 
 void fv_partials_add(fv_worker_t *worker, const fv_step_item_t *item)
@@ -70,40 +78,90 @@ void fv_partials_add(fv_worker_t *worker, const fv_step_item_t *item)
     w->n_merges++;
 }
 
-fv_status_t fv_partials_layout(fv_worker_t *worker)
+/* All messages in one buffer of the host. */
+static fv_status_t place_on_host(fv_worker_t *worker)
 {
     fv_step_work_t *w = &worker->work;
     uint32_t n_ranks = worker->config.n_ranks;
-    size_t at = 0;
+    size_t n_bytes = w->own_bytes;
+
+    FV_RETURN_IF_ERR(
+        fv_array_reserve(&w->messages, 2U * (size_t)n_ranks, sizeof(fv_exchange_message_t)));
+    for (uint32_t r = 0; r < n_ranks; r++) {
+        n_bytes += w->peers[r].send_bytes + w->peers[r].recv_bytes;
+    }
+    FV_RETURN_IF_ERR(
+        fv_host_buffer_reserve(&w->exchange, worker->config.backend, worker->backend, n_bytes));
+    uint8_t *at = w->exchange.data;
+    for (uint32_t r = 0; r < n_ranks; r++) {
+        w->peers[r].send = at;
+        at += w->peers[r].send_bytes;
+        w->peers[r].recv = at;
+        at += w->peers[r].recv_bytes;
+    }
+    w->own = at;
+    return FV_OK;
+}
+
+/* Each message where the exchange wants it. */
+static fv_status_t place_on_devices(fv_worker_t *worker)
+{
+    const fv_exchange_ops_t *ops = worker->config.exchange;
+    fv_step_work_t *w = &worker->work;
+    fv_exchange_peer_t *with = NULL;
+
+    FV_RETURN_IF_ERR(
+        fv_array_reserve(&w->with, worker->config.n_ranks, sizeof(fv_exchange_peer_t)));
+    with = w->with.data;
+    for (uint32_t r = 0; r < worker->config.n_ranks; r++) {
+        const fv_peer_t *p = &w->peers[r];
+
+        if ((p->send_bytes > 0U) || (p->recv_bytes > 0U)) {
+            with[w->n_with++] = (fv_exchange_peer_t){
+                .rank = r, .send_bytes = p->send_bytes, .recv_bytes = p->recv_bytes};
+        }
+    }
+    if (w->n_with == 0U) {
+        return FV_OK;
+    }
+    FV_RETURN_IF_ERR(
+        ops->begin(worker->config.exchange_ctx, with, w->n_with, w->own_bytes, &w->own));
+    for (size_t i = 0; i < w->n_with; i++) {
+        w->peers[with[i].rank].send = with[i].send;
+        w->peers[with[i].rank].recv = with[i].recv;
+    }
+    return FV_OK;
+}
+
+fv_status_t fv_partials_layout(fv_worker_t *worker)
+{
+    fv_step_work_t *w = &worker->work;
 
     FV_RETURN_IF_ERR(fv_array_reserve(&w->dsts, w->n_dsts, sizeof(fv_partial_dst_t)));
     FV_RETURN_IF_ERR(fv_array_reserve(&w->parts, w->n_parts, sizeof(const float *)));
     FV_RETURN_IF_ERR(fv_array_reserve(&w->merges, w->n_merges, sizeof(fv_merge_item_t)));
-    FV_RETURN_IF_ERR(
-        fv_array_reserve(&w->messages, 2U * (size_t)n_ranks, sizeof(fv_exchange_message_t)));
-    for (uint32_t r = 0; r < n_ranks; r++) {
-        w->peers[r].send_at = at;
-        at += w->peers[r].send_bytes;
-        w->peers[r].recv_at = at;
-        at += w->peers[r].recv_bytes;
-    }
-    w->own_at = at;
     w->n_dsts = 0; /* from here on: how many are bound */
     w->n_parts = 0;
     w->n_merges = 0;
-    return fv_host_buffer_reserve(&w->exchange, worker->config.backend, worker->backend,
-                                  at + w->own_bytes);
+    return is_between_devices(worker) ? place_on_devices(worker) : place_on_host(worker);
 }
 
-/* The empty set: o = 0, lse = -inf. */
-static void fill_empty(const fv_step_item_t *item, const fv_partial_dst_t *dst, uint64_t n_rows)
+/* The empty set: o = 0, lse = -inf. The host does not reach memory of devices. */
+static fv_status_t fill_empty(fv_worker_t *worker,
+                              const fv_step_item_t *item,
+                              const fv_partial_dst_t *dst,
+                              uint64_t n_rows)
 {
     size_t dv = (size_t)item->session->model->spec.head_dim_v;
 
+    if (is_between_devices(worker)) {
+        return worker->config.backend->empty(worker->backend, dst->lse_log2, n_rows);
+    }
     memset(dst->o, 0, n_rows * dv * sizeof(float));
     for (uint64_t i = 0; i < n_rows; i++) {
         dst->lse_log2[i] = -INFINITY;
     }
+    return FV_OK;
 }
 
 /* Where the merged rows of this rank go: the first row of it in packed outputs, else the item's row 0. */
@@ -138,11 +196,10 @@ static fv_merge_item_t make_merge(const fv_step_item_t *item)
     return m;
 }
 
-/* A chunk of n rows at offset *at of the exchange buffer, which moves past it. */
-static fv_partial_dst_t
-take_chunk(const fv_worker_t *worker, const fv_step_item_t *item, uint64_t n_rows, size_t *at)
+/* A chunk of n rows at the cursor, which moves past it. */
+static fv_partial_dst_t take_chunk(const fv_step_item_t *item, uint64_t n_rows, uint8_t **at)
 {
-    uint8_t *base = (uint8_t *)worker->work.exchange.data + *at;
+    uint8_t *base = *at;
 
     *at += chunk_bytes(item, n_rows);
     return (fv_partial_dst_t){.o = (float *)(void *)base,
@@ -160,8 +217,7 @@ static void bind_merge(fv_worker_t *worker, const fv_step_item_t *item, fv_parti
 
     for (int32_t d = 0; d < s->n_parts; d++) {
         fv_partial_dst_t from =
-            (d == s->cp) ? own
-                         : take_chunk(worker, item, n_rows, &peer_of(worker, item, d)->recv_at);
+            (d == s->cp) ? own : take_chunk(item, n_rows, &peer_of(worker, item, d)->recv);
 
         o[d] = from.o;
         lse[d] = from.lse_log2;
@@ -176,7 +232,8 @@ static void bind_merge(fv_worker_t *worker, const fv_step_item_t *item, fv_parti
     }
 }
 
-void fv_partials_bind(fv_worker_t *worker, const fv_step_item_t *item, fv_attn_item_t *attend)
+fv_status_t
+fv_partials_bind(fv_worker_t *worker, const fv_step_item_t *item, fv_attn_item_t *attend)
 {
     fv_step_work_t *w = &worker->work;
     const fv_item_share_t *s = &item->share;
@@ -185,19 +242,19 @@ void fv_partials_bind(fv_worker_t *worker, const fv_step_item_t *item, fv_attn_i
     int32_t n = 0;
 
     if (s->n_parts == 1) {
-        return;
+        return FV_OK;
     }
     for (int32_t d = 0; d < s->n_parts; d++) {
         uint64_t n_rows = rows_of(item, d);
-        size_t *at = (d == s->cp) ? &w->own_at : &peer_of(worker, item, d)->send_at;
-        fv_partial_dst_t dst = take_chunk(worker, item, n_rows, at);
+        uint8_t **at = (d == s->cp) ? &w->own : &peer_of(worker, item, d)->send;
+        fv_partial_dst_t dst = take_chunk(item, n_rows, at);
 
         dst.row_begin = fv_rows_begin(s->n_rows, s->n_parts, d);
         if (d == s->cp) {
             own = dst;
         }
         if (item->failed) {
-            fill_empty(item, &dst, n_rows);
+            FV_RETURN_IF_ERR(fill_empty(worker, item, &dst, n_rows));
         } else if (n_rows > 0U) { /* fewer rows than parts: the last ones merge none */
             dsts[n++] = dst;
         }
@@ -208,6 +265,7 @@ void fv_partials_bind(fv_worker_t *worker, const fv_step_item_t *item, fv_attn_i
         attend->n_dst = n;
     }
     bind_merge(worker, item, own);
+    return FV_OK;
 }
 
 static fv_status_t all_to_all(fv_worker_t *worker)
@@ -215,7 +273,6 @@ static fv_status_t all_to_all(fv_worker_t *worker)
     fv_step_work_t *w = &worker->work;
     fv_exchange_message_t *sends = w->messages.data;
     fv_exchange_message_t *recvs = sends + worker->config.n_ranks;
-    uint8_t *base = w->exchange.data;
     size_t n_sends = 0;
     size_t n_recvs = 0;
 
@@ -224,11 +281,11 @@ static fv_status_t all_to_all(fv_worker_t *worker)
 
         if (p->send_bytes > 0U) { /* the cursors stand at the ends now */
             sends[n_sends++] = (fv_exchange_message_t){
-                .peer = r, .data = base + (p->send_at - p->send_bytes), .n_bytes = p->send_bytes};
+                .peer = r, .data = p->send - p->send_bytes, .n_bytes = p->send_bytes};
         }
         if (p->recv_bytes > 0U) {
             recvs[n_recvs++] = (fv_exchange_message_t){
-                .peer = r, .data = base + (p->recv_at - p->recv_bytes), .n_bytes = p->recv_bytes};
+                .peer = r, .data = p->recv - p->recv_bytes, .n_bytes = p->recv_bytes};
         }
     }
     if ((n_sends == 0U) && (n_recvs == 0U)) {
@@ -238,15 +295,52 @@ static fv_status_t all_to_all(fv_worker_t *worker)
                                                n_recvs, worker->config.step_deadline_ms);
 }
 
-fv_status_t fv_partials_exchange(fv_worker_t *worker)
+/* Through the host: the states are finished before they travel. */
+static fv_status_t finish_over_host(fv_worker_t *worker, fv_step_times_t *times)
 {
     const fv_backend_ops_t *ops = worker->config.backend;
     fv_step_work_t *w = &worker->work;
 
+    FV_RETURN_IF_ERR(fv_worker_finish(worker, &times->device));
+    times->computed_us = fv_clock_us();
     FV_RETURN_IF_ERR(all_to_all(worker));
     if (w->n_merges == 0U) {
         return FV_OK;
     }
-    FV_RETURN_IF_ERR(ops->merge(worker->backend, w->merges.data, w->n_merges));
+    FV_RETURN_IF_ERR(ops->merge(worker->backend, w->merges.data, w->n_merges, NULL));
     return fv_worker_finish(worker, NULL);
+}
+
+/* Attend, exchange and merge follow each other on the devices; the host waits once. */
+static fv_status_t finish_on_devices(fv_worker_t *worker, fv_step_times_t *times)
+{
+    const fv_exchange_ops_t *exchange = worker->config.exchange;
+    fv_step_work_t *w = &worker->work;
+    const fv_merge_sync_t *sync = NULL;
+
+    times->computed_us = fv_clock_us();
+    FV_RETURN_IF_ERR(exchange->run(worker->config.exchange_ctx, w->with.data, w->n_with, &sync));
+    FV_RETURN_IF_ERR(
+        worker->config.backend->merge(worker->backend, w->merges.data, w->n_merges, sync));
+    times->is_exchange_known = true;
+    return fv_worker_finish(worker, &times->device);
+}
+
+fv_status_t fv_partials_finish(fv_worker_t *worker, fv_status_t computed, fv_step_times_t *times)
+{
+    fv_status_t status = computed;
+
+    if (!is_between_devices(worker)) {
+        return (status == FV_OK) ? finish_over_host(worker, times) : status;
+    }
+    if (worker->work.n_with == 0U) {
+        FV_RETURN_IF_ERR(status);
+        status = fv_worker_finish(worker, &times->device);
+        times->computed_us = fv_clock_us();
+        return status;
+    }
+    if (status == FV_OK) {
+        status = finish_on_devices(worker, times);
+    }
+    return worker->config.exchange->end(worker->config.exchange_ctx, status);
 }

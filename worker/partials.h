@@ -8,7 +8,11 @@
  *     o [rows, dv] fp32, lse_log2 [rows] fp32, each padded to FV_STEP_ALIGN bytes.
  * Both derive its size from the items, so it carries no header. Ranks with nothing to say send nothing.
  *
- * Use, once a step: begin; add each item; layout; bind each item in the same order; exchange.
+ * Use, once a step: begin; add each item; layout; bind each item in the same order; attend; finish.
+ *
+ * Over MPI, messages lie in one buffer of the host, and the backend is waited for before they leave. Between devices they
+ * lie where the exchange says (begin() of the door), the attention writes them straight there, and the host waits once,
+ * after the merge.
  */
 #ifndef FV_WORKER_PARTIALS_H
 #define FV_WORKER_PARTIALS_H
@@ -25,11 +29,18 @@ FV_MUST_CHECK fv_status_t fv_partials_layout(fv_worker_t *worker);
 
 /*
  * Points `attend` (its dst, n_dst) to the item's places in the messages and notes the merge of its rows. A failed
- * item gets the empty set in each place and no merge; `attend` may be NULL then.
+ * item gets the empty set in each place and no merge; `attend` may be NULL then. Errors: the backend's.
  */
-void fv_partials_bind(fv_worker_t *worker, const fv_step_item_t *item, fv_attn_item_t *attend);
+FV_MUST_CHECK fv_status_t fv_partials_bind(fv_worker_t *worker,
+                                           const fv_step_item_t *item,
+                                           fv_attn_item_t *attend);
 
-/* All messages out and in, then every row merged to its output. Errors: the exchange's, the backend's. */
-FV_MUST_CHECK fv_status_t fv_partials_exchange(fv_worker_t *worker);
+/*
+ * The rest of a step whose attention was enqueued with status `computed`: all messages out and in, every row merged to
+ * its output, and the backend done. Errors: `computed`, the exchange's, the backend's.
+ */
+FV_MUST_CHECK fv_status_t fv_partials_finish(fv_worker_t *worker,
+                                             fv_status_t computed,
+                                             fv_step_times_t *times);
 
 #endif /* FV_WORKER_PARTIALS_H */

@@ -235,9 +235,8 @@ static fv_attn_item_t make_attend(const fv_step_item_t *item)
     return a;
 }
 
-/* Pages, copies, appends and attention of every item that has not failed. */
-static fv_status_t
-compute(fv_worker_t *worker, fv_error_t *item_errors, fv_device_times_t *out_times)
+/* Pages, copies, appends and attention of every item that has not failed: enqueued, not waited for. */
+static fv_status_t compute(fv_worker_t *worker, fv_error_t *item_errors)
 {
     const fv_backend_ops_t *ops = worker->config.backend;
     fv_step_work_t *w = &worker->work;
@@ -261,7 +260,7 @@ compute(fv_worker_t *worker, fv_error_t *item_errors, fv_device_times_t *out_tim
             attend = &attends[w->n_attends++];
             *attend = make_attend(item);
         }
-        fv_partials_bind(worker, item, attend);
+        FV_RETURN_IF_ERR(fv_partials_bind(worker, item, attend));
     }
     if (w->n_copies > 0U) { /* before any append: it may write into a page that is copied here */
         FV_RETURN_IF_ERR(ops->copy_pages(worker->backend, w->copies.data, w->n_copies));
@@ -272,7 +271,7 @@ compute(fv_worker_t *worker, fv_error_t *item_errors, fv_device_times_t *out_tim
     if (w->n_attends > 0U) {
         FV_RETURN_IF_ERR(ops->attend(worker->backend, attends, w->n_attends));
     }
-    return fv_worker_finish(worker, out_times);
+    return FV_OK;
 }
 
 /* ------------------------------------------------------------------ the step */
@@ -325,23 +324,22 @@ fv_status_t fv_worker_step(fv_worker_t *worker,
                            fv_error_t *item_errors)
 {
     int64_t t_begin = fv_clock_us();
-    fv_device_times_t times = {.is_known = false};
+    fv_step_times_t times = {.computed_us = t_begin};
 
     memset(out_done, 0, sizeof(*out_done));
     FV_RETURN_IF_ERR(fv_worker_usable(worker));
     FV_RETURN_IF_ERR(plan(worker, items, io, n_items, item_errors));
-    fv_status_t status = compute(worker, item_errors, &times);
-    int64_t t_computed = fv_clock_us();
-    if (status == FV_OK) {
-        status = fv_partials_exchange(worker);
-    }
+    fv_status_t status = fv_partials_finish(worker, compute(worker, item_errors), &times);
     settle(worker, status == FV_OK);
     if (status != FV_OK) {
         return fv_worker_break(worker, status);
     }
-    out_done->compute_us = times.is_known ? times.compute_us : micros(t_begin, t_computed);
-    /* through host memory, so the host's clock sees all of it */
-    out_done->exchange_us = micros(t_computed, fv_clock_us());
+    out_done->compute_us =
+        times.device.is_known ? times.device.compute_us : micros(t_begin, times.computed_us);
+    /* through host memory the host's clock sees all of it */
+    out_done->exchange_us = (times.device.is_known && times.is_exchange_known)
+                                ? times.device.exchange_us
+                                : micros(times.computed_us, fv_clock_us());
     out_done->error = first_error(item_errors, n_items, &out_done->n_items);
     fv_worker_memory(worker, &out_done->memory);
     return FV_OK;

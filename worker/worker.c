@@ -22,7 +22,11 @@ static fv_status_t create_parts(fv_worker_t *worker)
     if (worker->work.peers == NULL) {
         return fv_fail(FV_ERR_NO_MEMORY, "worker: no host memory");
     }
-    return c->backend->create(&c->backend_config, &worker->backend);
+    FV_RETURN_IF_ERR(c->backend->create(&c->backend_config, &worker->backend));
+    if ((c->exchange == NULL) || (c->exchange->attach == NULL)) {
+        return FV_OK;
+    }
+    return c->exchange->attach(c->exchange_ctx, worker->backend);
 }
 
 fv_status_t fv_worker_create(const fv_worker_config_t *config, fv_worker_t **out)
@@ -84,6 +88,7 @@ static void free_work(fv_worker_t *worker)
     fv_array_free(&w->dsts);
     fv_array_free(&w->parts);
     fv_array_free(&w->messages);
+    fv_array_free(&w->with);
     free(w->peers);
     if (worker->broken != FV_OK) {
         abandon_buffers(worker);

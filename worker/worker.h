@@ -28,10 +28,27 @@ typedef struct fv_exchange_message {
     size_t n_bytes;
 } fv_exchange_message_t;
 
+/* A peer of a step of a device exchange: what goes to it and comes from it. Not both sizes are 0. */
+typedef struct fv_exchange_peer {
+    uint32_t rank;
+    size_t send_bytes, recv_bytes;
+    uint8_t *send, *recv; /* set by begin(): where the devices write the one and read the other */
+} fv_exchange_peer_t;
+
 /*
  * The exchange door: one packed all-to-all a step, sparse: at most one message each way per peer, none where
- * there is nothing to say. Returns when all have arrived and all sends may be reused.
- * Errors: FV_ERR_TIMED_OUT past deadline_ms; FV_ERR_RANK_LOST when `is_aborted` says so; FV_ERR_MPI.
+ * there is nothing to say. It is of one of two kinds.
+ *
+ * Over host memory (begin == NULL): all_to_all() moves finished messages. It returns when all have arrived and all
+ * sends may be reused. Errors: FV_ERR_TIMED_OUT past deadline_ms; FV_ERR_RANK_LOST when `is_aborted` says so; FV_ERR_MPI.
+ *
+ * Between devices (begin != NULL): messages lie in memory that the exchange gives, which the device reaches and the
+ * host does not, and nothing is waited for until the step's finish():
+ *     attach  once, when the backend exists
+ *     begin   before attend: says where each message of the step is written and read; `own` has room for own_bytes
+ *     run     after attend was enqueued: enqueues what moves messages; *out_sync is what merge() must wait for
+ *     end     after finish(), with its status; FV_OK, or why the step failed. After an error nothing works any more.
+ * Both ends of a pair call begin() for the same steps in the same order, with the same two sizes.
  */
 typedef struct fv_exchange_ops {
     const char *name; /* "none", "mpi", "nccl" */
@@ -41,8 +58,22 @@ typedef struct fv_exchange_ops {
                               const fv_exchange_message_t *recvs,
                               size_t n_recvs,
                               uint32_t deadline_ms);
-    bool (*is_aborted)(
-        void *ctx); /* somebody is gone: waiting for the device is in vain; NULL: never */
+    fv_status_t (*attach)(void *ctx, fv_backend_t *backend);
+    fv_status_t (*begin)(void *ctx,
+                         fv_exchange_peer_t *peers,
+                         size_t n_peers,
+                         size_t own_bytes,
+                         uint8_t **own);
+    fv_status_t (*run)(void *ctx,
+                       const fv_exchange_peer_t *peers,
+                       size_t n_peers,
+                       const fv_merge_sync_t **out_sync);
+    fv_status_t (*end)(void *ctx, fv_status_t status);
+    /* somebody is gone: waiting for the device is in vain; NULL: never */
+    bool (*is_aborted)(void *ctx);
+    /* is_gone(arg) is asked while waiting; true ends the wait with FV_ERR_RANK_LOST. is_gone NULL: never. The op may be
+     * NULL: nobody is asked. fv_worker_serve() sets its own, which watches the control socket. */
+    void (*on_poll)(void *ctx, bool (*is_gone)(void *arg), void *arg);
 } fv_exchange_ops_t;
 
 typedef struct fv_worker_config {
@@ -114,8 +145,39 @@ typedef struct fv_exchange_mpi fv_exchange_mpi_t;
 extern const fv_exchange_ops_t fv_exchange_mpi_ops;
 FV_MUST_CHECK fv_status_t fv_exchange_mpi_create(void *mpi_comm, fv_exchange_mpi_t **out);
 void fv_exchange_mpi_destroy(fv_exchange_mpi_t *exchange);
-/* is_aborted(arg) is polled while waiting; true ends the wait with FV_ERR_RANK_LOST. NULL: never.
- * fv_worker_serve() sets its own, which watches the control socket. */
-void fv_exchange_mpi_on_poll(fv_exchange_mpi_t *exchange, bool (*is_aborted)(void *arg), void *arg);
+
+#if defined(FV_WITH_NCCL)
+/*
+ * The exchange between GPUs (exchange_nccl.c); the backend must be fv_backend_cuda on the same device. Messages that fit
+ * their region of the window go straight from the decode kernel into the memory of a GPU on the same NVLink; larger
+ * ones, and those to other hosts, through NCCL's send and receive.
+ */
+#    define FV_EXCHANGE_NCCL_ID_BYTES     128
+#    define FV_EXCHANGE_NCCL_WINDOW_BYTES ((size_t)256 << 20)
+
+typedef struct fv_exchange_nccl fv_exchange_nccl_t;
+
+typedef struct fv_exchange_nccl_config {
+    uint32_t rank, n_ranks; /* of the service */
+    uint32_t first_rank; /* ranks below it take no part (1: a dedicated coordinator); usually 0 */
+    int32_t device;      /* as in fv_backend_config_t; no two ranks may have the same GPU */
+    uint8_t id[FV_EXCHANGE_NCCL_ID_BYTES]; /* fv_exchange_nccl_id() of one rank, the same on all */
+    size_t
+        window_bytes; /* device memory for messages; the smallest of all ranks' counts; 0: the default above */
+    uint32_t deadline_ms; /* of creation, and of the waiting in a step; 0 = 30000 */
+    bool is_collective;   /* NCCL's send and receive for all messages */
+} fv_exchange_nccl_config_t;
+
+extern const fv_exchange_ops_t fv_exchange_nccl_ops;
+/* Call it on one rank; the others get the bytes from there. Errors: FV_ERR_NCCL. */
+FV_MUST_CHECK fv_status_t fv_exchange_nccl_id(uint8_t out[FV_EXCHANGE_NCCL_ID_BYTES]);
+/* On every taking-part rank at once, before the worker (whose KV memory is what is left). Makes the device current. */
+FV_MUST_CHECK fv_status_t fv_exchange_nccl_create(const fv_exchange_nccl_config_t *config,
+                                                  fv_exchange_nccl_t **out);
+/* After the worker. Bounded in time whatever the peers do. NULL is fine. */
+void fv_exchange_nccl_destroy(fv_exchange_nccl_t *exchange);
+/* One line: library, window, how many ranks are reached directly. */
+void fv_exchange_nccl_describe(const fv_exchange_nccl_t *exchange, char *out, size_t out_bytes);
+#endif
 
 #endif /* FV_WORKER_WORKER_H */

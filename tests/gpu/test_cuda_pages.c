@@ -83,7 +83,7 @@ static void shards(fv_backend_t *backend, const fv_attn_spec_t *spec, fv_rng_t *
             .lse_token_stride = (size_t)attn->n_q_heads,
         };
     }
-    assert_int_equal(k_ops->merge(backend, merges, 2), FV_OK);
+    assert_int_equal(k_ops->merge(backend, merges, 2, NULL), FV_OK);
     assert_int_equal(k_ops->finish(backend, NULL, NULL), FV_OK);
     fv_attn_case_solve(attn);
     assert_int_equal(fv_attn_case_check(attn, out, lse, "shards"), 0);

@@ -88,7 +88,7 @@ static void merge_parts(split_t *s, fv_backend_t *backend, void *out, float *lse
         items[d].lse = lse;
         items[d].lse_token_stride = (size_t)s->attn->n_q_heads;
     }
-    assert_int_equal(fv_backend_cpu.merge(backend, items, (size_t)s->n_dst), FV_OK);
+    assert_int_equal(fv_backend_cpu.merge(backend, items, (size_t)s->n_dst, NULL), FV_OK);
 }
 
 static void one_split(fv_backend_t *backend, fv_rng_t *rng)

@@ -66,7 +66,7 @@ static float merge(const part_t *parts, int32_t n, float *out)
     item.out_token_bytes = DV * sizeof(float);
     item.lse = &lse;
     item.lse_token_stride = 1;
-    assert_int_equal(fv_backend_cpu.merge(backend, &item, 1), FV_OK);
+    assert_int_equal(fv_backend_cpu.merge(backend, &item, 1, NULL), FV_OK);
     return lse;
 }
 
@@ -167,7 +167,7 @@ static void test_rows_and_conversion(void **state)
     for (size_t i = 0; i < 2U * N_ROWS; i++) {
         lse_log2[i] = fv_rng_normal(&rng) * 10.0F;
     }
-    assert_int_equal(fv_backend_cpu.merge(backend, &item, 1), FV_OK);
+    assert_int_equal(fv_backend_cpu.merge(backend, &item, 1, NULL), FV_OK);
     for (size_t i = 0; i < N_ROWS; i++) {
         size_t row = ROW_BASE + i;
         double a = exp2((double)lse_at[0][i]);
@@ -194,11 +194,11 @@ static void test_refusals(void **state)
         .n_rows = 1, .n_parts = 0, .head_dim_v = DV, .io_dtype = 1, .row_len = 1};
 
     (void)state;
-    assert_int_equal(fv_backend_cpu.merge(backend, &item, 1), FV_ERR_INVALID_ARG);
+    assert_int_equal(fv_backend_cpu.merge(backend, &item, 1, NULL), FV_ERR_INVALID_ARG);
     item.n_parts = 1;
-    assert_int_equal(fv_backend_cpu.merge(backend, &item, 1), FV_ERR_INVALID_ARG);
+    assert_int_equal(fv_backend_cpu.merge(backend, &item, 1, NULL), FV_ERR_INVALID_ARG);
     item.n_rows = 0;
-    assert_int_equal(fv_backend_cpu.merge(backend, &item, 1), FV_OK);
+    assert_int_equal(fv_backend_cpu.merge(backend, &item, 1, NULL), FV_OK);
 }
 
 int main(void)

@@ -78,6 +78,8 @@ static void test_defaults(void **state)
     assert_int_equal(c.threads, 0);
     assert_string_equal(c.backend, "auto");
     assert_string_equal(c.isa, "auto");
+    assert_string_equal(c.exchange, "auto");
+    assert_int_equal(c.exchange_memory, 256U << 20U);
     assert_string_equal(c.control_address, "auto");
     assert_false(c.dedicated_coordinator);
     assert_int_equal(c.shard_tokens, 2048);

@@ -1,0 +1,73 @@
+/*
+ * merge_cuda.h - what the host gives the merge kernel. Private to kernels/.
+ *
+ * Decode path: station 8 of 10. Before: merge_cuda.c. After: merge_cuda.cu.
+ *
+ * The merge follows the decode kernel without a copy between them: all it needs to know is one blob - pairs, then units,
+ * then parts - that travels in the kernel's parameters. Only the blob of a step of several hundred items does not fit
+ * there and is staged.
+ */
+#ifndef FV_KERNELS_MERGE_CUDA_H
+#define FV_KERNELS_MERGE_CUDA_H
+
+#include "kernels/kernels.h"
+
+#include <cuda_runtime_api.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FV_MERGE_BLOB_MAX 30720U /* bytes that travel as parameters; a kernel takes 32764 in all */
+
+/* One source of a unit's rows. Device addresses. */
+typedef struct fv_merge_part {
+    const float *o;        /* [n_rows, dv] */
+    const float *lse_log2; /* [n_rows] */
+} fv_merge_part_t;
+
+/* fv_merge_item_t with the device's pointers. */
+typedef struct fv_merge_unit {
+    uint8_t *out;
+    float *lse; /* or NULL */
+    uint64_t row_base, row_len, out_token_bytes, lse_token_stride;
+    uint64_t out_first, lse_first; /* token that stands at the base */
+    uint64_t row_begin;            /* rows of the units before */
+    uint32_t part_begin, n_parts;  /* of the blob's */
+    int32_t head_dim_v, io_dtype;
+} fv_merge_unit_t;
+
+/* One launch. All of it but the blob is passed by value. */
+typedef struct fv_merge_launch {
+    const uint8_t
+        *blob; /* host memory if it is at most FV_MERGE_BLOB_MAX bytes, else device memory */
+    uint64_t blob_bytes;
+    uint64_t n_rows;
+    uint64_t deadline_ns;           /* of waiting for pairs */
+    const volatile uint32_t *abort; /* mapped host memory; NULL when there are no pairs */
+    volatile uint32_t *gave_up;     /* alike */
+    uint32_t n_pairs, n_units;
+} fv_merge_launch_t;
+
+/* Where units and parts begin in the blob. */
+static inline FV_HD size_t fv_merge_units_at(size_t n_pairs)
+{
+    return (n_pairs * sizeof(fv_merge_pair_t) + 15U) / 16U * 16U;
+}
+
+static inline FV_HD size_t fv_merge_parts_at(size_t n_pairs, size_t n_units)
+{
+    return fv_merge_units_at(n_pairs) + (n_units * sizeof(fv_merge_unit_t) + 15U) / 16U * 16U;
+}
+
+/* Follows what is on the stream as a programmatic dependent: it may start early, and waits for it. */
+cudaError_t fv_merge_launch(const fv_merge_launch_t *launch, cudaStream_t stream);
+
+/* n states become the empty set. */
+cudaError_t fv_merge_empty_launch(float *lse_log2, uint64_t n, cudaStream_t stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* FV_KERNELS_MERGE_CUDA_H */

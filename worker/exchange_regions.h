@@ -1,0 +1,56 @@
+/*
+ * exchange_regions.h - how a device's window is divided, and which way a message goes. Arithmetic only.
+ *
+ * Decode path: station 8 of 10. Before: worker/partials.c. After: worker/exchange_nccl.c.
+ *
+ * A rank's window is memory that the other ranks of its NVLink domain (its sources) write into:
+ *
+ *     flags, one line each source | parity 0: a region each source | parity 1: a region each source
+ *
+ * Source a writes its message of a step to b into b's region (parity, a), then sets b's flag a to the number of the step
+ * as the pair (a, b) counts them: only steps in which something travels between the two, either way. The parity is that
+ * number's lowest bit.
+ *
+ * Why two regions are enough. When a writes its message number n + 2 over number n, b must have read number n. a has
+ * ended its own step n + 1 (steps of a rank follow each other), so it has seen b's flag n + 1, which b sets when all that
+ * stands before it on b's stream is done, the merge of n included. Both set flags in each step of the pair, even when one
+ * of them has no message for the other. So no rank needs to know that others ended a step; that the coordinator ends
+ * each step on all ranks before the next begins is one more reason, not the only one.
+ *
+ * The region of a rank itself holds its own states, which never travel.
+ */
+#ifndef FV_WORKER_EXCHANGE_REGIONS_H
+#define FV_WORKER_EXCHANGE_REGIONS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define FV_EXCHANGE_FLAG_BYTES   128U /* a line: neighbours do not disturb each other */
+#define FV_EXCHANGE_REGION_ALIGN 4096U
+
+typedef struct fv_exchange_regions {
+    uint32_t n_sources;
+    size_t region_bytes; /* of one message at most */
+} fv_exchange_regions_t;
+
+/* False when the window is too small to be of use. */
+bool fv_exchange_regions_make(size_t window_bytes, uint32_t n_sources, fv_exchange_regions_t *out);
+
+/* Offsets in the window. */
+size_t fv_exchange_flag_at(uint32_t source);
+size_t
+fv_exchange_region_at(const fv_exchange_regions_t *regions, uint32_t parity, uint32_t source);
+
+/* How the two messages of a pair travel in a step. */
+typedef struct fv_exchange_route {
+    bool is_send_direct,
+        is_recv_direct; /* through a region; else by send and receive, if not empty */
+    bool is_paired;     /* the step counts for the pair: flags are set and waited for */
+} fv_exchange_route_t;
+
+/* Both ends find the same, the one's send being the other's receive: region_bytes is the same on all ranks. */
+fv_exchange_route_t
+fv_exchange_route(bool is_reached, size_t region_bytes, size_t send_bytes, size_t recv_bytes);
+
+#endif /* FV_WORKER_EXCHANGE_REGIONS_H */
