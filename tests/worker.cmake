@@ -1,7 +1,8 @@
 # Tests of worker/.
-set(_rig support/worker_rig.c support/worker_rig_step.c support/step_pack.c
-         support/local_exchange.c)
+set(_rig support/worker_rig.c support/worker_rig_step.c support/worker_rig_life.c support/step_pack.c
+         support/local_exchange.c support/local_windows.c)
 fv_add_test(test_kv_pool unit SOURCES unit/test_kv_pool.c LIBS fv_worker)
+fv_add_test(test_exchange_regions unit SOURCES unit/test_exchange_regions.c LIBS fv_worker)
 fv_add_test(prop_worker property SOURCES property/prop_worker.c ${_rig}
             LIBS fv_worker Threads::Threads TIMEOUT 180)
 fv_add_test(test_exchange_mpi mpi SOURCES mpi/test_exchange_mpi.c LIBS fv_worker MPI::MPI_C RANKS 3)

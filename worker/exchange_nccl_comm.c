@@ -163,19 +163,19 @@ static bool alloc_window(fv_exchange_nccl_t *exchange, size_t n_bytes)
     if (ncclMemAlloc(&window, n_bytes) != ncclSuccess) {
         return false;
     }
-    exchange->window = window;
+    exchange->place.window = window;
     exchange->window_bytes = n_bytes;
     return cudaMemsetAsync(window, 0, n_bytes, exchange->setup_stream) == cudaSuccess;
 }
 
 static void drop_window(fv_exchange_nccl_t *exchange)
 {
-    if (exchange->window != NULL) {
-        (void)ncclMemFree(exchange->window);
+    if (exchange->place.window != NULL) {
+        (void)ncclMemFree(exchange->place.window);
     }
-    exchange->window = NULL;
+    exchange->place.window = NULL;
     exchange->window_bytes = 0;
-    exchange->regions = (fv_exchange_regions_t){0};
+    exchange->place.regions = (fv_exchange_regions_t){0};
 }
 
 /* Notes where the windows of the domain's ranks are. bases: as many as ranks. */
@@ -190,7 +190,7 @@ note_peers(fv_exchange_nccl_t *exchange, const card_t *mine, const card_t *all, 
     for (int32_t i = 0; i < mine->n; i++) {
         uint32_t party = (uint32_t)(mine->first + i);
         const card_t *its = &all[party];
-        fv_nccl_peer_t *peer = &exchange->peers[c->first_rank + party];
+        fv_exchange_known_t *peer = &exchange->place.known[c->first_rank + party];
 
         if ((c->first_rank + party == c->rank) || (its->window_bytes == 0U) ||
             (its->first != mine->first) || (its->n != mine->n)) {
@@ -213,15 +213,15 @@ static fv_status_t open_window(fv_exchange_nccl_t *exchange, card_t *all)
 
     FV_RETURN_IF_ERR(fv_nccl_settle(
         exchange,
-        ncclCommWindowRegister(exchange->comm, exchange->window, exchange->window_bytes,
+        ncclCommWindowRegister(exchange->comm, exchange->place.window, exchange->window_bytes,
                                &exchange->handle, NCCL_WIN_COLL_SYMMETRIC),
         "ncclCommWindowRegister"));
     if ((exchange->handle != NULL) &&
         (fv_nccl_lsa_team(exchange->comm, party, &first, &n) == ncclSuccess) && (n > 0) &&
         (first + n <= (int)n_parties(exchange)) &&
-        fv_exchange_regions_make(exchange->window_bytes, (uint32_t)n, &exchange->regions)) {
+        fv_exchange_regions_make(exchange->window_bytes, (uint32_t)n, &exchange->place.regions)) {
         mine = (card_t){.window_bytes = exchange->window_bytes, .first = first, .n = n};
-        exchange->self_source = (uint32_t)(party - first);
+        exchange->place.self_source = (uint32_t)(party - first);
     }
     FV_RETURN_IF_ERR(gather(exchange, &mine, all));
     if (mine.window_bytes == 0U) {
@@ -268,10 +268,10 @@ static fv_status_t warm_up(fv_exchange_nccl_t *exchange)
     FV_RETURN_IF_ERR(fv_nccl_reserve_spill(exchange, 2U * half));
     FV_RETURN_IF_ERR(fv_nccl_check(ncclGroupStart(), "ncclGroupStart"));
     for (uint32_t r = c->first_rank; (r < c->n_ranks) && (result == ncclSuccess); r++) {
-        uint8_t *at = exchange->spill + r * (size_t)FV_EXCHANGE_FLAG_BYTES;
+        uint8_t *at = exchange->place.spill + r * (size_t)FV_EXCHANGE_FLAG_BYTES;
         int party = (int)(r - c->first_rank);
 
-        if ((r == c->rank) || (exchange->peers[r].window != NULL)) {
+        if ((r == c->rank) || (exchange->place.known[r].window != NULL)) {
             continue;
         }
         result = ncclSend(at, 1, ncclUint8, party, exchange->comm, exchange->setup_stream);
@@ -296,16 +296,16 @@ fv_status_t fv_nccl_reserve_spill(fv_exchange_nccl_t *exchange, size_t n_bytes)
         return FV_OK;
     }
     n_bytes = fv_align_up(n_bytes + n_bytes / 2U, FV_EXCHANGE_REGION_ALIGN);
-    if (exchange->spill != NULL) {
+    if (exchange->place.spill != NULL) {
         if (exchange->backend != NULL) {
-            fv_backend_cuda_unreach(exchange->backend, exchange->spill);
+            fv_backend_cuda_unreach(exchange->backend, exchange->place.spill);
         }
-        (void)cudaFree(exchange->spill); /* first: the two need not fit together */
-        exchange->spill = NULL;
+        (void)cudaFree(exchange->place.spill); /* first: the two need not fit together */
+        exchange->place.spill = NULL;
         exchange->spill_bytes = 0;
     }
     FV_RETURN_IF_ERR(CUDA(cudaMalloc(&spill, n_bytes)));
-    exchange->spill = spill;
+    exchange->place.spill = spill;
     exchange->spill_bytes = n_bytes;
     return (exchange->backend == NULL) ? FV_OK
                                        : fv_backend_cuda_reach(exchange->backend, spill, n_bytes);
@@ -383,17 +383,16 @@ void fv_exchange_nccl_destroy(fv_exchange_nccl_t *exchange)
     }
     /* Between steps nothing is under way, so ending without asking the others is as good as ending together. */
     fv_nccl_abort(exchange);
-    fv_array_free(&exchange->pairs);
-    fv_array_free(&exchange->pair_ranks);
+    fv_exchange_place_free(&exchange->place);
     if (!exchange->broken) { /* else the device may still use it; the process's end frees it */
         drop_window(exchange);
-        (void)cudaFree(exchange->spill);
+        (void)cudaFree(exchange->place.spill);
         (void)cudaFreeHost((void *)(uintptr_t)exchange->words);
         if (exchange->setup_stream != NULL) {
             (void)cudaStreamDestroy(exchange->setup_stream);
         }
     }
-    free(exchange->peers);
+    free(exchange->place.known);
     free(exchange);
 }
 
@@ -462,8 +461,8 @@ fv_status_t fv_exchange_nccl_create(const fv_exchange_nccl_config_t *config,
     }
     exchange->config.window_bytes =
         exchange->config.window_bytes / FV_EXCHANGE_REGION_ALIGN * FV_EXCHANGE_REGION_ALIGN;
-    exchange->peers = calloc(config->n_ranks, sizeof(*exchange->peers));
-    fv_status_t status = (exchange->peers != NULL)
+    exchange->place.known = calloc(config->n_ranks, sizeof(*exchange->place.known));
+    fv_status_t status = (exchange->place.known != NULL)
                              ? init(exchange)
                              : fv_fail(FV_ERR_NO_MEMORY, "exchange: no host memory");
     if (status != FV_OK) {

@@ -48,3 +48,110 @@ fv_exchange_route(bool is_reached, size_t region_bytes, size_t send_bytes, size_
     route.is_paired = route.is_send_direct || route.is_recv_direct;
     return route;
 }
+
+/* ------------------------------------------------------------------ a rank's messages */
+
+#define SPILL_ALIGN 512U
+
+fv_exchange_route_t fv_exchange_route_of(const fv_exchange_place_t *place,
+                                         const fv_exchange_peer_t *peer)
+{
+    return fv_exchange_route(place->known[peer->rank].window != NULL, place->regions.region_bytes,
+                             peer->send_bytes, peer->recv_bytes);
+}
+
+static bool is_own_in_window(const fv_exchange_place_t *place, size_t own_bytes)
+{
+    return (place->window != NULL) && (own_bytes <= place->regions.region_bytes);
+}
+
+size_t fv_exchange_spill_bytes(const fv_exchange_place_t *place,
+                               const fv_exchange_peer_t *peers,
+                               size_t n_peers,
+                               size_t own_bytes)
+{
+    size_t n_bytes = is_own_in_window(place, own_bytes) ? 0U : fv_align_up(own_bytes, SPILL_ALIGN);
+
+    for (size_t i = 0; i < n_peers; i++) {
+        fv_exchange_route_t route = fv_exchange_route_of(place, &peers[i]);
+
+        n_bytes += route.is_send_direct ? 0U : fv_align_up(peers[i].send_bytes, SPILL_ALIGN);
+        n_bytes += route.is_recv_direct ? 0U : fv_align_up(peers[i].recv_bytes, SPILL_ALIGN);
+    }
+    return n_bytes;
+}
+
+/* The next piece of the spill, which moves past it; NULL when it is empty. */
+static uint8_t *take(uint8_t **spill, size_t n_bytes)
+{
+    uint8_t *piece = *spill;
+
+    if (n_bytes == 0U) {
+        return NULL;
+    }
+    *spill += fv_align_up(n_bytes, SPILL_ALIGN);
+    return piece;
+}
+
+/* The step counts for the pair: what is told and waited for. */
+static void add_pair(fv_exchange_place_t *place, uint32_t rank)
+{
+    fv_merge_pair_t *pair = (fv_merge_pair_t *)place->pairs.data + place->n_pairs;
+    fv_exchange_known_t *known = &place->known[rank];
+
+    known->seq++;
+    *pair = (fv_merge_pair_t){
+        .signal = (uint32_t *)(void *)(known->window + fv_exchange_flag_at(place->self_source)),
+        .awaited = (const uint32_t *)(void *)(place->window + fv_exchange_flag_at(known->source)),
+        .value = known->seq,
+    };
+    ((uint32_t *)place->pair_ranks.data)[place->n_pairs++] = rank;
+}
+
+static void place_peer(fv_exchange_place_t *place, fv_exchange_peer_t *peer, uint8_t **spill)
+{
+    fv_exchange_known_t *known = &place->known[peer->rank];
+    fv_exchange_route_t route = fv_exchange_route_of(place, peer);
+
+    if (route.is_paired) {
+        add_pair(place, peer->rank);
+    }
+    uint32_t parity = known->seq & 1U;
+    peer->send =
+        route.is_send_direct
+            ? (known->window + fv_exchange_region_at(&place->regions, parity, place->self_source))
+            : take(spill, peer->send_bytes);
+    peer->recv =
+        route.is_recv_direct
+            ? (place->window + fv_exchange_region_at(&place->regions, parity, known->source))
+            : take(spill, peer->recv_bytes);
+    place->has_rest = place->has_rest || (!route.is_send_direct && (peer->send_bytes > 0U)) ||
+                      (!route.is_recv_direct && (peer->recv_bytes > 0U));
+}
+
+fv_status_t fv_exchange_place(fv_exchange_place_t *place,
+                              fv_exchange_peer_t *peers,
+                              size_t n_peers,
+                              size_t own_bytes,
+                              uint8_t **own)
+{
+    uint8_t *spill = place->spill;
+
+    FV_RETURN_IF_ERR(fv_array_reserve(&place->pairs, n_peers, sizeof(fv_merge_pair_t)));
+    FV_RETURN_IF_ERR(fv_array_reserve(&place->pair_ranks, n_peers, sizeof(uint32_t)));
+    place->n_pairs = 0;
+    place->has_rest = false;
+    for (size_t i = 0; i < n_peers; i++) {
+        place_peer(place, &peers[i], &spill);
+    }
+    *own = is_own_in_window(place, own_bytes)
+               ? (place->window + fv_exchange_region_at(&place->regions, 0, place->self_source))
+               : take(&spill, own_bytes);
+    return FV_OK;
+}
+
+void fv_exchange_place_free(fv_exchange_place_t *place)
+{
+    fv_array_free(&place->pairs);
+    fv_array_free(&place->pair_ranks);
+}

@@ -1,5 +1,5 @@
 /*
- * exchange_regions.h - how a device's window is divided, and which way a message goes. Arithmetic only.
+ * exchange_regions.h - how a device's window is divided, and which way a message goes. No device is touched here.
  *
  * Decode path: station 8 of 10. Before: worker/partials.c. After: worker/exchange_nccl.c.
  *
@@ -22,9 +22,8 @@
 #ifndef FV_WORKER_EXCHANGE_REGIONS_H
 #define FV_WORKER_EXCHANGE_REGIONS_H
 
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
+#include "worker/worker.h"
+#include "worker/workspace.h"
 
 #define FV_EXCHANGE_FLAG_BYTES   128U /* a line: neighbours do not disturb each other */
 #define FV_EXCHANGE_REGION_ALIGN 4096U
@@ -52,5 +51,47 @@ typedef struct fv_exchange_route {
 /* Both ends find the same, the one's send being the other's receive: region_bytes is the same on all ranks. */
 fv_exchange_route_t
 fv_exchange_route(bool is_reached, size_t region_bytes, size_t send_bytes, size_t recv_bytes);
+
+/* ------------------------------------------------------------------ a rank's messages */
+
+/* What a rank knows of another one. */
+typedef struct fv_exchange_known {
+    uint8_t *window; /* its window, as this device reaches it; NULL: it does not */
+    uint32_t source; /* its place in this rank's window */
+    uint32_t seq;    /* steps of the pair so far */
+} fv_exchange_known_t;
+
+/* A rank's side of the exchange, and its step under way. Zero-initialise it. */
+typedef struct fv_exchange_place {
+    fv_exchange_regions_t regions;
+    uint8_t *window;            /* own; NULL: everything goes by send and receive */
+    uint32_t self_source;       /* this rank's place in every window */
+    fv_exchange_known_t *known; /* by rank */
+    uint8_t *spill;             /* for what no region takes; the owner makes room for it */
+
+    fv_array_t pairs;      /* fv_merge_pair_t, of the step under way */
+    fv_array_t pair_ranks; /* uint32_t: the rank of each */
+    size_t n_pairs;
+    bool has_rest; /* messages go by send and receive */
+} fv_exchange_place_t;
+
+fv_exchange_route_t fv_exchange_route_of(const fv_exchange_place_t *place,
+                                         const fv_exchange_peer_t *peer);
+
+/* Bytes of spill that a step needs. */
+size_t fv_exchange_spill_bytes(const fv_exchange_place_t *place,
+                               const fv_exchange_peer_t *peers,
+                               size_t n_peers,
+                               size_t own_bytes);
+
+/* begin() of the door, with the spill that is needed. Errors: FV_ERR_NO_MEMORY, nothing has begun then. */
+FV_MUST_CHECK fv_status_t fv_exchange_place(fv_exchange_place_t *place,
+                                            fv_exchange_peer_t *peers,
+                                            size_t n_peers,
+                                            size_t own_bytes,
+                                            uint8_t **own);
+
+/* Frees the arrays; windows, spill and known are the owner's. */
+void fv_exchange_place_free(fv_exchange_place_t *place);
 
 #endif /* FV_WORKER_EXCHANGE_REGIONS_H */

@@ -5,6 +5,7 @@
  *         included; forks, truncations, replays, queries, mixed batches; a full pool spoils nothing.
  * Method: the rig (tests/support/worker_rig.h) compares each step with the fp64 oracle.
  */
+#include "tests/support/local_windows.h"
 #include "tests/support/test.h"
 #include "tests/support/worker_rig.h"
 
@@ -65,123 +66,7 @@ static void test_every_placement_shape(void **state)
     }
 }
 
-/* ------------------------------------------------------------------ random life */
-
-static bool pick_session(fv_rig_t *rig, uint32_t *out)
-{
-    uint32_t first = (uint32_t)fv_random_int(&rig->random, 0, FV_RIG_SESSIONS - 1);
-
-    for (uint32_t i = 0; i < FV_RIG_SESSIONS; i++) {
-        *out = (first + i) % FV_RIG_SESSIONS;
-        if (rig->sessions[*out].is_open) {
-            return true;
-        }
-    }
-    return false;
-}
-
-static bool pick_slot(const fv_rig_t *rig, uint32_t *out)
-{
-    for (*out = 0; *out < FV_RIG_SESSIONS; (*out)++) {
-        if (!rig->sessions[*out].is_open) {
-            return true;
-        }
-    }
-    return false;
-}
-
-static void random_open(fv_rig_t *rig)
-{
-    fv_random_t *r = &rig->random;
-    uint32_t model = (uint32_t)fv_random_int(r, 0, (int64_t)rig->n_models - 1);
-    int64_t n_kv_heads = rig->models[model].n_kv_heads;
-    int64_t hp_max = (n_kv_heads < (int64_t)rig->n_ranks) ? n_kv_heads : (int64_t)rig->n_ranks;
-    int64_t hp = fv_random_int(r, 1, hp_max);
-    int64_t cp = fv_random_int(r, 1, (int64_t)rig->n_ranks / hp);
-    uint32_t slot = 0;
-
-    if (pick_slot(rig, &slot)) {
-        fv_rig_open(rig, slot, model, (uint16_t)hp, (uint16_t)cp,
-                    64U * (uint32_t)fv_random_int(r, 1, 2));
-    }
-}
-
-/* An append, a replay of an earlier one, or a query. */
-static fv_rig_item_t random_item(fv_rig_t *rig, uint32_t slot, uint32_t layer)
-{
-    fv_random_t *r = &rig->random;
-    uint64_t n = rig->sessions[slot].layers[layer].n_tokens;
-    int64_t kind = fv_random_int(r, 0, 9);
-    uint32_t n_tokens = (uint32_t)((fv_random_int(r, 0, 1) == 0) ? 1 : fv_random_int(r, 1, 150));
-    fv_rig_item_t item = {
-        .session = slot,
-        .layer = layer,
-        .position = n,
-        .kv_end = n + n_tokens,
-        .n_tokens = n_tokens,
-        .dtype = (uint16_t)fv_random_int(r, FV_DTYPE_F32, FV_DTYPE_BF16),
-        .flags = (uint16_t)(((fv_random_int(r, 0, 4) != 0) ? FV_ITEM_CAUSAL : 0) |
-                            ((fv_random_int(r, 0, 1) != 0) ? FV_ITEM_WANT_LSE : 0)),
-    };
-
-    if ((kind == 0) && (n > 0U)) { /* replay: what came later is not seen */
-        item.position = (uint64_t)fv_random_int(r, 0, (int64_t)n - 1);
-        item.n_tokens = (uint32_t)fv_random_int(r, 1, (int64_t)(n - item.position));
-        item.n_tokens = (item.n_tokens > 100U) ? 100U : item.n_tokens;
-        item.kv_end = item.position + item.n_tokens;
-    } else if (kind == 1) { /* query at the end, possibly of an empty session */
-        item.kv_end = n;
-    } else {
-        item.flags |= FV_ITEM_APPEND;
-    }
-    return item;
-}
-
-static void random_step(fv_rig_t *rig)
-{
-    fv_rig_item_t items[FV_RIG_ITEMS];
-    bool used[FV_RIG_SESSIONS][FV_RIG_LAYERS] = {{false}};
-    size_t n_wanted = (size_t)fv_random_int(&rig->random, 1, 6);
-    size_t n = 0;
-
-    for (size_t i = 0; i < n_wanted; i++) {
-        uint32_t layer = (uint32_t)fv_random_int(&rig->random, 0, FV_RIG_LAYERS - 1);
-        uint32_t slot = 0;
-
-        if (pick_session(rig, &slot) && !used[slot][layer]) {
-            used[slot][layer] = true;
-            items[n++] = random_item(rig, slot, layer);
-        }
-    }
-    if (n > 0U) {
-        fv_rig_step(rig, items, n);
-    }
-}
-
-static void random_life(fv_rig_t *rig, int n_ops)
-{
-    for (int i = 0; i < n_ops; i++) {
-        int64_t op = fv_random_int(&rig->random, 0, 19);
-        uint32_t slot = 0;
-        uint32_t fork = 0;
-
-        if (!pick_session(rig, &slot) || (op == 0)) {
-            random_open(rig);
-            continue;
-        }
-        uint64_t n = rig->sessions[slot].layers[op % FV_RIG_LAYERS].n_tokens;
-        uint64_t at = (uint64_t)fv_random_int(&rig->random, 0, (int64_t)n + 10);
-        if ((op <= 3) && pick_slot(rig, &fork)) {
-            fv_rig_fork(rig, fork, slot, (op == 1) ? UINT64_MAX : at);
-        } else if (op == 4) {
-            fv_rig_truncate(rig, slot, (at % 2U == 0U) ? UINT32_MAX : 1U, at);
-        } else if (op == 5) {
-            fv_rig_close(rig, slot);
-        } else {
-            random_step(rig);
-        }
-    }
-}
+/* ------------------------------------------------------------------ random histories */
 
 static void test_random_histories_equal_the_oracle(void **state)
 {
@@ -197,7 +82,7 @@ static void test_random_histories_equal_the_oracle(void **state)
 
             (void)fv_rig_model(&rig, &spec);
         }
-        random_life(&rig, 80);
+        fv_rig_live(&rig, 80);
         assert_true(rig.n_checked > 60U);
         assert_int_equal(rig.n_exhausted, 0);
         fv_rig_destroy(&rig);
@@ -214,11 +99,63 @@ static void test_a_full_pool_refuses_items_alone(void **state)
         fv_rig_create(&rig, n_ranks, (size_t)640 << 10, NULL, seed * 77U + n_ranks);
         fv_model_spec_t spec = fixed_spec();
         (void)fv_rig_model(&rig, &spec);
-        random_life(&rig, 150);
+        fv_rig_live(&rig, 150);
         assert_true(rig.n_checked > 50U);
         assert_true(rig.n_exhausted > 0U);
         fv_rig_destroy(&rig);
     }
+}
+
+/* ------------------------------------------------------------------ windows */
+
+static void *windows_ctx(void *arg, uint32_t rank)
+{
+    return fv_local_windows_ctx(arg, rank);
+}
+
+/* The exchange between devices: windows of several sizes, and ranks that do not reach each other. */
+static void live_through_windows(uint32_t n_ranks,
+                                 uint32_t domain_ranks,
+                                 size_t window_bytes,
+                                 size_t arena_bytes,
+                                 uint64_t life_seed)
+{
+    fv_local_hub_t *hub = fv_local_hub_create(n_ranks);
+    fv_local_windows_t *windows =
+        (hub == NULL) ? NULL : fv_local_windows_create(hub, n_ranks, domain_ranks, window_bytes);
+    fv_rig_door_t door = {.exchange = &fv_local_windows_ops, .ctx = windows_ctx, .arg = windows};
+    static fv_rig_t rig; /* large */
+
+    assert_non_null(windows);
+    fv_rig_create_through(&rig, n_ranks, arena_bytes, NULL, &door, life_seed);
+    fv_model_spec_t spec = fixed_spec();
+    (void)fv_rig_model(&rig, &spec);
+    spec = fv_rig_random_spec(&rig.random);
+    (void)fv_rig_model(&rig, &spec);
+    for (uint32_t i = 0; i < 40U; i++) { /* every one over all ranks; decode and prefill in turn */
+        if (i < 4U) {
+            fv_rig_open(&rig, i, i % 2U, 1, (uint16_t)n_ranks, 64);
+        }
+        (void)fv_rig_append(&rig, i % 4U, i / 4U % 2U, ((i / 8U) % 2U == 0U) ? (70U + i) : 1U);
+    }
+    fv_rig_live(&rig, 120);
+    assert_true(rig.n_checked > 60U);
+    assert_true((rig.n_exhausted > 0U) == (arena_bytes < ARENA_BYTES));
+    assert_true(fv_local_windows_direct(windows) > 20U);
+    assert_true((fv_local_windows_rest(windows) > 0U) ==
+                ((domain_ranks < n_ranks) || (window_bytes < ((size_t)1 << 20))));
+    fv_rig_destroy(&rig);
+    fv_local_windows_destroy(windows);
+    fv_local_hub_destroy(hub);
+}
+
+static void test_windows_equal_the_oracle(void **state)
+{
+    (void)state;
+    live_through_windows(2, 2, (size_t)16 << 20, ARENA_BYTES, seed * 11U);
+    live_through_windows(3, 3, (size_t)64 << 10, ARENA_BYTES, seed * 13U); /* some do not fit */
+    live_through_windows(4, 2, (size_t)16 << 20, ARENA_BYTES, seed * 17U); /* two domains */
+    live_through_windows(2, 2, (size_t)16 << 20, (size_t)640 << 10, seed * 19U); /* empty sets */
 }
 
 int main(void)
@@ -227,6 +164,7 @@ int main(void)
         cmocka_unit_test(test_every_placement_shape),
         cmocka_unit_test(test_random_histories_equal_the_oracle),
         cmocka_unit_test(test_a_full_pool_refuses_items_alone),
+        cmocka_unit_test(test_windows_equal_the_oracle),
     };
 
     seed = fv_random_seed(1);

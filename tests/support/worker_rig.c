@@ -8,19 +8,19 @@
 #include <stdlib.h>
 #include <string.h>
 
-void fv_rig_create(fv_rig_t *rig,
-                   uint32_t n_ranks,
-                   size_t arena_bytes,
-                   const fv_backend_ops_t *backend,
-                   uint64_t seed)
+void fv_rig_create_through(fv_rig_t *rig,
+                           uint32_t n_ranks,
+                           size_t arena_bytes,
+                           const fv_backend_ops_t *backend,
+                           const fv_rig_door_t *door,
+                           uint64_t seed)
 {
     const char *isa = getenv("FV_ISA"); /* NOLINT(concurrency-mt-unsafe): before any thread */
 
     memset(rig, 0, sizeof(*rig));
     rig->n_ranks = n_ranks;
+    rig->door = *door;
     rig->random.state = seed;
-    rig->hub = fv_local_hub_create(n_ranks);
-    assert_non_null(rig->hub);
     for (uint32_t r = 0; r < n_ranks; r++) {
         fv_worker_config_t config = {
             .rank = r,
@@ -28,14 +28,34 @@ void fv_rig_create(fv_rig_t *rig,
             .backend = (backend != NULL) ? backend : &fv_backend_cpu,
             .backend_config = {.n_threads = 1,
                                .kv_arena_bytes = arena_bytes,
+                               .device = (int32_t)r,
                                .isa = (isa != NULL) ? isa : "auto"},
-            .exchange = (n_ranks > 1U) ? &fv_local_exchange_ops : NULL,
-            .exchange_ctx = fv_local_hub_ctx(rig->hub, r),
+            .exchange = (n_ranks > 1U) ? door->exchange : NULL,
+            .exchange_ctx = door->ctx(door->arg, r),
             .step_deadline_ms = 20000,
         };
 
         assert_int_equal(fv_worker_create(&config, &rig->workers[r]), FV_OK);
     }
+}
+
+static void *hub_ctx(void *arg, uint32_t rank)
+{
+    return fv_local_hub_ctx(arg, rank);
+}
+
+void fv_rig_create(fv_rig_t *rig,
+                   uint32_t n_ranks,
+                   size_t arena_bytes,
+                   const fv_backend_ops_t *backend,
+                   uint64_t seed)
+{
+    fv_local_hub_t *hub = fv_local_hub_create(n_ranks);
+    fv_rig_door_t door = {.exchange = &fv_local_exchange_ops, .ctx = hub_ctx, .arg = hub};
+
+    assert_non_null(hub);
+    fv_rig_create_through(rig, n_ranks, arena_bytes, backend, &door, seed);
+    rig->hub = hub;
 }
 
 void fv_rig_destroy(fv_rig_t *rig)

@@ -42,9 +42,19 @@ typedef struct fv_rig_item {
     fv_step_io_t full;
 } fv_rig_item_t;
 
+/* The exchange of a rig's workers. */
+typedef struct fv_rig_door {
+    const fv_exchange_ops_t *exchange;
+    void *(*ctx)(void *arg, uint32_t rank); /* its exchange_ctx of a rank */
+    void (*enter)(void *arg,
+                  uint32_t rank); /* first call of a thread that works for a rank; may be NULL */
+    void *arg;
+} fv_rig_door_t;
+
 typedef struct fv_rig {
     uint32_t n_ranks;
-    fv_local_hub_t *hub;
+    fv_rig_door_t door;
+    fv_local_hub_t *hub; /* of the rig's own exchange */
     fv_worker_t *workers[FV_RIG_RANKS];
     uint32_t n_models;
     fv_model_spec_t models[FV_RIG_MODELS];
@@ -59,6 +69,13 @@ void fv_rig_create(fv_rig_t *rig,
                    size_t arena_bytes,
                    const fv_backend_ops_t *backend,
                    uint64_t seed);
+/* The same with another exchange than local_exchange.h; its worker of rank r gets backend_config.device r. */
+void fv_rig_create_through(fv_rig_t *rig,
+                           uint32_t n_ranks,
+                           size_t arena_bytes,
+                           const fv_backend_ops_t *backend,
+                           const fv_rig_door_t *door,
+                           uint64_t seed);
 /* Closes what is open, and checks that no page leaked. */
 void fv_rig_destroy(fv_rig_t *rig);
 
@@ -78,6 +95,9 @@ void fv_rig_step(fv_rig_t *rig, fv_rig_item_t *items, size_t n_items);
 
 /* Appends n tokens to (slot, layer) and reads with them: causal, fp32, with lse. Returns the item's status. */
 fv_status_t fv_rig_append(fv_rig_t *rig, uint32_t slot, uint32_t layer, uint32_t n_tokens);
+
+/* n_ops random operations: opens, forks, truncations, closes, and mostly steps (worker_rig_life.c). */
+void fv_rig_live(fv_rig_t *rig, int n_ops);
 
 /* Every rank holds exactly the pages that placements and lengths say. */
 void fv_rig_check_pages(const fv_rig_t *rig);

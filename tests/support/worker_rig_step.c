@@ -131,7 +131,11 @@ static void run_packed(rank_run_t *run)
 static void *run_rank(void *arg)
 {
     rank_run_t *run = arg;
+    const fv_rig_door_t *door = &run->rig->door;
 
+    if (door->enter != NULL) {
+        door->enter(door->arg, run->rank);
+    }
     if (run->rank == 0U) {
         run_unpacked(run);
     } else {

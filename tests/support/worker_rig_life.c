@@ -1,0 +1,120 @@
+/*
+ * worker_rig_life.c - a random life of a rig: sessions come, fork, are cut back and go; steps of mixed items between.
+ */
+#include "tests/support/worker_rig.h"
+
+static bool pick_session(fv_rig_t *rig, uint32_t *out)
+{
+    uint32_t first = (uint32_t)fv_random_int(&rig->random, 0, FV_RIG_SESSIONS - 1);
+
+    for (uint32_t i = 0; i < FV_RIG_SESSIONS; i++) {
+        *out = (first + i) % FV_RIG_SESSIONS;
+        if (rig->sessions[*out].is_open) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool pick_slot(const fv_rig_t *rig, uint32_t *out)
+{
+    for (*out = 0; *out < FV_RIG_SESSIONS; (*out)++) {
+        if (!rig->sessions[*out].is_open) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static void random_open(fv_rig_t *rig)
+{
+    fv_random_t *r = &rig->random;
+    uint32_t model = (uint32_t)fv_random_int(r, 0, (int64_t)rig->n_models - 1);
+    int64_t n_kv_heads = rig->models[model].n_kv_heads;
+    int64_t hp_max = (n_kv_heads < (int64_t)rig->n_ranks) ? n_kv_heads : (int64_t)rig->n_ranks;
+    int64_t hp = fv_random_int(r, 1, hp_max);
+    int64_t cp = fv_random_int(r, 1, (int64_t)rig->n_ranks / hp);
+    uint32_t slot = 0;
+
+    if (pick_slot(rig, &slot)) {
+        fv_rig_open(rig, slot, model, (uint16_t)hp, (uint16_t)cp,
+                    64U * (uint32_t)fv_random_int(r, 1, 2));
+    }
+}
+
+/* An append, a replay of an earlier one, or a query. */
+static fv_rig_item_t random_item(fv_rig_t *rig, uint32_t slot, uint32_t layer)
+{
+    fv_random_t *r = &rig->random;
+    uint64_t n = rig->sessions[slot].layers[layer].n_tokens;
+    int64_t kind = fv_random_int(r, 0, 9);
+    uint32_t n_tokens = (uint32_t)((fv_random_int(r, 0, 1) == 0) ? 1 : fv_random_int(r, 1, 150));
+    fv_rig_item_t item = {
+        .session = slot,
+        .layer = layer,
+        .position = n,
+        .kv_end = n + n_tokens,
+        .n_tokens = n_tokens,
+        .dtype = (uint16_t)fv_random_int(r, FV_DTYPE_F32, FV_DTYPE_BF16),
+        .flags = (uint16_t)(((fv_random_int(r, 0, 4) != 0) ? FV_ITEM_CAUSAL : 0) |
+                            ((fv_random_int(r, 0, 1) != 0) ? FV_ITEM_WANT_LSE : 0)),
+    };
+
+    if ((kind == 0) && (n > 0U)) { /* replay: what came later is not seen */
+        item.position = (uint64_t)fv_random_int(r, 0, (int64_t)n - 1);
+        item.n_tokens = (uint32_t)fv_random_int(r, 1, (int64_t)(n - item.position));
+        item.n_tokens = (item.n_tokens > 100U) ? 100U : item.n_tokens;
+        item.kv_end = item.position + item.n_tokens;
+    } else if (kind == 1) { /* query at the end, possibly of an empty session */
+        item.kv_end = n;
+    } else {
+        item.flags |= FV_ITEM_APPEND;
+    }
+    return item;
+}
+
+static void random_step(fv_rig_t *rig)
+{
+    fv_rig_item_t items[FV_RIG_ITEMS];
+    bool used[FV_RIG_SESSIONS][FV_RIG_LAYERS] = {{false}};
+    size_t n_wanted = (size_t)fv_random_int(&rig->random, 1, 6);
+    size_t n = 0;
+
+    for (size_t i = 0; i < n_wanted; i++) {
+        uint32_t layer = (uint32_t)fv_random_int(&rig->random, 0, FV_RIG_LAYERS - 1);
+        uint32_t slot = 0;
+
+        if (pick_session(rig, &slot) && !used[slot][layer]) {
+            used[slot][layer] = true;
+            items[n++] = random_item(rig, slot, layer);
+        }
+    }
+    if (n > 0U) {
+        fv_rig_step(rig, items, n);
+    }
+}
+
+void fv_rig_live(fv_rig_t *rig, int n_ops)
+{
+    for (int i = 0; i < n_ops; i++) {
+        int64_t op = fv_random_int(&rig->random, 0, 19);
+        uint32_t slot = 0;
+        uint32_t fork = 0;
+
+        if (!pick_session(rig, &slot) || (op == 0)) {
+            random_open(rig);
+            continue;
+        }
+        uint64_t n = rig->sessions[slot].layers[op % FV_RIG_LAYERS].n_tokens;
+        uint64_t at = (uint64_t)fv_random_int(&rig->random, 0, (int64_t)n + 10);
+        if ((op <= 3) && pick_slot(rig, &fork)) {
+            fv_rig_fork(rig, fork, slot, (op == 1) ? UINT64_MAX : at);
+        } else if (op == 4) {
+            fv_rig_truncate(rig, slot, (at % 2U == 0U) ? UINT32_MAX : 1U, at);
+        } else if (op == 5) {
+            fv_rig_close(rig, slot);
+        } else {
+            random_step(rig);
+        }
+    }
+}
