@@ -18,9 +18,11 @@ int fv_cli_error(const fovea_error_t *error)
 
 int fv_cli_connect(const fv_cli_t *cli, fovea_client_t **out)
 {
-    fovea_options_t options = {.connect_timeout_ms = cli->timeout_ms,
-                               .call_timeout_ms = cli->timeout_ms};
+    fovea_options_t options = cli->options;
     fovea_error_t error;
+
+    options.connect_timeout_ms = cli->timeout_ms;
+    options.call_timeout_ms = cli->timeout_ms;
 
     if (fovea_connect(cli->address, &options, out, &error) != FOVEA_OK) {
         return fv_cli_error(&error);

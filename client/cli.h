@@ -23,7 +23,8 @@
 
 typedef struct fv_cli {
     const char *address;
-    int64_t timeout_ms; /* of connecting and of each call; 0 = the library's defaults */
+    int64_t timeout_ms;      /* of connecting and of each call; 0 = the library's defaults */
+    fovea_options_t options; /* TLS and token */
 } fv_cli_t;
 
 typedef int (*fv_command_fn_t)(const fv_cli_t *cli, int argc, char **argv);
@@ -38,6 +39,7 @@ int fv_cmd_truncate(const fv_cli_t *cli, int argc, char **argv);
 int fv_cmd_close(const fv_cli_t *cli, int argc, char **argv);
 int fv_cmd_attend(const fv_cli_t *cli, int argc, char **argv);
 int fv_cmd_bench(const fv_cli_t *cli, int argc, char **argv);
+int fv_cmd_token(const fv_cli_t *cli, int argc, char **argv);
 int fv_cmd_drain(const fv_cli_t *cli, int argc, char **argv);
 
 /* Connects, or says why not on stderr: FV_EXIT_OK or FV_EXIT_SERVICE. */

@@ -81,6 +81,7 @@ fovea_code_t fovea_connect(const char *address,
     if (options != NULL) {
         o = *options;
     }
+    config.options = &o;
     config.message_bytes_max = o.message_bytes_max;
     config.keepalive_ms = (o.keepalive_ms == 0) ? KEEPALIVE_MS : o.keepalive_ms;
     client = calloc(1, sizeof(*client));

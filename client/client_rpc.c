@@ -181,8 +181,21 @@ static grpc_arg int_arg(const char *key, int value)
     return (grpc_arg){.type = GRPC_ARG_INTEGER, .key = name.plain, .value.integer = value};
 }
 
-static grpc_channel *channel_create(const char *address, const fv_channel_config_t *config)
+static grpc_arg text_arg(const char *key, const char *value)
 {
+    union {
+        const char *read_only;
+        char *plain;
+    } name = {.read_only = key}, text = {.read_only = value};
+
+    return (grpc_arg){.type = GRPC_ARG_STRING, .key = name.plain, .value.string = text.plain};
+}
+
+/* NULL: *error says why. */
+static grpc_channel *
+channel_create(const char *address, const fv_channel_config_t *config, fovea_error_t *error)
+{
+    grpc_channel_credentials *credentials = fv_rpc_credentials(config->options, error);
     grpc_arg args[ARGS_MAX];
     size_t n = 0;
     int limit = ((config->message_bytes_max == 0) || (config->message_bytes_max > INT_MAX))
@@ -203,8 +216,13 @@ static grpc_channel *channel_create(const char *address, const fv_channel_config
         args[n++] = int_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, KEEPALIVE_TIMEOUT_MS);
     }
 
+    if ((config->options->server_name != NULL) && (config->options->server_name[0] != '\0')) {
+        args[n++] = text_arg(GRPC_SSL_TARGET_NAME_OVERRIDE_ARG, config->options->server_name);
+    }
+    if (credentials == NULL) {
+        return NULL;
+    }
     grpc_channel_args all = {.num_args = n, .args = args};
-    grpc_channel_credentials *credentials = grpc_insecure_credentials_create();
     grpc_channel *channel = grpc_channel_create(address, credentials, &all);
     grpc_channel_credentials_release(credentials);
     return channel;
@@ -247,7 +265,13 @@ fovea_code_t fv_channel_open(const char *address,
     }
     grpc_init();
     (void)pthread_mutex_init(&channel->lock, NULL);
-    channel->grpc = channel_create(address, config);
+    fovea_error_t why = {0};
+    channel->grpc = channel_create(address, config, &why);
+    if ((channel->grpc == NULL) ||
+        (fv_channel_set_token(channel, config->options, &why) != FOVEA_OK)) {
+        fv_channel_close(channel);
+        return fv_client_fail(error, why.code, "%s", why.message);
+    }
     if (!wait_ready(channel, fv_client_deadline(timeout_ms))) {
         fv_channel_close(channel);
         return fv_client_fail(error, FOVEA_UNAVAILABLE,
@@ -272,7 +296,12 @@ void fv_channel_close(fv_channel_t *channel)
     if (channel == NULL) {
         return;
     }
-    grpc_channel_destroy(channel->grpc);
+    if (channel->grpc != NULL) {
+        grpc_channel_destroy(channel->grpc);
+    }
+    if (channel->has_token) {
+        grpc_slice_unref(channel->token.value);
+    }
     for (size_t i = 0; i < channel->n_idle; i++) {
         queue_destroy(channel->idle[i]);
     }
@@ -320,6 +349,8 @@ grpc_call *fv_channel_call(fv_channel_t *channel,
 
 /* What a unary call receives; all of it belongs to the batch until its completion. */
 typedef struct fv_unary {
+    grpc_metadata sent;
+    size_t n_sent;
     grpc_metadata_array initial, trailing;
     grpc_byte_buffer *reply;
     grpc_status_code code;
@@ -334,6 +365,8 @@ unary_run(grpc_call *call, grpc_completion_queue *queue, grpc_byte_buffer *messa
 
     memset(ops, 0, sizeof(ops));
     ops[0].op = GRPC_OP_SEND_INITIAL_METADATA;
+    ops[0].data.send_initial_metadata.count = u->n_sent;
+    ops[0].data.send_initial_metadata.metadata = &u->sent;
     ops[1].op = GRPC_OP_SEND_MESSAGE;
     ops[1].data.send_message.send_message = message;
     ops[2].op = GRPC_OP_SEND_CLOSE_FROM_CLIENT;
@@ -402,6 +435,7 @@ fv_channel_unary(fv_channel_t *channel, const fv_unary_call_t *unary, fovea_erro
     }
     grpc_metadata_array_init(&u.initial);
     grpc_metadata_array_init(&u.trailing);
+    u.n_sent = fv_channel_metadata(channel, &u.sent);
     queue = fv_channel_queue_get(channel);
     call = fv_channel_call(channel, unary->method, queue, unary->deadline_us);
     unary_run(call, queue, message, &u);

@@ -1,8 +1,8 @@
 /*
  * client_rpc.h - the client's door to gRPC: bytes out, bytes in, nothing of what they mean.
  *
- * client_rpc.c (connection, unary calls) and client_rpc_duplex.c (streaming calls) are the only files
- * of client/ that include gRPC.
+ * client_rpc.c (connection, unary calls), client_rpc_duplex.c (streaming calls) and client_rpc_tls.c (credentials) are the
+ * only files of client/ that include gRPC.
  *
  * Pins. A piece that is sent from the caller's memory is pinned while gRPC may read it: *pins is raised
  * by one when it is handed over and lowered, on any thread, when gRPC lets go. gRPC promises that only
@@ -34,8 +34,9 @@ typedef struct fv_out_piece {
 } fv_out_piece_t;
 
 typedef struct fv_channel_config {
-    size_t message_bytes_max; /* 0 = no limit */
-    int32_t keepalive_ms;     /* <= 0 = off */
+    size_t message_bytes_max;       /* 0 = no limit */
+    int32_t keepalive_ms;           /* <= 0 = off */
+    const fovea_options_t *options; /* TLS and token; not NULL */
 } fv_channel_config_t;
 
 /* Records `code` and a formatted text in *error (which may be NULL); returns code. */

@@ -24,6 +24,8 @@ struct fv_duplex {
     fv_channel_t *channel;
     grpc_completion_queue *queue;
     grpc_call *call;
+    grpc_metadata sent;
+    size_t n_sent;
     grpc_metadata_array initial, trailing;
     grpc_status_code code;
     grpc_slice details;
@@ -71,6 +73,8 @@ static bool start_all(fv_duplex_t *d)
     }
     memset(ops, 0, sizeof(ops));
     ops[0].op = GRPC_OP_SEND_INITIAL_METADATA;
+    ops[0].data.send_initial_metadata.count = d->n_sent;
+    ops[0].data.send_initial_metadata.metadata = &d->sent;
     ops[1].op = GRPC_OP_RECV_INITIAL_METADATA;
     ops[1].data.recv_initial_metadata.recv_initial_metadata = &d->initial;
     return start(d, ops, 2, TAG_START) && start_receive(d);
@@ -92,6 +96,7 @@ fovea_code_t fv_duplex_open(fv_channel_t *channel,
     d->queue = fv_channel_queue_get(channel);
     d->call = fv_channel_call(channel, method, d->queue, deadline_us);
     d->details = grpc_empty_slice();
+    d->n_sent = fv_channel_metadata(channel, &d->sent);
     grpc_metadata_array_init(&d->initial);
     grpc_metadata_array_init(&d->trailing);
     is_started = start_all(d);

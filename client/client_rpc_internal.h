@@ -18,6 +18,8 @@
  * that the calling thread itself polls the sockets and no hand-over between threads is paid. */
 struct fv_channel {
     grpc_channel *grpc;
+    grpc_metadata token; /* "authorization", sent with every call */
+    bool has_token;
     pthread_mutex_t lock; /* guards idle, n_idle */
     grpc_completion_queue *idle[FV_IDLE_QUEUES_MAX];
     size_t n_idle;
@@ -37,6 +39,19 @@ grpc_call *fv_channel_call(fv_channel_t *channel,
                            const char *method,
                            grpc_completion_queue *queue,
                            int64_t deadline_us);
+
+/* client_rpc_tls.c: TLS or plain, as the options say; the caller releases. NULL: *error says why. */
+grpc_channel_credentials *fv_rpc_credentials(const fovea_options_t *options, fovea_error_t *error);
+fovea_code_t
+fv_channel_set_token(fv_channel_t *channel, const fovea_options_t *options, fovea_error_t *error);
+/* What every call begins with: copied to `out`; how many. The op may change its copy. */
+static inline size_t fv_channel_metadata(const fv_channel_t *channel, grpc_metadata *out)
+{
+    if (channel->has_token) {
+        *out = channel->token;
+    }
+    return channel->has_token ? 1U : 0U;
+}
 
 /* NULL when out of memory: then nothing stays pinned. */
 grpc_byte_buffer *fv_rpc_message(const fv_out_piece_t *pieces, size_t n_pieces);

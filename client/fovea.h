@@ -101,13 +101,21 @@ typedef struct fovea_options {
     size_t message_bytes_max;   /* the largest answer accepted; 0 = no limit but gRPC's 2 GiB */
     int32_t keepalive_ms; /* after this silence of a running call the peer is probed, and a dead
                                    connection fails its calls with UNAVAILABLE; 0 = 30000, -1 = off */
+    /* who the service must be, and who this client is; files are PEM and read by fovea_connect() */
+    bool tls;            /* TLS; a ca_file or cert_file implies it */
+    const char *ca_file; /* who signs the service's certificate; NULL = whom this system trusts */
+    const char *cert_file, *key_file; /* this client's own, for mutual TLS; both or none */
+    const char
+        *server_name;  /* what the service's certificate must name; NULL = the address's host */
+    const char *token; /* shown with every call; in clear text without TLS */
+    const char *token_file; /* or a file whose first line it is */
 } fovea_options_t;
 
 /*
  * Connects to `address`: "host:port", "unix:/path" or "unix-abstract:name". One client is one
  * connection. Waits until the service accepts it; a service that is still starting is waited for.
  * options: may be NULL. *out: owned by the caller, for fovea_close().
- * Errors: INVALID_ARGUMENT (address); UNAVAILABLE naming the address when it cannot be reached in time.
+ * Errors: INVALID_ARGUMENT (address, a file that cannot be used); UNAVAILABLE naming the address when it cannot be reached in time.
  */
 FOVEA_API fovea_code_t fovea_connect(const char *address,
                                      const fovea_options_t *options,

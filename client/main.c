@@ -23,6 +23,7 @@ static const struct {
     {"attend", fv_cmd_attend, "attention of .npy files: q, k, v to out, lse"},
     {"bench", fv_cmd_bench, "quick latency and throughput of a running service"},
     {"drain", fv_cmd_drain, "finish what runs, then stop the service"},
+    {"token", fv_cmd_token, "make a token and its line for the service's token file"},
 };
 
 #define N_COMMANDS (sizeof(k_commands) / sizeof(k_commands[0]))
@@ -34,12 +35,32 @@ typedef struct fv_main {
 
 const char *argp_program_bug_address = "the project's issue tracker";
 
+enum {
+    OPT_TLS = 0x100,
+    OPT_CA,
+    OPT_CERT,
+    OPT_KEY,
+    OPT_SERVER_NAME,
+    OPT_TOKEN_FILE,
+};
+
 static const struct argp_option k_options[] = {
     {"address", 'a', "ADDRESS", 0,
      "Where the service listens: host:port or unix:/path "
      "(default: $FOVEA_ADDRESS, else " FV_CLI_ADDRESS_DEFAULT ")",
      0},
     {"timeout", 't', "SECONDS", 0, "Of connecting (default 5) and of each call (default 30)", 0},
+    {"tls", OPT_TLS, NULL, 0, "TLS; --ca and --cert imply it", 0},
+    {"ca", OPT_CA, "FILE", 0,
+     "PEM: who signs the service's certificate (default: $FOVEA_CA, else whom this system trusts)",
+     0},
+    {"cert", OPT_CERT, "FILE", 0, "PEM: this client's own certificate (default: $FOVEA_CERT)", 0},
+    {"key", OPT_KEY, "FILE", 0, "PEM: its key (default: $FOVEA_KEY)", 0},
+    {"server-name", OPT_SERVER_NAME, "NAME", 0,
+     "What the service's certificate must name (default: the address's host)", 0},
+    {"token-file", OPT_TOKEN_FILE, "FILE", 0,
+     "Its first line is shown as token (default: $FOVEA_TOKEN_FILE, else the token in $FOVEA_TOKEN)",
+     0},
     {0},
 };
 
@@ -59,6 +80,25 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         m->cli.timeout_ms = (int64_t)(seconds * 1000.0);
         return 0;
     }
+    case OPT_TLS:
+        m->cli.options.tls = true;
+        return 0;
+    case OPT_CA:
+        m->cli.options.ca_file = arg;
+        return 0;
+    case OPT_CERT:
+        m->cli.options.cert_file = arg;
+        return 0;
+    case OPT_KEY:
+        m->cli.options.key_file = arg;
+        return 0;
+    case OPT_SERVER_NAME:
+        m->cli.options.server_name = arg;
+        return 0;
+    case OPT_TOKEN_FILE:
+        m->cli.options.token_file = arg;
+        m->cli.options.token = NULL;
+        return 0;
     case ARGP_KEY_ARG: /* the subcommand; the rest of the line is its own */
         m->command_at = state->next - 1;
         state->next = state->argc;
@@ -122,11 +162,24 @@ static int run_command(fv_main_t *m, int argc, char **argv)
     return FV_EXIT_USAGE;
 }
 
+static const char *env_or(const char *name, const char *otherwise)
+{
+    const char *value = getenv(name); /* NOLINT(concurrency-mt-unsafe): one thread yet */
+
+    return ((value != NULL) && (value[0] != '\0')) ? value : otherwise;
+}
+
 int main(int argc, char **argv)
 {
-    const char *env = getenv("FOVEA_ADDRESS"); /* NOLINT(concurrency-mt-unsafe): one thread yet */
-    fv_main_t m = {
-        .cli = {.address = ((env != NULL) && (env[0] != '\0')) ? env : FV_CLI_ADDRESS_DEFAULT}};
+    fv_main_t m = {.cli = {.address = env_or("FOVEA_ADDRESS", FV_CLI_ADDRESS_DEFAULT),
+                           .options = {.ca_file = env_or("FOVEA_CA", NULL),
+                                       .cert_file = env_or("FOVEA_CERT", NULL),
+                                       .key_file = env_or("FOVEA_KEY", NULL),
+                                       .token_file = env_or("FOVEA_TOKEN_FILE", NULL)}}};
+
+    if (m.cli.options.token_file == NULL) {
+        m.cli.options.token = env_or("FOVEA_TOKEN", NULL);
+    }
 
     argp_program_version = fovea_version();
     argp_err_exit_status = FV_EXIT_USAGE;

@@ -18,6 +18,7 @@
 
 #define FV_CONFIG_ADDRESSES_MAX 8
 #define FV_CONFIG_TEXT_BYTES    128
+#define FV_CONFIG_PATH_BYTES    512
 
 /* What the command line asks the program to do. */
 typedef enum fv_config_action {
@@ -46,6 +47,13 @@ typedef struct fv_config {
     fv_address_list_t listen;
     int32_t drain_timeout_ms;
     char log_level[FV_CONFIG_TEXT_BYTES]; /* for fv_log_level_parse() */
+    /* access */
+    char tokens[FV_CONFIG_PATH_BYTES]; /* paths: "" = none */
+    char tls_cert[FV_CONFIG_PATH_BYTES], tls_key[FV_CONFIG_PATH_BYTES];
+    char tls_client_ca[FV_CONFIG_PATH_BYTES];
+    char unix_mode[FV_CONFIG_TEXT_BYTES];  /* "auto", or octal digits */
+    char unix_peers[FV_CONFIG_TEXT_BYTES]; /* "any", "group", "user" */
+    bool insecure;
     /* ranks */
     fv_memory_limit_t kv_memory;         /* of one rank */
     int32_t threads;                     /* of one rank; 0 = as many as it may run on */
@@ -66,6 +74,12 @@ typedef struct fv_config {
     uint64_t request_memory; /* bytes */
     uint64_t grpc_memory;    /* bytes */
     int32_t sessions_max;
+    int32_t session_tokens_max; /* of one layer of one session */
+    int32_t session_idle_s;     /* 0 = never */
+    int32_t batch_max;          /* items of one request */
+    int32_t calls_max;          /* open at once, all connections together */
+    int32_t connections_max;
+    uint64_t metadata_max; /* bytes */
 } fv_config_t;
 
 /*

@@ -1,5 +1,5 @@
 /*
- * config_table.h - the option table and the reading of one value. Private to common/config*.c.
+ * config_table.h - the option table and the reading of one value. Private to common/.
  */
 #ifndef FV_COMMON_CONFIG_TABLE_H
 #define FV_COMMON_CONFIG_TABLE_H
@@ -15,6 +15,7 @@ typedef enum fv_option_type {
     FV_OPTION_MEMORY,    /* fv_memory_limit_t; 512m or 90% */
     FV_OPTION_CHOICE,    /* char[FV_CONFIG_TEXT_BYTES], one word of `choices` */
     FV_OPTION_ADDRESS,   /* char[FV_CONFIG_TEXT_BYTES], "auto" or an address */
+    FV_OPTION_PATH,      /* char[FV_CONFIG_PATH_BYTES], may be empty: none */
     FV_OPTION_ADDRESSES, /* fv_address_list_t; repeated, or separated by commas */
 } fv_option_type_t;
 
@@ -69,5 +70,8 @@ void fv_option_long_name(const fv_option_t *option, char *out, size_t cap);
 
 /* What is allowed, in words: "0..1024", "auto, cpu or null". */
 void fv_option_expected(const fv_option_t *option, char *out, size_t cap);
+
+/* "512m" -> bytes; digits and at most one suffix of k, m, g, t. */
+bool fv_bytes_parse(const char *text, uint64_t *out);
 
 #endif /* FV_COMMON_CONFIG_TABLE_H */

@@ -77,6 +77,10 @@ void fv_option_expected(const fv_option_t *option, char *out, size_t cap)
     case FV_OPTION_ADDRESS:
         (void)snprintf(out, cap, "auto, host:port, [v6]:port or unix:/path");
         break;
+    case FV_OPTION_PATH:
+        (void)snprintf(out, cap, "a path without spaces, at most %d characters, or nothing",
+                       FV_CONFIG_PATH_BYTES - 1);
+        break;
     case FV_OPTION_ADDRESSES:
     default:
         (void)snprintf(out, cap, "host:port, [v6]:port or unix:/path, at most %d of them",
@@ -115,7 +119,7 @@ static const char *read_number(const char *text, uint64_t *out)
     return (c == text) ? NULL : c;
 }
 
-static bool read_bytes(const char *text, uint64_t *out)
+bool fv_bytes_parse(const char *text, uint64_t *out)
 {
     static const char k_suffix[] = "kmgt";
     uint64_t value = 0;
@@ -172,7 +176,7 @@ static bool set_memory(const fv_option_t *option, const char *text, fv_memory_li
         return (value >= 1U) && (value <= 100U);
     }
     *out = (fv_memory_limit_t){0};
-    return read_bytes(text, &out->bytes) && is_in_range(option, out->bytes);
+    return fv_bytes_parse(text, &out->bytes) && is_in_range(option, out->bytes);
 }
 
 static bool is_choice(const char *choices, const char *text)
@@ -215,6 +219,24 @@ static bool is_address(const char *text)
     }
     const char *end = read_number(colon + 1, &port);
     return (end != NULL) && (*end == '\0') && (port <= PORT_MAX);
+}
+
+/* Whether there is such a file is found out when it is read. */
+static bool set_path(const char *text, char *out)
+{
+    size_t n = strlen(text);
+
+    for (size_t i = 0; i < n; i++) {
+        if ((isgraph((unsigned char)text[i]) == 0) || (text[i] == ';')) {
+            return false; /* could not be written to a file and read back */
+        }
+    }
+    if (n >= FV_CONFIG_PATH_BYTES) {
+        return false;
+    }
+    memset(out, 0, FV_CONFIG_PATH_BYTES); /* so that equal configurations are equal bytes */
+    memcpy(out, text, n);
+    return true;
 }
 
 /* Adds each address of a comma-separated text. */
@@ -261,7 +283,7 @@ static bool set_number(const fv_option_t *option, const char *text, void *place)
     const char *end = NULL;
 
     if (option->type == FV_OPTION_BYTES) {
-        if (!read_bytes(text, &value) || !is_in_range(option, value)) {
+        if (!fv_bytes_parse(text, &value) || !is_in_range(option, value)) {
             return false;
         }
         memcpy(place, &value, sizeof(value));
@@ -301,6 +323,9 @@ fv_status_t fv_option_set(const fv_option_t *option,
     case FV_OPTION_ADDRESS:
         ok = ((strcmp(text, "auto") == 0) || is_address(text)) && set_text(text, place);
         break;
+    case FV_OPTION_PATH:
+        ok = set_path(text, place);
+        break;
     case FV_OPTION_ADDRESSES:
     default:
         ok = set_addresses(text, source->kind, (void *)place);
@@ -337,6 +362,7 @@ void fv_option_print(const fv_option_t *option, const fv_config_t *config, FILE 
         break;
     case FV_OPTION_CHOICE:
     case FV_OPTION_ADDRESS:
+    case FV_OPTION_PATH:
         (void)fprintf(out, "%s = %s\n", option->name, place);
         break;
     case FV_OPTION_ADDRESSES:

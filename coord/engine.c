@@ -10,6 +10,7 @@
 #include "coord/engine_internal.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -228,6 +229,12 @@ static void read_wakeups(fv_engine_t *engine, const struct pollfd *fds, int sign
     }
     if ((signal_fd >= 0) && ((fds[1].revents & POLLIN) != 0) &&
         (read(signal_fd, &info, sizeof(info)) == (ssize_t)sizeof(info))) {
+        if (info.ssi_signo == (uint32_t)SIGHUP) {
+            if (engine->config.auth != NULL) {
+                fv_auth_reload(engine->config.auth);
+            }
+            return;
+        }
         (void)pthread_mutex_lock(&engine->turn);
         if (engine->is_draining) {
             fv_warn("signal %u again: stopping without waiting", info.ssi_signo);

@@ -9,7 +9,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/random.h>
 #include <time.h>
 
 #define OWN_RANK     0U
@@ -104,11 +103,27 @@ static uint64_t unix_ms(void)
     return ((uint64_t)t.tv_sec * 1000U) + ((uint64_t)t.tv_nsec / 1000000U);
 }
 
-static fv_status_t fresh_id(fv_session_id_t *out)
+/* A session that `entry`'s caller opens. */
+static fv_status_t fresh_birth(const fv_entry_t *entry, fv_birth_t *out)
 {
-    if (getrandom(out->bytes, sizeof(out->bytes), 0) != (ssize_t)sizeof(out->bytes)) {
-        return fv_fail(FV_ERR_SYSTEM, "getrandom gave too little");
+    *out = (fv_birth_t){
+        .now_unix_ms = unix_ms(), .now_us = fv_clock_us(), .owner = fv_call_principal(entry->call)};
+    return fv_random_bytes(out->id.bytes, sizeof(out->id.bytes));
+}
+
+/* FV_ERR_NOT_FOUND, too, for what is there and not the caller's to see. */
+static fv_status_t visible_session(const fv_engine_t *engine,
+                                   const fv_entry_t *entry,
+                                   const fv_session_id_t *id,
+                                   fv_session_t **out)
+{
+    *out = fv_sched_session(engine->sched, id);
+    if ((*out == NULL) || !fv_principal_may_see(fv_call_principal(entry->call), (*out)->owner)) {
+        char hex[FV_SESSION_ID_CHARS + 1];
+        fv_session_id_format(id, hex);
+        return fv_fail(FV_ERR_NOT_FOUND, "session_id: no session %s", hex);
     }
+    (*out)->used_us = fv_clock_us();
     return FV_OK;
 }
 
@@ -206,7 +221,7 @@ static fv_status_t refuse_when_draining(const fv_engine_t *engine)
 static fv_status_t do_open(fv_engine_t *engine, const fv_entry_t *entry)
 {
     fv_open_request_t request = {0};
-    fv_session_id_t id = {0};
+    fv_birth_t birth = {0};
     fv_ctl_open_t message = {0};
     fv_error_t refusal = {0};
 
@@ -215,10 +230,10 @@ static fv_status_t do_open(fv_engine_t *engine, const fv_entry_t *entry)
         status = fv_wire_open_request_decode(message_of(entry), &request);
     }
     if (status == FV_OK) {
-        status = fresh_id(&id);
+        status = fresh_birth(entry, &birth);
     }
     if (status == FV_OK) {
-        status = fv_sched_open(engine->sched, &request, &id, unix_ms(), &message);
+        status = fv_sched_open(engine->sched, &request, &birth, &message);
     }
     if (status != FV_OK) {
         fv_reply_error(entry->call, status);
@@ -226,13 +241,14 @@ static fv_status_t do_open(fv_engine_t *engine, const fv_entry_t *entry)
     }
     FV_RETURN_IF_ERR(fv_engine_broadcast(engine, &message.placement, FV_CTL_OPEN, &message,
                                          sizeof(message), &refusal));
-    return finish_new_session(engine, entry, &id, &refusal, fv_wire_open_response_encode);
+    return finish_new_session(engine, entry, &birth.id, &refusal, fv_wire_open_response_encode);
 }
 
 static fv_status_t do_fork(fv_engine_t *engine, const fv_entry_t *entry)
 {
     fv_session_request_t request = {0};
-    fv_session_id_t id = {0};
+    fv_birth_t birth = {0};
+    fv_session_t *session = NULL;
     fv_ctl_fork_t message = {0};
     fv_placement_t placement;
     fv_error_t refusal = {0};
@@ -242,11 +258,14 @@ static fv_status_t do_fork(fv_engine_t *engine, const fv_entry_t *entry)
         status = fv_wire_fork_request_decode(message_of(entry), &request);
     }
     if (status == FV_OK) {
-        status = fresh_id(&id);
+        status = visible_session(engine, entry, &request.session, &session);
+    }
+    if (status == FV_OK) {
+        status = fresh_birth(entry, &birth);
     }
     if (status == FV_OK) {
         status = fv_sched_fork(engine->sched, &request.session,
-                               request.has_position ? request.position : UINT64_MAX, &id, unix_ms(),
+                               request.has_position ? request.position : UINT64_MAX, &birth,
                                &message, &placement);
     }
     if (status != FV_OK) {
@@ -255,17 +274,21 @@ static fv_status_t do_fork(fv_engine_t *engine, const fv_entry_t *entry)
     }
     FV_RETURN_IF_ERR(
         fv_engine_broadcast(engine, &placement, FV_CTL_FORK, &message, sizeof(message), &refusal));
-    return finish_new_session(engine, entry, &id, &refusal, fv_wire_fork_response_encode);
+    return finish_new_session(engine, entry, &birth.id, &refusal, fv_wire_fork_response_encode);
 }
 
 static fv_status_t do_truncate(fv_engine_t *engine, const fv_entry_t *entry)
 {
     fv_session_request_t request = {0};
+    fv_session_t *session = NULL;
     fv_ctl_truncate_t message = {0};
     fv_placement_t placement;
     fv_error_t refusal = {0};
 
     fv_status_t status = fv_wire_truncate_request_decode(message_of(entry), &request);
+    if (status == FV_OK) {
+        status = visible_session(engine, entry, &request.session, &session);
+    }
     if (status == FV_OK) {
         status = fv_sched_truncate(engine->sched, &request.session, request.position, &message,
                                    &placement);
@@ -286,11 +309,15 @@ static fv_status_t do_truncate(fv_engine_t *engine, const fv_entry_t *entry)
 static fv_status_t do_close(fv_engine_t *engine, const fv_entry_t *entry)
 {
     fv_session_request_t request = {0};
+    fv_session_t *session = NULL;
     fv_ctl_close_t message = {0};
     fv_placement_t placement;
     fv_error_t refusal = {0};
 
     fv_status_t status = fv_wire_close_request_decode(message_of(entry), &request);
+    if (status == FV_OK) {
+        status = visible_session(engine, entry, &request.session, &session);
+    }
     if (status == FV_OK) {
         status = fv_sched_close(engine->sched, &request.session, &message, &placement);
     }
@@ -307,28 +334,16 @@ static fv_status_t do_close(fv_engine_t *engine, const fv_entry_t *entry)
     return FV_OK;
 }
 
-static fv_status_t
-known_session(const fv_engine_t *engine, const fv_session_id_t *id, const fv_session_t **out)
-{
-    *out = fv_sched_session(engine->sched, id);
-    if (*out == NULL) {
-        char hex[FV_SESSION_ID_CHARS + 1];
-        fv_session_id_format(id, hex);
-        return fv_fail(FV_ERR_NOT_FOUND, "session_id: no session %s", hex);
-    }
-    return FV_OK;
-}
-
 static fv_status_t do_get(fv_engine_t *engine, const fv_entry_t *entry)
 {
     fv_session_request_t request = {0};
-    const fv_session_t *session = NULL;
+    fv_session_t *session = NULL;
     fv_session_info_t info = {0};
     fv_bytes_t bytes = {0};
 
     fv_status_t status = fv_wire_get_request_decode(message_of(entry), &request);
     if (status == FV_OK) {
-        status = known_session(engine, &request.session, &session);
+        status = visible_session(engine, entry, &request.session, &session);
     }
     if (status == FV_OK) {
         status = fv_engine_session_info(engine, session, &info);
@@ -342,8 +357,10 @@ static fv_status_t do_get(fv_engine_t *engine, const fv_entry_t *entry)
 }
 
 /* The page token is the opened_seq of the last session shown, in decimal. */
-static fv_status_t
-list_sessions(fv_engine_t *engine, const fv_list_request_t *request, fv_list_response_t *out)
+static fv_status_t list_sessions(fv_engine_t *engine,
+                                 const fv_principal_t *principal,
+                                 const fv_list_request_t *request,
+                                 fv_list_response_t *out)
 {
     bool is_number = strspn(request->page_token, "0123456789") == strlen(request->page_token);
     uint64_t after = strtoull(request->page_token, NULL, 10);
@@ -359,10 +376,15 @@ list_sessions(fv_engine_t *engine, const fv_list_request_t *request, fv_list_res
     if (out->sessions == NULL) {
         return fv_fail(FV_ERR_NO_MEMORY, "a page of %u sessions", page_size);
     }
-    out->n_total = fv_session_table_count(fv_sched_sessions(engine->sched));
+    out->n_total = fv_principal_is_admin(principal)
+                       ? fv_session_table_count(fv_sched_sessions(engine->sched))
+                       : principal->n_sessions;
     uint64_t last = after;
     for (const fv_session_t *s = fv_session_after(fv_sched_sessions(engine->sched), after);
          s != NULL; s = s->next) {
+        if (!fv_principal_may_see(principal, s->owner)) {
+            continue;
+        }
         if ((request->model_id[0] != '\0') &&
             (strcmp(request->model_id, fv_sched_model_id(engine->sched, s->model_slot)) != 0)) {
             continue;
@@ -386,7 +408,7 @@ static fv_status_t do_list(fv_engine_t *engine, const fv_entry_t *entry)
 
     fv_status_t status = fv_wire_list_request_decode(message_of(entry), &request);
     if (status == FV_OK) {
-        status = list_sessions(engine, &request, &response);
+        status = list_sessions(engine, fv_call_principal(entry->call), &request, &response);
     }
     if (status == FV_OK) {
         status = fv_wire_list_response_encode(&response, &bytes);
@@ -409,13 +431,13 @@ static fv_status_t do_status(fv_engine_t *engine, const fv_entry_t *entry)
 static fv_status_t do_placement(fv_engine_t *engine, const fv_entry_t *entry)
 {
     fv_session_request_t request = {0};
-    const fv_session_t *session = NULL;
+    fv_session_t *session = NULL;
     fv_placement_info_t info = {0};
     fv_bytes_t bytes = {0};
 
     fv_status_t status = fv_wire_placement_request_decode(message_of(entry), &request);
     if (status == FV_OK) {
-        status = known_session(engine, &request.session, &session);
+        status = visible_session(engine, entry, &request.session, &session);
     }
     if (status == FV_OK) {
         status = fv_engine_placement(engine, session, &info);

@@ -139,6 +139,11 @@ fv_entry_t *fv_engine_take_inbox(fv_engine_t *engine)
 
 void fv_entry_release(fv_entry_t *entry)
 {
+    fv_principal_t *principal = fv_call_principal(entry->call);
+
+    if (entry->is_counted && (principal != NULL)) {
+        fv_principal_end_request(principal);
+    }
     fv_call_unref(entry->call);
     fv_staging_give(entry);
 }
@@ -150,6 +155,16 @@ void fv_job_release(fv_job_t *job)
     fv_entry_release(&job->entry);
 }
 
+static size_t span_bytes(const fv_span_t *spans, size_t n_spans)
+{
+    size_t n_bytes = 0;
+
+    for (size_t i = 0; i < n_spans; i++) {
+        n_bytes += spans[i].n_bytes;
+    }
+    return n_bytes;
+}
+
 /* ------------------------------------------------------------------ small RPCs */
 
 static void take_small(fv_engine_t *engine,
@@ -158,12 +173,9 @@ static void take_small(fv_engine_t *engine,
                        const fv_span_t *spans,
                        size_t n_spans)
 {
-    size_t n_bytes = 0;
+    size_t n_bytes = span_bytes(spans, n_spans);
     void *memory = NULL;
 
-    for (size_t i = 0; i < n_spans; i++) {
-        n_bytes += spans[i].n_bytes;
-    }
     /* A small one passes the bound of request memory: closing sessions must work when it is full. */
     bool passes = n_bytes <= SMALL_BYTES;
     fv_status_t status =
@@ -262,12 +274,19 @@ static void take_attend(fv_engine_t *engine,
     fv_attend_request_t head = {0};
     fv_status_t status =
         fv_wire_attend_request_scan(spans, n_spans, &head, engine->scan_items, FV_ITEMS_MAX);
+    fv_principal_t *principal = fv_call_principal(call);
     fv_job_layout_t l = {0};
     void *memory = NULL;
 
+    if ((status == FV_OK) && (principal != NULL)) {
+        status = fv_principal_begin_request(principal, span_bytes(spans, n_spans), received_us);
+    }
     if (status == FV_OK) {
         l = layout_of(&head);
         status = fv_staging_take(engine->staging, l.n_bytes, false, &memory);
+        if ((status != FV_OK) && (principal != NULL)) {
+            fv_principal_end_request(principal);
+        }
     }
     if (status != FV_OK) {
         fv_reply_refused(call, method, head.request_id, status);
@@ -275,7 +294,8 @@ static void take_attend(fv_engine_t *engine,
     }
     uint8_t *base = memory;
     fv_job_t *job = memory;
-    *job = (fv_job_t){.entry = {.call = call, .method = method}, .staging = engine->staging};
+    *job = (fv_job_t){.entry = {.call = call, .method = method, .is_counted = true},
+                      .staging = engine->staging};
     memcpy(base + l.items, engine->scan_items, head.n_items * sizeof(fv_attend_item_t));
     fv_wire_gather(spans, n_spans, head.q, base + l.q);
     fv_wire_gather(spans, n_spans, head.k, base + l.k);
@@ -293,6 +313,7 @@ static void take_attend(fv_engine_t *engine,
         .sessions = (fv_session_t **)(void *)(base + l.sessions),
         .received_us = received_us,
         .deadline_us = deadline_us,
+        .principal = principal,
         .user = job,
     };
     fv_call_ref(call);

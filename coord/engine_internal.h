@@ -17,7 +17,8 @@ typedef struct fv_entry {
     struct fv_entry *next;
     fv_call_t *call; /* one reference held */
     fv_method_t method;
-    size_t n_bytes; /* small RPC: its message follows the entry */
+    size_t n_bytes;  /* small RPC: its message follows the entry */
+    bool is_counted; /* among its principal's requests in flight */
 } fv_entry_t;
 
 /* An AttendRequest in staging: this struct, its item arrays, then q, k, v, each aligned. */

@@ -57,6 +57,7 @@ typedef struct fv_process {
     fv_ctl_hello_t *hellos; /* rank 0: [n_ranks] */
     int *fds;               /* [n_ranks] */
     fv_link_t *link;
+    fv_auth_t *auth; /* rank 0 */
 } fv_process_t;
 
 static int exit_code_of(fv_status_t status)
@@ -346,13 +347,22 @@ static void print_banner(const fv_process_t *p, const fv_rpc_t *rpc)
             fv_format_bytes(p->config.request_memory, text));
     fv_info("memory: gRPC at most %s (grpc_memory)", fv_format_bytes(p->config.grpc_memory, text));
     for (int32_t i = 0; i < fv_rpc_n_addresses(rpc); i++) {
-        fv_info("listening on %s (no TLS, no authentication)", fv_rpc_address(rpc, i));
+        fv_info("listening on %s (%s, %s)", fv_rpc_address(rpc, i),
+                fv_rpc_address_has_tls(rpc, i) ? "TLS" : "no TLS",
+                (p->config.tokens[0] != '\0') ? "tokens" : "no authentication");
     }
 }
 
-static fv_rpc_config_t rpc_config(const fv_config_t *config)
+static fv_rpc_config_t rpc_config(const fv_config_t *config, fv_auth_t *auth)
 {
     fv_rpc_config_t rpc = {
+        .calls_max = config->calls_max,
+        .metadata_bytes_max = config->metadata_max,
+        .tls_cert = config->tls_cert,
+        .tls_key = config->tls_key,
+        .tls_client_ca = config->tls_client_ca,
+        .auth = auth,
+        .may_be_open = config->insecure,
         .n_listen = (int32_t)config->listen.n,
         .message_bytes_max = config->message_max,
         .stream_inflight_max = config->stream_inflight,
@@ -373,11 +383,14 @@ static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served)
     fv_engine_config_t config = {
         .sched = {.n_ranks = (uint32_t)p->n_ranks,
                   .sessions_max = (uint32_t)p->config.sessions_max,
+                  .session_tokens_max = (uint32_t)p->config.session_tokens_max,
+                  .items_max = (uint32_t)p->config.batch_max,
                   .step_tokens_max = (uint32_t)p->config.step_tokens_max,
                   .shard_tokens = (uint32_t)p->config.shard_tokens,
                   .cost = fv_plan_cost_cpu()},
         .request_memory_bytes = p->config.request_memory,
         .drain_timeout_ms = (uint32_t)p->config.drain_timeout_ms,
+        .auth = p->auth,
         .local = (p->worker != NULL) ? &k_local_ops : NULL,
         .local_ctx = p->worker,
         .link = p->link,
@@ -388,7 +401,7 @@ static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served)
     *out_has_served = false;
     FV_RETURN_IF_ERR(fv_engine_create(&config, &engine));
     fv_rpc_handlers_t handlers = fv_engine_handlers(engine);
-    fv_rpc_config_t listen = rpc_config(&p->config);
+    fv_rpc_config_t listen = rpc_config(&p->config, p->auth);
     fv_status_t status = fv_rpc_start(&listen, &handlers, &rpc);
     if (status != FV_OK) {
         fv_error("%s", fv_error_context());
@@ -407,7 +420,14 @@ static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served)
 static int run_coordinator(fv_process_t *p, int signal_fd)
 {
     bool has_served = false;
-    fv_status_t status = serve(p, signal_fd, &has_served);
+    fv_status_t status = fv_auth_create(p->config.tokens, &p->auth);
+
+    if (status == FV_OK) {
+        status = serve(p, signal_fd, &has_served);
+    } else {
+        fv_error("tokens: %s", fv_error_context());
+    }
+    fv_auth_destroy(p->auth);
     int code = has_served ? exit_code_of(status) : EXIT_START;
 
     if ((p->link != NULL) && (code != EXIT_RANK_LOST)) {
@@ -458,6 +478,7 @@ static void block_signals(sigset_t *out_set)
     (void)sigaddset(out_set, SIGTERM);
     (void)sigaddset(out_set, SIGINT);
     (void)sigaddset(out_set, SIGUSR1);
+    (void)sigaddset(out_set, SIGHUP); /* not to stop: reads the token file again */
     (void)pthread_sigmask(SIG_BLOCK, out_set, NULL);
 }
 

@@ -11,7 +11,11 @@ add_custom_command(
             -P ${CMAKE_CURRENT_SOURCE_DIR}/rpc_embed.cmake
     DEPENDS ${_rpc_proto_files} ${CMAKE_CURRENT_SOURCE_DIR}/rpc_embed.cmake VERBATIM)
 
+# Who may call: principals, tokens, quotas.
+fv_add_library(fv_auth HEADERS auth.h SOURCES auth.c auth_quota.c LIBS fv_common fv_secret
+               PRIVATE_LIBS Threads::Threads)
+
 fv_add_library(fv_rpc HEADERS rpc.h rpc_internal.h rpc_pb.h
-               SOURCES rpc_server.c rpc_call.c rpc_event.c rpc_message.c rpc_method.c rpc_listen.c
+               SOURCES rpc_server.c rpc_call.c rpc_event.c rpc_admit.c rpc_tls.c rpc_message.c rpc_method.c rpc_listen.c
                        rpc_health.c rpc_reflection.c rpc_pb.c ${_rpc_gen}
-               LIBS fv_proto PRIVATE_LIBS PkgConfig::GRPC Threads::Threads)
+               LIBS fv_proto fv_auth PRIVATE_LIBS PkgConfig::GRPC PkgConfig::CRYPTO Threads::Threads)

@@ -12,6 +12,9 @@
  * A call is reference-counted: on_message lends it; whoever keeps it takes fv_call_ref().
  * Replies to a call that is gone release their pieces and are otherwise ignored.
  *
+ * Admission. With `auth` a call is admitted by its metadata, before any message of it is read (rpc_admit.c), and a stream's
+ * token is looked at again for every message. Health is open to everybody, Drain to admins.
+ *
  * Backpressure. A stream with `stream_inflight_max` messages delivered but not yet answered and sent reads no further
  * message, so a slow reader stops its own sending; gRPC's flow control and resource quota bound the rest.
  */
@@ -19,6 +22,7 @@
 #define FV_COORD_RPC_H
 
 #include "common/status.h"
+#include "coord/auth.h"
 #include "proto/wire.h"
 
 #include <stdbool.h>
@@ -54,6 +58,13 @@ typedef struct fv_rpc_config {
     int32_t stream_inflight_max;    /* messages of one Attend stream not yet answered and sent */
     int32_t connection_streams_max; /* concurrent calls per connection */
     size_t memory_bytes_max;        /* gRPC resource quota */
+    int32_t calls_max;              /* open at once, over it: RESOURCE_EXHAUSTED; 0 = no limit */
+    size_t metadata_bytes_max;      /* of one call; over it: RESOURCE_EXHAUSTED; 0 = gRPC's 8 KiB */
+    const char *tls_cert, *tls_key; /* PEM files: TLS on every TCP address; NULL or "" = none */
+    const char *tls_client_ca;      /* PEM file: client certificates are required */
+    bool
+        may_be_open; /* TCP addresses beyond loopback although there is neither TLS nor a token file */
+    fv_auth_t *auth; /* NULL = nobody is asked who they are; outlives the door */
 } fv_rpc_config_t;
 
 typedef struct fv_rpc_handlers {
@@ -92,6 +103,8 @@ FV_MUST_CHECK fv_status_t fv_rpc_start(const fv_rpc_config_t *config,
 int32_t fv_rpc_n_addresses(const fv_rpc_t *rpc);
 const char *fv_rpc_address(const fv_rpc_t *rpc, int32_t i);
 
+bool fv_rpc_address_has_tls(const fv_rpc_t *rpc, int32_t i);
+
 /* What health answers: SERVING or NOT_SERVING, for "" and each service's name; watchers are told. */
 void fv_rpc_set_serving(fv_rpc_t *rpc, bool is_serving);
 
@@ -110,6 +123,10 @@ void fv_call_ref(fv_call_t *call);
 void fv_call_unref(fv_call_t *call);
 bool fv_call_is_closed(const fv_call_t *call);
 fv_method_t fv_call_method(const fv_call_t *call);
+/* Who called; NULL when nobody is asked. Lives as long as the fv_auth_t. */
+fv_principal_t *fv_call_principal(const fv_call_t *call);
+/* Whether the caller's token still holds. Errors: FV_ERR_UNAUTHENTICATED. */
+FV_MUST_CHECK fv_status_t fv_call_recheck(const fv_call_t *call);
 /* A word for the handler's own use, 0 at first. */
 void *fv_call_user(const fv_call_t *call);
 void fv_call_set_user(fv_call_t *call, void *user);

@@ -28,6 +28,7 @@ void fv_call_unref(fv_call_t *call)
     /* acq_rel: whoever frees sees every other holder's last writes */
     if (atomic_fetch_sub_explicit(&call->n_refs, 1U, memory_order_acq_rel) == 1U) {
         (void)pthread_mutex_destroy(&call->lock);
+        fv_grant_unref(call->grant);
         free(call);
     }
 }

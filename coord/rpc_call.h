@@ -44,6 +44,7 @@ struct fv_call {
     atomic_bool is_closed;
     _Atomic(void *) user;
     const fv_method_info_t *method; /* NULL: unknown */
+    fv_grant_t *grant;              /* one reference; NULL: nobody was asked, or refused */
     int64_t deadline_us;
     fv_tag_t tag_request, tag_close, tag_read, tag_send;
 
@@ -80,6 +81,8 @@ struct fv_call {
 fv_call_t *fv_call_create(fv_calls_t *calls);
 /* Posts the close batch. Thread: rpc. */
 void fv_call_start_close(fv_call_t *call);
+/* Whether it may be made at all, from its metadata. Errors: what to refuse it with. Thread: rpc. */
+FV_MUST_CHECK fv_status_t fv_call_admit(fv_call_t *call);
 /* Decides the status, unless it is decided. Lock held. */
 void fv_call_end(fv_call_t *call, int32_t code, const char *text);
 /* Starts whatever the state allows now. Thread: any; no lock held. */

@@ -173,9 +173,12 @@ static void on_request(fv_call_t *call, bool is_ok)
         call->deadline_us = deadline_us(call->details.deadline);
         fv_call_start_close(call);
         link_call(call); /* from here on fv_calls_stop() sees it */
+        fv_status_t status = (call->method == NULL) ? FV_OK : fv_call_admit(call);
         (void)pthread_mutex_lock(&call->lock);
         if (call->method == NULL) {
             fv_call_end(call, GRPC_STATUS_UNIMPLEMENTED, "method: no such method is served here");
+        } else if (status != FV_OK) { /* decided before any read is posted */
+            fv_call_end(call, fv_status_grpc(status), fv_error_context());
         } else if (atomic_load(&calls->is_stopping)) {
             fv_call_end(call, GRPC_STATUS_UNAVAILABLE, "the service is stopping");
         }
@@ -205,9 +208,16 @@ static void on_no_message(fv_call_t *call)
 static void on_read(fv_call_t *call)
 {
     grpc_byte_buffer *message = call->received;
+    fv_status_t admitted = FV_OK;
 
     call->received = NULL;
+    if ((call->method->kind == FV_CALL_BIDI) && (message != NULL)) {
+        admitted = fv_call_recheck(call); /* streams outlive tokens */
+    }
     (void)pthread_mutex_lock(&call->lock);
+    if (admitted != FV_OK) {
+        fv_call_end(call, fv_status_grpc(admitted), fv_error_context());
+    }
     call->n_batches--;
     call->is_reading = false;
     bool is_stopping = atomic_load(&call->calls->is_stopping);

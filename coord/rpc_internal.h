@@ -4,6 +4,8 @@
  *   rpc_server.c      life cycle, settings, the completion-queue thread
  *   rpc_call.c        one call: replies queued, batches started, status decided
  *   rpc_event.c       one call: matched, read, sent, closed; and the list of all calls
+ *   rpc_admit.c       one call: who may make it
+ *   rpc_tls.c         certificates of TCP addresses
  *   rpc_message.c     byte buffers <-> spans and reply pieces
  *   rpc_method.c      the table of methods
  *   rpc_listen.c      addresses, and the lock beside a unix socket
@@ -26,6 +28,7 @@
 struct grpc_byte_buffer;
 struct grpc_completion_queue;
 struct grpc_server;
+struct grpc_server_credentials;
 
 /* ------------------------------------------------------------------ methods */
 
@@ -44,10 +47,20 @@ enum {
     FV_METHOD_END
 };
 
+/* Who may call it. */
+typedef enum fv_access {
+    FV_ACCESS_ANYBODY, /* no token needed */
+    FV_ACCESS_STATUS,  /* with a token; does not count for quotas */
+    FV_ACCESS_USER,    /* with a token; counts for quotas of requests */
+    FV_ACCESS_FREE,    /* with a token; does not count: it gives something back */
+    FV_ACCESS_ADMIN,
+} fv_access_t;
+
 typedef struct fv_method_info {
     const char *path; /* "/fovea.v1.Attention/Attend" */
     int method;
     fv_call_kind_t kind;
+    fv_access_t access;
 } fv_method_info_t;
 
 /* NULL when unknown. `path` need not be NUL-terminated. Thread: any. */
@@ -94,9 +107,23 @@ typedef struct fv_listen {
  * Errors: FV_ERR_INVALID_ARG for its form; FV_ERR_UNAVAILABLE when another server has it.
  */
 FV_MUST_CHECK fv_status_t fv_listen_prepare(const char *address, fv_listen_t *out);
+/* Reached from this host alone: a unix socket, 127.x.x.x, [::1], localhost. */
+bool fv_listen_is_local(const fv_listen_t *listen);
 /* After the bind: puts the port in place of 0. */
 void fv_listen_set_port(fv_listen_t *listen, int port);
 void fv_listen_release(fv_listen_t *listen);
+
+/* ------------------------------------------------------------------ TLS */
+
+#define FV_TLS_PATH_BYTES 512
+
+typedef struct fv_tls fv_tls_t;
+
+/* Reads and checks the configured files. Errors: FV_ERR_INVALID_ARG naming key and file. */
+FV_MUST_CHECK fv_status_t fv_tls_create(const fv_rpc_config_t *config, fv_tls_t **out);
+/* Of one listening address; they ask `tls` at every handshake, so it must outlive the server. */
+struct grpc_server_credentials *fv_tls_credentials(fv_tls_t *tls);
+void fv_tls_destroy(fv_tls_t *tls); /* NULL is fine */
 
 /* ------------------------------------------------------------------ messages */
 
@@ -120,11 +147,15 @@ void fv_message_release_pieces(const fv_reply_piece_t *pieces, size_t n_pieces);
 typedef struct fv_calls {
     const fv_rpc_handlers_t *handlers;
     int32_t stream_inflight_max;
+    int32_t calls_max; /* 0 = no limit */
+    fv_auth_t *auth;   /* NULL: nobody is asked */
     struct grpc_server *server;
     struct grpc_completion_queue *queue;
     fv_health_t *health;
     fv_span_list_t spans; /* thread: rpc */
     atomic_bool is_stopping;
+    uint64_t n_refused; /* thread: rpc; since the last line in the log */
+    int64_t refused_logged_us;
 
     pthread_mutex_t lock; /* guards what follows */
     pthread_cond_t idle;  /* signalled when n_live + n_requests falls to 0 */

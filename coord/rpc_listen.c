@@ -8,11 +8,13 @@
 #include "common/log.h"
 #include "coord/rpc_internal.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -154,6 +156,25 @@ fv_status_t fv_listen_prepare(const char *address, fv_listen_t *out)
     (void)snprintf(out->address, sizeof(out->address), "%s", address);
     out->is_unix = (strncmp(address, UNIX_PREFIX, strlen(UNIX_PREFIX)) == 0);
     return out->is_unix ? prepare_unix(out) : check_tcp(address);
+}
+
+bool fv_listen_is_local(const fv_listen_t *listen)
+{
+    static const char *const k_names[] = {"localhost:", "[::1]:"};
+    struct in_addr ip;
+    char host[FV_ADDRESS_BYTES];
+
+    if (listen->is_unix) {
+        return true;
+    }
+    for (size_t i = 0; i < sizeof(k_names) / sizeof(k_names[0]); i++) {
+        if (strncasecmp(listen->address, k_names[i], strlen(k_names[i])) == 0) {
+            return true;
+        }
+    }
+    (void)snprintf(host, sizeof(host), "%s", listen->address);
+    *strrchr(host, ':') = '\0'; /* checked: there is a colon */
+    return (inet_pton(AF_INET, host, &ip) == 1) && ((ntohl(ip.s_addr) >> 24U) == 127U);
 }
 
 void fv_listen_set_port(fv_listen_t *listen, int port)

@@ -6,6 +6,7 @@
  * One thread polls: with gRPC's epoll engine more threads do not poll in parallel, they only wake each
  * other. It dispatches events and lends its idle moments to the handler.
  */
+#include "common/clock.h"
 #include "common/log.h"
 #include "coord/rpc_internal.h"
 
@@ -27,6 +28,7 @@
 #define KEEPALIVE_REPLY_MS 20000
 #define CLIENT_PING_MS     5000 /* the most often a client may ask us */
 #define STREAMS_DEFAULT    1024
+#define METADATA_DEFAULT   8192
 
 struct fv_rpc {
     fv_rpc_handlers_t handlers;
@@ -37,16 +39,32 @@ struct fv_rpc {
     grpc_completion_queue *stop_queue; /* only for the notice that the server has shut down */
     pthread_t thread;
     bool is_running;
+    fv_tls_t *tls[FV_LISTEN_MAX]; /* of each address; NULL: plain */
     int32_t n_listen;
     fv_listen_t listen[FV_LISTEN_MAX];
 };
 
 /* ------------------------------------------------------------------ process-wide settings */
 
+/* At most so many lines a second: whoever can connect can make gRPC complain (about handshakes, for one). */
+#define GRPC_LINES_A_SECOND 4
+
+static bool may_log(void)
+{
+    static _Atomic(int64_t) second;
+    static atomic_int n_lines;
+    int64_t now_s = fv_clock_us() / 1000000;
+
+    if (atomic_exchange(&second, now_s) != now_s) {
+        atomic_store(&n_lines, 0);
+    }
+    return atomic_fetch_add(&n_lines, 1) < GRPC_LINES_A_SECOND;
+}
+
 static void log_from_grpc(gpr_log_func_args *args)
 {
-    if (args->severity ==
-        GPR_LOG_SEVERITY_ERROR) { /* ours are reported as a status; this adds why */
+    if ((args->severity == GPR_LOG_SEVERITY_ERROR) &&
+        may_log()) { /* ours are reported as a status; this adds why */
         fv_warn("grpc: %s", args->message);
     } else {
         fv_debug("grpc: %s", args->message);
@@ -94,6 +112,7 @@ static grpc_server *create_server(const fv_rpc_config_t *config)
     static char k_idle[] = GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS;
     static char k_pings[] = GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA;
     static char k_ping[] = GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS;
+    static char k_metadata[] = GRPC_ARG_MAX_METADATA_SIZE;
     static char k_quota[] = GRPC_ARG_RESOURCE_QUOTA;
     int n_streams =
         (config->connection_streams_max > 0) ? config->connection_streams_max : STREAMS_DEFAULT;
@@ -109,6 +128,8 @@ static grpc_server *create_server(const fv_rpc_config_t *config)
         int_arg(k_idle, 1),
         int_arg(k_pings, 0),
         int_arg(k_ping, CLIENT_PING_MS),
+        int_arg(k_metadata, (config->metadata_bytes_max > 0) ? (int)config->metadata_bytes_max
+                                                             : METADATA_DEFAULT),
         {.type = GRPC_ARG_POINTER, .key = k_quota},
     };
     grpc_channel_args list = {sizeof(args) / sizeof(args[0]), args};
@@ -121,30 +142,68 @@ static grpc_server *create_server(const fv_rpc_config_t *config)
     return server;
 }
 
+static bool has_tls(const fv_rpc_config_t *config)
+{
+    const char *files[] = {config->tls_cert, config->tls_key, config->tls_client_ca};
+    bool has = false;
+
+    for (size_t i = 0; i < sizeof(files) / sizeof(files[0]); i++) {
+        has = has || ((files[i] != NULL) && (files[i][0] != '\0'));
+    }
+    return has;
+}
+
+/* Nobody opens a cache to the network by accident. */
+static fv_status_t check_exposure(const fv_listen_t *listen, const fv_rpc_config_t *config)
+{
+    bool has_tokens = (config->auth != NULL) && fv_auth_is_required(config->auth);
+
+    if (fv_listen_is_local(listen) || has_tls(config)) {
+        return FV_OK;
+    }
+    if (!has_tokens && !config->may_be_open) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "listen: %.100s can be reached from other hosts and there is neither TLS "
+                       "(tls_cert, tls_key) nor a token file (tokens); --insecure serves anyway",
+                       listen->address);
+    }
+    fv_warn("%s has no TLS: %s", listen->address,
+            has_tokens ? "tokens and tensors travel in clear text"
+                       : "whoever reaches it may read and change everything");
+    return FV_OK;
+}
+
+static fv_status_t bind_one(fv_rpc_t *rpc, const fv_rpc_config_t *config, int32_t i)
+{
+    fv_listen_t *listen = &rpc->listen[i];
+    grpc_server_credentials *credentials = NULL;
+
+    FV_RETURN_IF_ERR(fv_listen_prepare(config->listen[i], listen));
+    rpc->n_listen++;
+    FV_RETURN_IF_ERR(check_exposure(listen, config));
+    if (has_tls(config) && !listen->is_unix) {
+        FV_RETURN_IF_ERR(fv_tls_create(config, &rpc->tls[i]));
+        credentials = fv_tls_credentials(rpc->tls[i]);
+    } else {
+        credentials = grpc_insecure_server_credentials_create();
+    }
+    int port = grpc_server_add_http2_port(rpc->server, listen->address, credentials);
+    grpc_server_credentials_release(credentials);
+    if (port <= 0) {
+        return fv_fail(FV_ERR_UNAVAILABLE,
+                       "listen: cannot listen at %.160s (in use, or not an address of this host)",
+                       listen->address);
+    }
+    fv_listen_set_port(listen, port);
+    return FV_OK;
+}
+
 static fv_status_t bind_all(fv_rpc_t *rpc, const fv_rpc_config_t *config)
 {
-    grpc_server_credentials *credentials = grpc_insecure_server_credentials_create();
-    fv_status_t status = FV_OK;
-
-    for (int32_t i = 0; (i < config->n_listen) && (status == FV_OK); i++) {
-        fv_listen_t *listen = &rpc->listen[i];
-        status = fv_listen_prepare(config->listen[i], listen);
-        if (status != FV_OK) {
-            break;
-        }
-        rpc->n_listen++;
-        int port = grpc_server_add_http2_port(rpc->server, listen->address, credentials);
-        if (port <= 0) {
-            status =
-                fv_fail(FV_ERR_UNAVAILABLE,
-                        "listen: cannot listen at %.160s (in use, or not an address of this host)",
-                        listen->address);
-        } else {
-            fv_listen_set_port(listen, port);
-        }
+    for (int32_t i = 0; i < config->n_listen; i++) {
+        FV_RETURN_IF_ERR(bind_one(rpc, config, i));
     }
-    grpc_server_credentials_release(credentials);
-    return status;
+    return FV_OK;
 }
 
 /* Waits for the next event, or returns at once when the handler has something to do meanwhile. */
@@ -285,6 +344,8 @@ fv_rpc_start(const fv_rpc_config_t *config, const fv_rpc_handlers_t *handlers, f
     rpc->calls.handlers = &rpc->handlers;
     rpc->calls.health = &rpc->health;
     rpc->calls.stream_inflight_max = config->stream_inflight_max;
+    rpc->calls.calls_max = config->calls_max;
+    rpc->calls.auth = config->auth;
 
     /* gRPC's threads and ours inherit a full mask: signals go to whoever waits for them in main. */
     (void)sigfillset(&all);
@@ -309,6 +370,11 @@ int32_t fv_rpc_n_addresses(const fv_rpc_t *rpc)
 const char *fv_rpc_address(const fv_rpc_t *rpc, int32_t i)
 {
     return rpc->listen[i].address;
+}
+
+bool fv_rpc_address_has_tls(const fv_rpc_t *rpc, int32_t i)
+{
+    return rpc->tls[i] != NULL;
 }
 
 void fv_rpc_set_serving(fv_rpc_t *rpc, bool is_serving)
@@ -347,6 +413,9 @@ void fv_rpc_destroy(fv_rpc_t *rpc)
     fv_rpc_stop(rpc, 0);
     /* Only now: until here replies to calls that are gone may still come in and use gRPC's memory. */
     grpc_shutdown_blocking();
+    for (int32_t i = 0; i < rpc->n_listen; i++) {
+        fv_tls_destroy(rpc->tls[i]);
+    }
     fv_calls_fini(&rpc->calls);
     fv_health_fini(&rpc->health);
     free(rpc);

@@ -175,6 +175,9 @@ fv_status_t fv_sched_register(fv_sched_t *sched,
 
 void fv_sched_account(fv_sched_t *sched, fv_session_t *session, int32_t cell, uint64_t held_bytes)
 {
+    if (session->owner != NULL) {
+        session->owner->kv_bytes += held_bytes - session->held[cell];
+    }
     session->held[cell] = held_bytes;
     if (held_bytes > session->accounted[cell]) {
         fv_planner_account(sched->planner, session->placement.ranks[cell],
@@ -211,15 +214,29 @@ static void account_opening(fv_sched_t *sched, fv_session_t *session, uint64_t h
     for (int32_t cell = 0; cell < n_cells(&session->placement); cell++) {
         uint64_t bytes = fv_plan_growth_bytes(spec, &session->placement, cell, 0, n_tokens) *
                          (uint64_t)spec->n_layers;
-        fv_sched_account(sched, session, cell, bytes);
-        session->held[cell] = 0;
+        fv_planner_account(sched->planner, session->placement.ranks[cell], (int64_t)bytes);
+        session->accounted[cell] = bytes;
     }
+}
+
+static void set_birth(fv_session_t *session, const fv_birth_t *birth, fv_principal_t *owner)
+{
+    session->created_unix_ms = birth->now_unix_ms;
+    session->used_us = birth->now_us;
+    session->owner = owner;
+    if (owner != NULL) {
+        owner->n_sessions++;
+    }
+}
+
+static fv_status_t check_session_quota(const fv_principal_t *owner)
+{
+    return (owner == NULL) ? FV_OK : fv_principal_check_session(owner);
 }
 
 fv_status_t fv_sched_open(fv_sched_t *sched,
                           const fv_open_request_t *request,
-                          const fv_session_id_t *fresh,
-                          uint64_t now_unix_ms,
+                          const fv_birth_t *birth,
                           fv_ctl_open_t *out_message)
 {
     int32_t slot = find_model(sched, request->model_id);
@@ -233,15 +250,16 @@ fv_status_t fv_sched_open(fv_sched_t *sched,
         overridden.sharding = request->sharding;
         FV_RETURN_IF_ERR(fv_model_spec_check(&overridden));
     }
+    FV_RETURN_IF_ERR(check_session_quota(birth->owner));
     fv_placement_t placement = {0};
     char reason[FV_PLAN_REASON_BYTES] = "";
     FV_RETURN_IF_ERR(fv_planner_place(sched->planner, spec, &overridden.sharding,
                                       sched->config.shard_tokens, request->max_tokens_hint,
                                       &placement, reason));
     fv_session_t *session = NULL;
-    FV_RETURN_IF_ERR(fv_session_add(sched->sessions, fresh, spec->n_layers, &session));
+    FV_RETURN_IF_ERR(fv_session_add(sched->sessions, &birth->id, spec->n_layers, &session));
     session->model_slot = (uint32_t)slot;
-    session->created_unix_ms = now_unix_ms;
+    set_birth(session, birth, birth->owner);
     session->placement = placement;
     memcpy(session->reason, reason, sizeof(session->reason));
     account_opening(sched, session, request->max_tokens_hint);
@@ -250,11 +268,36 @@ fv_status_t fv_sched_open(fv_sched_t *sched,
     return FV_OK;
 }
 
+/* The fork's tables as its parent's up to at_position. */
+static fv_status_t copy_parent(fv_session_t *parent, uint64_t at_position, fv_session_t *child)
+{
+    child->model_slot = parent->model_slot;
+    child->placement = parent->placement;
+    child->parent = parent->id;
+    child->has_parent = true;
+    child->is_forked = true;
+    memcpy(child->reason, parent->reason, sizeof(child->reason));
+    for (int32_t i = 0; i < parent->n_layers; i++) {
+        FV_RETURN_IF_ERR(fv_layer_fork(&parent->layers[i], at_position, &child->layers[i]));
+    }
+    return FV_OK;
+}
+
+/* A fork counts in full: what it would hold alone. */
+static fv_status_t check_fork_quota(const fv_sched_t *sched, const fv_session_t *child)
+{
+    uint64_t n_bytes = 0;
+
+    for (int32_t cell = 0; cell < n_cells(&child->placement); cell++) {
+        n_bytes += fv_session_cell_bytes(child, &sched->models[child->model_slot].spec, cell);
+    }
+    return fv_principal_check_kv(child->owner, n_bytes);
+}
+
 fv_status_t fv_sched_fork(fv_sched_t *sched,
                           const fv_session_id_t *parent_id,
                           uint64_t at_position,
-                          const fv_session_id_t *fresh,
-                          uint64_t now_unix_ms,
+                          const fv_birth_t *birth,
                           fv_ctl_fork_t *out_message,
                           fv_placement_t *out_placement)
 {
@@ -268,22 +311,20 @@ fv_status_t fv_sched_fork(fv_sched_t *sched,
                        "at_position: given %" PRIu64 ", the session has %" PRIu64 " tokens",
                        at_position, n_tokens);
     }
-    FV_RETURN_IF_ERR(fv_session_add(sched->sessions, fresh, parent->n_layers, &child));
-    for (int32_t i = 0; i < parent->n_layers; i++) {
-        fv_status_t status = fv_layer_fork(&parent->layers[i], at_position, &child->layers[i]);
-        if (status != FV_OK) {
-            fv_session_remove(sched->sessions, child);
-            return status;
-        }
+    FV_RETURN_IF_ERR(check_session_quota(parent->owner));
+    FV_RETURN_IF_ERR(fv_session_add(sched->sessions, &birth->id, parent->n_layers, &child));
+    child->owner = parent->owner;
+    fv_status_t status = copy_parent(parent, at_position, child);
+    if ((status == FV_OK) && (child->owner != NULL)) {
+        status = check_fork_quota(sched, child);
     }
-    child->model_slot = parent->model_slot;
-    child->created_unix_ms = now_unix_ms;
-    child->placement = parent->placement;
-    child->parent = parent->id;
-    child->has_parent = true;
-    child->is_forked = true;
+    if (status != FV_OK) {
+        fv_session_remove(sched->sessions, child);
+        return status;
+    }
+    set_birth(child, birth, parent->owner);
     parent->is_forked = true;
-    memcpy(child->reason, parent->reason, sizeof(child->reason));
+    parent->used_us = birth->now_us;
     for (int32_t cell = 0; cell < n_cells(&child->placement); cell++) {
         fv_sched_account(
             sched, child, cell,
@@ -337,6 +378,10 @@ fv_status_t fv_sched_close(fv_sched_t *sched,
     for (int32_t cell = 0; cell < n_cells(&session->placement); cell++) {
         fv_planner_account(sched->planner, session->placement.ranks[cell],
                            -(int64_t)session->accounted[cell]);
+        fv_sched_account(sched, session, cell, 0);
+    }
+    if (session->owner != NULL) {
+        session->owner->n_sessions--;
     }
     fv_session_remove(sched->sessions, session);
     return FV_OK;

@@ -41,6 +41,8 @@ struct fv_request;
 typedef struct fv_sched_config {
     uint32_t n_ranks;
     uint32_t sessions_max;
+    uint32_t session_tokens_max; /* of a layer; 0 = no limit */
+    uint32_t items_max;          /* of a request; 0 = no limit */
     uint32_t step_tokens_max;
     uint32_t shard_tokens; /* default of models and sessions that name none */
     fv_plan_cost_t cost;
@@ -51,6 +53,14 @@ typedef struct fv_sched_config {
      */
     fv_status_t (*prepare)(struct fv_request *request);
 } fv_sched_config_t;
+
+/* A new session: its fresh random id, when, and whose it is. A fork belongs to its parent's owner, whoever forks. */
+typedef struct fv_birth {
+    fv_session_id_t id;
+    uint64_t now_unix_ms;
+    int64_t now_us;
+    fv_principal_t *owner; /* NULL: nobody's, visible to all; no quota */
+} fv_birth_t;
 
 /*
  * One AttendRequest on its way. The engine allocates it (with its arrays), fills the first part, and keeps it until it
@@ -64,11 +74,13 @@ typedef struct fv_request {
     fv_ctl_item_t *ctl_items; /* [head.n_items] filled by the core when it joins a step */
     fv_session_t **sessions;  /* [head.n_items] likewise */
     int64_t received_us, deadline_us;
+    const fv_principal_t *principal; /* who asks; NULL may see every session */
     void *user;
 
     uint32_t model_slot;
     const fv_model_spec_t *spec;
-    fv_error_t error; /* status FV_OK: served */
+    uint64_t kv_bytes_pending; /* charged to the sessions' owner until the step is done */
+    fv_error_t error;          /* status FV_OK: served */
     struct fv_request *next;
 } fv_request_t;
 
@@ -101,18 +113,19 @@ FV_MUST_CHECK fv_status_t fv_sched_register(fv_sched_t *sched,
                                             bool *out_is_new,
                                             fv_ctl_model_t *out_message);
 
-/* The message goes to the ranks of out_message->placement. `fresh` is a fresh random id. */
+/*
+ * The message goes to the ranks of out_message->placement. Errors: FV_ERR_NOT_FOUND for the model; FV_ERR_EXHAUSTED for
+ * sessions_max or the owner's quota.
+ */
 FV_MUST_CHECK fv_status_t fv_sched_open(fv_sched_t *sched,
                                         const fv_open_request_t *request,
-                                        const fv_session_id_t *fresh,
-                                        uint64_t now_unix_ms,
+                                        const fv_birth_t *birth,
                                         fv_ctl_open_t *out_message);
-/* at_position: UINT64_MAX = everything. Errors: FV_ERR_NOT_FOUND, FV_ERR_OUT_OF_RANGE. */
+/* at_position: UINT64_MAX = everything. Errors: FV_ERR_NOT_FOUND, FV_ERR_OUT_OF_RANGE, FV_ERR_EXHAUSTED as above. */
 FV_MUST_CHECK fv_status_t fv_sched_fork(fv_sched_t *sched,
                                         const fv_session_id_t *parent,
                                         uint64_t at_position,
-                                        const fv_session_id_t *fresh,
-                                        uint64_t now_unix_ms,
+                                        const fv_birth_t *birth,
                                         fv_ctl_fork_t *out_message,
                                         fv_placement_t *out_placement);
 FV_MUST_CHECK fv_status_t fv_sched_truncate(fv_sched_t *sched,

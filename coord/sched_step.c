@@ -109,37 +109,56 @@ static fv_status_t check_causal(const fv_request_t *request)
     return FV_OK;
 }
 
+/* Finds item i's session and checks what does not depend on its length. */
+static fv_status_t resolve_item(fv_sched_t *sched, fv_request_t *request, uint32_t i, uint64_t mark)
+{
+    fv_session_t *session = fv_session_find(sched->sessions, &request->items[i].session);
+
+    if ((session == NULL) || !fv_principal_may_see(request->principal, session->owner)) {
+        char hex[FV_SESSION_ID_CHARS + 1];
+        fv_session_id_format(&request->items[i].session, hex);
+        return fv_fail(FV_ERR_NOT_FOUND, "items[%u].session_id: no session %s", i, hex);
+    }
+    request->sessions[i] = session;
+    if (i == 0) {
+        request->model_slot = session->model_slot;
+        request->spec = &sched->models[session->model_slot].spec;
+    } else if (session->model_slot != request->model_slot) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "items[%u].session_id: a session of model %s, expected %s like items[0]", i,
+                       sched->models[session->model_slot].id,
+                       sched->models[request->model_slot].id);
+    } else if (session->owner != request->sessions[0]->owner) { /* only an admin comes here */
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "items[%u].session_id: another owner's than items[0]'s, expected one owner "
+                       "a request",
+                       i);
+    }
+    if (request->head.layer >= (uint32_t)session->n_layers) {
+        return fv_fail(FV_ERR_INVALID_ARG, "layer: given %u, expected 0..%d", request->head.layer,
+                       session->n_layers - 1);
+    }
+    if (session->layers[request->head.layer].request_mark == mark) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "items[%u].session_id: the session is in this request twice", i);
+    }
+    session->layers[request->head.layer].request_mark = mark;
+    session->used_us = request->received_us;
+    return FV_OK;
+}
+
 /* Finds the sessions and checks everything that does not depend on their lengths. */
 static fv_status_t resolve(fv_sched_t *sched, fv_request_t *request)
 {
     uint64_t mark = ++sched->next_mark;
 
+    if ((sched->config.items_max > 0) && (request->head.n_items > sched->config.items_max)) {
+        return fv_fail(FV_ERR_EXHAUSTED,
+                       "items: given %u, this service takes at most %u a request (batch_max)",
+                       request->head.n_items, sched->config.items_max);
+    }
     for (uint32_t i = 0; i < request->head.n_items; i++) {
-        fv_session_t *session = fv_session_find(sched->sessions, &request->items[i].session);
-        if (session == NULL) {
-            char hex[FV_SESSION_ID_CHARS + 1];
-            fv_session_id_format(&request->items[i].session, hex);
-            return fv_fail(FV_ERR_NOT_FOUND, "items[%u].session_id: no session %s", i, hex);
-        }
-        if (i == 0) {
-            request->model_slot = session->model_slot;
-            request->spec = &sched->models[session->model_slot].spec;
-        } else if (session->model_slot != request->model_slot) {
-            return fv_fail(FV_ERR_INVALID_ARG,
-                           "items[%u].session_id: a session of model %s, expected %s like items[0]",
-                           i, sched->models[session->model_slot].id,
-                           sched->models[request->model_slot].id);
-        }
-        if (request->head.layer >= (uint32_t)session->n_layers) {
-            return fv_fail(FV_ERR_INVALID_ARG, "layer: given %u, expected 0..%d",
-                           request->head.layer, session->n_layers - 1);
-        }
-        if (session->layers[request->head.layer].request_mark == mark) {
-            return fv_fail(FV_ERR_INVALID_ARG,
-                           "items[%u].session_id: the session is in this request twice", i);
-        }
-        session->layers[request->head.layer].request_mark = mark;
-        request->sessions[i] = session;
+        FV_RETURN_IF_ERR(resolve_item(sched, request, i, mark));
     }
     FV_RETURN_IF_ERR(check_causal(request));
     return check_tensors(request);
@@ -149,7 +168,8 @@ static fv_status_t resolve(fv_sched_t *sched, fv_request_t *request)
  * Exactly-once append: decides whether item i appends, repeats an append, or is refused, and says what
  * its rows may see (kv_end).
  */
-static fv_status_t check_position(const fv_request_t *request, uint32_t i, fv_ctl_item_t *out)
+static fv_status_t
+check_position(const fv_request_t *request, uint32_t i, uint64_t tokens_max, fv_ctl_item_t *out)
 {
     const fv_attend_item_t *item = &request->items[i];
     const fv_layer_t *layer = &request->sessions[i]->layers[request->head.layer];
@@ -175,6 +195,12 @@ static fv_status_t check_position(const fv_request_t *request, uint32_t i, fv_ct
         return FV_OK;
     }
     if (item->position == layer->n_tokens) {
+        if ((tokens_max > 0) && (end > tokens_max)) {
+            return fv_fail(FV_ERR_EXHAUSTED,
+                           "items[%u]: %" PRIu64 " tokens with this append, a session of this "
+                           "service has at most %" PRIu64 " (session_tokens_max)",
+                           i, end, tokens_max);
+        }
         out->flags |= FV_ITEM_APPEND;
         return FV_OK;
     }
@@ -289,10 +315,45 @@ static fv_status_t reserve_memory(fv_sched_t *sched, fv_request_t *request)
     return status;
 }
 
+/* What the appends of a request add to what its sessions hold, over all ranks. */
+static uint64_t growth_bytes(const fv_request_t *request)
+{
+    uint64_t n_bytes = 0;
+
+    for (uint32_t i = 0; i < request->head.n_items; i++) {
+        const fv_ctl_item_t *item = &request->ctl_items[i];
+        const fv_placement_t *p = &request->sessions[i]->placement;
+        for (int32_t cell = 0;
+             ((item->flags & FV_ITEM_APPEND) != 0) && (cell < p->n_head_parts * p->n_ctx_parts);
+             cell++) {
+            n_bytes += fv_plan_growth_bytes(request->spec, p, cell, item->position,
+                                            item->position + item->n_tokens);
+        }
+    }
+    return n_bytes;
+}
+
+/* The quota of the sessions' owner: charged now, settled when the step is done. */
+static fv_status_t check_kv_quota(fv_request_t *request)
+{
+    const fv_principal_t *owner = request->sessions[0]->owner;
+
+    request->kv_bytes_pending = 0;
+    if ((owner == NULL) ||
+        (atomic_load_explicit(&owner->kv_bytes_max, memory_order_relaxed) == 0)) {
+        return FV_OK;
+    }
+    uint64_t n_bytes = growth_bytes(request);
+    FV_RETURN_IF_ERR(fv_principal_check_kv(owner, n_bytes));
+    request->kv_bytes_pending = n_bytes;
+    return FV_OK;
+}
+
 static fv_status_t admit(fv_sched_t *sched, fv_request_t *request)
 {
     for (uint32_t i = 0; i < request->head.n_items; i++) {
-        FV_RETURN_IF_ERR(check_position(request, i, &request->ctl_items[i]));
+        FV_RETURN_IF_ERR(
+            check_position(request, i, sched->config.session_tokens_max, &request->ctl_items[i]));
     }
     if (sched->config.prepare != NULL) {
         FV_RETURN_IF_ERR(sched->config.prepare(request));
@@ -303,7 +364,12 @@ static fv_status_t admit(fv_sched_t *sched, fv_request_t *request)
                 fv_layer_reserve_record(&request->sessions[i]->layers[request->head.layer]));
         }
     }
-    return reserve_memory(sched, request);
+    FV_RETURN_IF_ERR(check_kv_quota(request));
+    FV_RETURN_IF_ERR(reserve_memory(sched, request));
+    if (request->kv_bytes_pending > 0) { /* joins: nothing can refuse it any more */
+        request->sessions[0]->owner->kv_bytes_pending += request->kv_bytes_pending;
+    }
+    return FV_OK;
 }
 
 /* ------------------------------------------------------------------ the step */
@@ -441,6 +507,9 @@ static void commit_item(fv_sched_t *sched, const fv_request_t *request, uint32_t
 void fv_sched_step_done(fv_sched_t *sched, const fv_step_plan_t *plan)
 {
     for (const fv_request_t *r = plan->joined; r != NULL; r = r->next) {
+        if (r->kv_bytes_pending > 0) {
+            r->sessions[0]->owner->kv_bytes_pending -= r->kv_bytes_pending;
+        }
         if (r->error.status != FV_OK) {
             continue;
         }

@@ -11,6 +11,7 @@
 
 #include "common/model.h"
 #include "common/status.h"
+#include "coord/auth.h"
 #include "coord/plan.h"
 #include "proto/placement.h"
 #include "proto/wire.h"
@@ -50,6 +51,8 @@ typedef struct fv_session {
     bool has_parent, is_forked; /* is_forked: it was a fork's parent or child */
     uint32_t slot, model_slot;
     uint64_t created_unix_ms;
+    int64_t used_us;                /* when somebody used it last */
+    fv_principal_t *owner;          /* NULL: nobody's */
     uint64_t opened_seq;            /* order of opening: pages of ListSessions */
     struct fv_session *next, *prev; /* in order of opening */
     fv_placement_t placement;

@@ -16,7 +16,7 @@ usage: netns.sh COMMAND        (as root)
   hosts              their names, separated by commas
 
 Example:  netns.sh up 3
-          netns.sh on fv1 deploy/fovead-run --hosts "$(netns.sh hosts)" --interface eth0 --listen 198.18.77.1:7411
+          netns.sh on fv1 deploy/fovead-run --hosts "$(netns.sh hosts)" --interface eth0 --listen 198.18.77.1:7411 --insecure
 HELP
 }
 

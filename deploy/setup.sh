@@ -37,10 +37,10 @@ say() { echo "setup: $*"; }
 # ---------------------------------------------------------------- Debian packages
 
 packages=(gcc libc6-dev cmake ninja-build pkg-config
-    libgrpc-dev libprotobuf-c-dev protobuf-c-compiler protobuf-compiler
+    libgrpc-dev libssl-dev libprotobuf-c-dev protobuf-c-compiler protobuf-compiler
     libopenmpi-dev openmpi-bin libinih-dev libcjson-dev libisal-dev)
 # (iproute2: hosts in network namespaces; slurm-wlm, munge: a Slurm of the test's own)
-$with_test && packages+=(libcmocka-dev iproute2 procps shellcheck slurm-wlm munge)
+$with_test && packages+=(libcmocka-dev openssl iproute2 procps shellcheck slurm-wlm munge)
 # Any Python from 3.10 on will do; Debian's comes without venv.
 python3 -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
     packages+=(python3 python3-venv)

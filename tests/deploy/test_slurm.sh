@@ -88,7 +88,11 @@ is_node_idle() { [[ $(sinfo -h -o %T) == idle ]]; }
 
 is_job_over() { [[ -z $(squeue -h -j "$job" 2>/dev/null) ]]; }
 
-has_ranks() { "$cli" --address "$1" status 2>/dev/null | grep -q 'serving.* 3 ranks'; }
+has_ranks() {
+    "$cli" --address "$1" --token-file "fovea-$job.token" status 2>/dev/null | grep -q 'serving.* 3 ranks'
+}
+
+refuses_strangers() { "$cli" --address "$1" status 2>&1 | grep -q UNAUTHENTICATED; }
 
 submit() {
     cd "$work" || exit 1
@@ -100,10 +104,12 @@ check "Slurm is up" start_slurm || cat "$work"/log/*
 submit
 check "the job says where it listens" eventually test -s "fovea-$job.address"
 check "three ranks serve there" eventually has_ranks "127.0.0.1:7499"
+check "not those without the job's token" refuses_strangers "127.0.0.1:7499"
 scancel --batch --signal TERM "$job"
 check "scancel --signal TERM ends it" eventually is_job_over
 check "after a drain" grep -q 'stopped cleanly' "fovea-$job.log"
 check "the address is withdrawn" test ! -e "fovea-$job.address"
+check "and the token" test ! -e "fovea-$job.token" -a ! -e "fovea-$job.tokens"
 
 submit
 check "again three ranks serve" eventually has_ranks "127.0.0.1:7499"

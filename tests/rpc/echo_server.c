@@ -179,6 +179,7 @@ fv_rpc_config_t fv_echo_config(const char *address)
         .stream_inflight_max = ECHO_INFLIGHT_MAX,
         .connection_streams_max = 100,
         .memory_bytes_max = 512U << 20U,
+        .may_be_open = true,
     };
 }
 

@@ -159,7 +159,8 @@ static void do_open(story_t *s)
     request.sharding = (fv_sharding_t){.mode = (int32_t)pick(s, 0, 2), .is_set = 1};
     memset(m, 0, sizeof(*m));
     m->id = fresh_id(s);
-    assert_int_equal(fv_sched_open(s->sched, &request, &m->id, 0, &message), FV_OK);
+    assert_int_equal(fv_sched_open(s->sched, &request, &(fv_birth_t){.id = m->id}, &message),
+                     FV_OK);
     TELL(s, &message.placement, fv_worker_open, &message);
     m->is_open = true;
 }
@@ -195,7 +196,8 @@ static void do_fork(story_t *s)
     }
     uint64_t at = (uint64_t)pick(s, 0, (int64_t)longest(parent) + 2);
     fv_session_id_t id = fresh_id(s);
-    fv_status_t status = fv_sched_fork(s->sched, &parent->id, at, &id, 0, &message, &placement);
+    fv_status_t status =
+        fv_sched_fork(s->sched, &parent->id, at, &(fv_birth_t){.id = id}, &message, &placement);
     assert_int_equal(status, (at <= longest(parent)) ? FV_OK : FV_ERR_OUT_OF_RANGE);
     if (status == FV_OK) {
         *child = *parent;

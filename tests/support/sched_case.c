@@ -73,7 +73,8 @@ fv_session_id_t fv_case_open(fv_sched_t *sched, const char *model_id, const fv_s
         request.sharding = *sharding;
         request.sharding.is_set = 1;
     }
-    assert_int_equal(fv_sched_open(sched, &request, &id, 0, &message), FV_OK);
+    fv_birth_t birth = {.id = id};
+    assert_int_equal(fv_sched_open(sched, &request, &birth, &message), FV_OK);
     return id;
 }
 

@@ -89,6 +89,17 @@ static void test_defaults(void **state)
     assert_int_equal(c.request_memory, 1U << 30U);
     assert_int_equal(c.grpc_memory, 512U << 20U);
     assert_int_equal(c.sessions_max, 100000);
+    assert_int_equal(c.session_tokens_max, 1 << 24);
+    assert_int_equal(c.session_idle_s, 0);
+    assert_int_equal(c.batch_max, 4096);
+    assert_int_equal(c.calls_max, 16384);
+    assert_int_equal(c.connections_max, 4096);
+    assert_int_equal(c.metadata_max, 16384);
+    assert_string_equal(c.tokens, "");
+    assert_string_equal(c.tls_cert, "");
+    assert_string_equal(c.unix_mode, "auto");
+    assert_string_equal(c.unix_peers, "any");
+    assert_false(c.insecure);
     assert_int_equal(c.step_tokens_max, 8192);
     assert_int_equal(c.step_deadline_ms, 600000);
     assert_int_equal(c.drain_timeout_ms, 10000);
@@ -180,6 +191,13 @@ static void test_values_of_each_type(void **state)
     assert_int_equal(load("--control-address 10.0.0.1:0 --backend null", NULL, &c), FV_OK);
     assert_string_equal(c.control_address, "10.0.0.1:0");
     assert_string_equal(c.backend, "null");
+    assert_int_equal(load("--tokens /etc/fovea/tokens --unix-mode 660 --insecure", NULL, &c),
+                     FV_OK);
+    assert_string_equal(c.tokens, "/etc/fovea/tokens");
+    assert_string_equal(c.unix_mode, "660");
+    assert_true(c.insecure);
+    assert_int_equal(load("--tokens=", NULL, &c), FV_OK);
+    assert_string_equal(c.tokens, "");
 }
 
 static void test_bad_values_are_refused(void **state)
@@ -197,6 +215,7 @@ static void test_bad_values_are_refused(void **state)
         "--listen=h:65536",     "--listen=h:1x",     "--listen=unix:",
         "--listen=::1:80",      "--listen=a:1,,b:1", "--listen=",
         "--control-address=me", "--sessions-max=+5", "--step-deadline-ms=5",
+        "--unix-mode=777",      "--unix-peers=all",  "--tls-key=a;b",
     };
     fv_config_t c;
 
@@ -326,6 +345,9 @@ static void random_value(fv_random_t *r, const fv_option_t *o, char *out, size_t
     case FV_OPTION_ADDRESSES:
         (void)snprintf(out, cap, "h%u:%u", (unsigned)fv_random_below(r, 1000),
                        (unsigned)fv_random_below(r, 65536));
+        break;
+    case FV_OPTION_PATH:
+        (void)snprintf(out, cap, "%.*s", (int)fv_random_below(r, 20), "/etc/fovea/a-b_c.pem#x");
         break;
     case FV_OPTION_MEMORY:
         if (fv_random_below(r, 2) == 0) {

@@ -318,9 +318,10 @@ static void test_models_are_idempotent_and_sessions_fork(void **state)
     assert_string_equal(id, f->model_id);
     assert_int_equal(fv_sched_n_models(f->sched), 1);
     assert_int_equal(append(f, s, 0, 70, 1, 70, true), FV_OK);
-    assert_int_equal(fv_sched_fork(f->sched, &s, 71, &child, 0, &fork, &placement),
+    assert_int_equal(fv_sched_fork(f->sched, &s, 71, &(fv_birth_t){.id = child}, &fork, &placement),
                      FV_ERR_OUT_OF_RANGE);
-    assert_int_equal(fv_sched_fork(f->sched, &s, 66, &child, 0, &fork, &placement), FV_OK);
+    assert_int_equal(fv_sched_fork(f->sched, &s, 66, &(fv_birth_t){.id = child}, &fork, &placement),
+                     FV_OK);
     assert_int_equal(length(f, child, 0), 66);
     assert_int_equal(append(f, child, 66, 1, 2, 67, true), FV_OK);
     assert_int_equal(length(f, s, 0), 70);
@@ -342,7 +343,9 @@ static void test_full_pool_after_a_fork(void **state)
 
     assert_int_equal(append(f, s, 0, 64 * 30 + 5, 1, 64 * 30 + 5, true),
                      FV_OK); /* 62 of 64 pages */
-    assert_int_equal(fv_sched_fork(f->sched, &s, UINT64_MAX, &child, 0, &fork, &placement), FV_OK);
+    assert_int_equal(
+        fv_sched_fork(f->sched, &s, UINT64_MAX, &(fv_birth_t){.id = child}, &fork, &placement),
+        FV_OK);
     assert_int_equal(append(f, child, 64 * 30 + 5, 1, 2, 64 * 30 + 6, true),
                      FV_OK); /* the last two */
     assert_int_equal(fv_sched_rank(f->sched, placement.ranks[0])->kv_bytes_free, 0);
