@@ -65,7 +65,8 @@ static void check_printed(const fv_config_t *config)
     for (uint32_t i = 0; i < config->listen.n; i++) {
         check(strcmp(back.listen.text[i], config->listen.text[i]) == 0, "listen differs");
     }
-    fv_config_t copy = *config; /* only the sources may differ */
+    static fv_config_t copy; /* large for a stack */
+    copy = *config;          /* only the sources may differ */
     copy.action = back.action;
     memset(&copy.listen, 0, sizeof(copy.listen));
     memset(&back.listen, 0, sizeof(back.listen));
@@ -91,7 +92,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n_bytes)
     char program[] = "fovead";
     char *words[WORDS_MAX + 1] = {program};
     fv_status_t status = FV_OK;
-    fv_config_t config;
+    static fv_config_t config; /* large for a stack */
 
     if ((n_bytes == 0) || (n_bytes > TEXT_MAX)) {
         return 0;
