@@ -101,7 +101,7 @@ static void measure_read(ceilings_t *top, sample_t *s)
     double cpu = fv_bench_cpu();
     double begin = fv_bench_now();
 
-    fv_peak_read(top->pool, top->n_threads, top->stream + top->next, top->window_bytes);
+    fv_peak_host_read(top->pool, top->n_threads, top->stream + top->next, top->window_bytes);
     s->read_gbps = (double)top->window_bytes / (fv_bench_now() - begin) * 1e-9;
     s->cpu_read_gbps = (double)top->window_bytes / (fv_bench_cpu() - cpu) * top->n_threads * 1e-9;
 }

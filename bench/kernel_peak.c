@@ -82,7 +82,7 @@ static void read_thread(void *ctx, int32_t thread_idx)
     atomic_fetch_add(&run->sink, sum);
 }
 
-void fv_peak_read(fv_pool_t *pool, int32_t n_threads, const void *data, size_t n_bytes)
+void fv_peak_host_read(fv_pool_t *pool, int32_t n_threads, const void *data, size_t n_bytes)
 {
     peak_run_t run = {.data = data, .n_bytes = n_bytes, .n_threads = n_threads};
 

@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 /* Reads [data, data + n_bytes) once, an equal part per thread. */
-void fv_peak_read(fv_pool_t *pool, int32_t n_threads, const void *data, size_t n_bytes);
+void fv_peak_host_read(fv_pool_t *pool, int32_t n_threads, const void *data, size_t n_bytes);
 
 /* fp32 fused multiply-adds in registers on every thread: flops per second (an FMA is two). */
 double fv_peak_fma(fv_pool_t *pool, int32_t n_threads);

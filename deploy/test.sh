@@ -89,7 +89,7 @@ run_scripts() {
         echo "shellcheck is not installed"
         return 77
     }
-    shellcheck deploy/*.sh deploy/fovead-run deploy/slurm/*.sbatch tests/deploy/*.sh .ci/run
+    shellcheck deploy/*.sh bench/*/*.sh deploy/fovead-run deploy/slurm/*.sbatch tests/deploy/*.sh .ci/run
 }
 
 run_asan() {

@@ -1,0 +1,108 @@
+/*
+ * scale_data.c - what sessions of the scaling benchmark hold, and what attention over it must give.
+ *
+ * K and V repeat after WINDOW tokens, so the softmax over millions of tokens is one over WINDOW distinct ones with
+ * multiplicities: exact in fp64, whatever the length. Another window for every (item, layer): a page that belongs to
+ * somebody else shows.
+ */
+#include "bench/scale/scale.h"
+
+#include <math.h>
+#include <string.h>
+
+#define QUERY_TOKENS 2048 /* a prime step through them gives every (item, position) its own */
+
+static void fill(uint16_t *out, size_t n, fv_random_t *random)
+{
+    for (size_t i = 0; i < n; i++) { /* the sum of two: round, unlike a uniform one */
+        out[i] = fv_f32_to_bf16(fv_random_unit(random) + fv_random_unit(random));
+    }
+}
+
+void fv_scale_data_open(fv_scale_data_t *d, fv_scale_rank_t *r, const fv_model_spec_t *spec)
+{
+    fv_random_t random = {.state = 20261122};
+    size_t kv_elems = (size_t)spec->n_kv_heads * (size_t)spec->head_dim_qk;
+    size_t q_elems = (size_t)spec->n_q_heads * (size_t)spec->head_dim_qk;
+    size_t n_q_tokens = QUERY_TOKENS;
+
+    memset(d, 0, sizeof(*d));
+    d->spec = spec;
+    d->q_tokens = n_q_tokens;
+    d->kv_token_bytes = kv_elems * sizeof(uint16_t);
+    d->q_token_bytes = q_elems * sizeof(uint16_t);
+    fv_scale_check(fv_host_buffer_reserve(&d->memory, r->backend, r->worker->backend,
+                                          2U * FV_SCALE_POOL * d->kv_token_bytes +
+                                              2U * n_q_tokens * d->q_token_bytes),
+                   "data");
+    d->k = d->memory.data;
+    d->v = d->k + FV_SCALE_POOL * kv_elems;
+    d->q = d->v + FV_SCALE_POOL * kv_elems;
+    fill(d->k, 2U * FV_SCALE_POOL * kv_elems, &random);
+    fill(d->q, n_q_tokens * q_elems, &random);
+    /* once more behind it: queries of several tokens are read in one piece */
+    memcpy(d->q + n_q_tokens * q_elems, d->q, n_q_tokens * d->q_token_bytes);
+}
+
+void fv_scale_data_close(fv_scale_data_t *d, fv_scale_rank_t *r)
+{
+    fv_host_buffer_free(&d->memory, r->backend, r->worker->backend);
+}
+
+size_t fv_scale_token(uint32_t item, uint32_t layer, uint64_t t)
+{
+    size_t shift = ((size_t)item * 61U + (size_t)layer * 997U) % FV_SCALE_WINDOW;
+
+    return shift + (size_t)(t % FV_SCALE_WINDOW);
+}
+
+const uint16_t *fv_scale_query(const fv_scale_data_t *d, uint32_t item, uint64_t position)
+{
+    size_t first = (size_t)(((uint64_t)item * 389U + position) % d->q_tokens);
+
+    return d->q + first * (d->q_token_bytes / sizeof(uint16_t));
+}
+
+void fv_scale_expected(const fv_scale_data_t *d,
+                       uint32_t item,
+                       uint32_t layer,
+                       uint64_t position,
+                       int32_t head,
+                       double *out)
+{
+    const size_t dim = (size_t)d->spec->head_dim_qk;
+    const size_t kv_head = (size_t)(head / fv_model_group(d->spec));
+    const uint16_t *q = fv_scale_query(d, item, position) + (size_t)head * dim;
+    const uint64_t n_tokens = position + 1U;
+    const uint64_t n_distinct = (n_tokens < FV_SCALE_WINDOW) ? n_tokens : FV_SCALE_WINDOW;
+    static double scores[FV_SCALE_WINDOW]; /* one thread */
+    double highest = -INFINITY;
+    double sum = 0.0;
+
+    for (uint64_t t = 0; t < n_distinct; t++) {
+        const size_t row =
+            (fv_scale_token(item, layer, t) * (size_t)d->spec->n_kv_heads + kv_head) * dim;
+        double s = 0.0;
+
+        for (size_t i = 0; i < dim; i++) {
+            s += (double)fv_bf16_to_f32(q[i]) * (double)fv_bf16_to_f32(d->k[row + i]);
+        }
+        scores[t] = s * (double)d->spec->softmax_scale;
+        highest = fmax(highest, scores[t]);
+    }
+    memset(out, 0, dim * sizeof(*out));
+    for (uint64_t t = 0; t < n_distinct; t++) {
+        const size_t row =
+            (fv_scale_token(item, layer, t) * (size_t)d->spec->n_kv_heads + kv_head) * dim;
+        const uint64_t n_times = (n_tokens - t - 1U) / FV_SCALE_WINDOW + 1U;
+        const double weight = (double)n_times * exp(scores[t] - highest);
+
+        sum += weight;
+        for (size_t i = 0; i < dim; i++) {
+            out[i] += weight * (double)fv_bf16_to_f32(d->v[row + i]);
+        }
+    }
+    for (size_t i = 0; i < dim; i++) {
+        out[i] /= sum;
+    }
+}

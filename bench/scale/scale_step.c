@@ -1,0 +1,400 @@
+/*
+ * scale_step.c - sessions of a case on its ranks, their steps, and the comparison of what they return.
+ */
+#include "bench/scale/scale.h"
+#include "tests/support/step_pack.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#define VERIFY_ROWS     96 /* of an item at most: evenly spread, all heads */
+#define VERIFY_ITEMS    3
+#define TOLERANCE       6e-3 /* of a row's norm: bf16 results; as in bench_kernels_cuda */
+#define APPENDS_AT_ONCE 256
+
+/* ------------------------------------------------------------------ placement */
+
+/* Head parts for p ranks: all of them, or the largest divisor of p that the KV heads allow. */
+static int head_parts(const fv_scale_case_t *c, int p)
+{
+    int parts = 1;
+
+    if (c->axis == FV_SCALE_CONTEXT) {
+        return 1;
+    }
+    for (int h = 1; h <= p; h++) {
+        const bool is_half = (c->axis == FV_SCALE_GRID) && (h > 1) && (h == p);
+
+        if ((p % h == 0) && (h <= c->n_kv_heads) && !is_half) {
+            parts = h;
+        }
+    }
+    return parts;
+}
+
+/* Shrunken cases are dealt out in as many turns as the whole ones. */
+static uint32_t shard_tokens(const fv_scale_run_t *run)
+{
+    const uint32_t shrink = (run->spec->chunk > 0U) ? 1U : run->r->options->shrink;
+    const uint32_t n = run->spec->shard_tokens / shrink / FV_PAGE_TOKENS * FV_PAGE_TOKENS;
+
+    return (n < FV_PAGE_TOKENS) ? FV_PAGE_TOKENS : n;
+}
+
+static void place(fv_scale_run_t *run)
+{
+    const int parts = head_parts(run->spec, run->p);
+
+    run->placement = (fv_placement_t){.n_head_parts = (uint16_t)parts,
+                                      .n_ctx_parts = (uint16_t)(run->p / parts),
+                                      .shard_tokens = shard_tokens(run)};
+    for (int i = 0; i < run->p; i++) {
+        run->placement.ranks[i] = (uint16_t)i;
+    }
+}
+
+/* ------------------------------------------------------------------ KV */
+
+static fv_layer_kv_t *layer_of(const fv_scale_run_t *run, uint32_t item, uint32_t layer)
+{
+    fv_session_t *session = fv_worker_session(run->r->worker, item);
+
+    return (session->layers == NULL) ? NULL : &session->layers[layer];
+}
+
+static void append(const fv_scale_run_t *run, const fv_append_item_t *appends, size_t n)
+{
+    fv_worker_t *w = run->r->worker;
+
+    if (n > 0U) {
+        fv_scale_check(run->r->backend->append(w->backend, appends, n), "append");
+        fv_scale_check(fv_worker_finish(w, NULL), "append");
+    }
+}
+
+/* Appends tokens [0, n_tokens) of the part that this rank holds, without attending to them. */
+static void put_layer(const fv_scale_run_t *run, uint32_t item, uint32_t layer)
+{
+    fv_worker_t *w = run->r->worker;
+    fv_session_t *session = fv_worker_session(w, item);
+    const fv_ctl_item_t all = {
+        .kv_end = run->n_tokens, .n_tokens = (uint32_t)run->n_tokens, .flags = FV_ITEM_APPEND};
+    const size_t head = (size_t)fv_placement_head_begin(&run->placement, run->model.n_kv_heads,
+                                                        run->r->rank / run->placement.n_ctx_parts) *
+                        (size_t)run->model.head_dim_qk;
+    static fv_page_copy_t copies[FV_HEADS_MAX]; /* none is made: nothing is shared */
+    size_t n_copies = 0;
+    static fv_append_item_t appends[APPENDS_AT_ONCE];
+    size_t n_appends = 0;
+    uint64_t cursor = 0;
+    fv_token_run_t tokens;
+    fv_layer_kv_t *kv = layer_of(run, item, layer);
+
+    fv_scale_check(fv_session_reserve(session, layer, run->n_tokens, w->pool, copies, &n_copies),
+                   "pages");
+    while (fv_token_run_next(&run->placement, session->cp, &all, &cursor, &tokens)) {
+        for (uint64_t done = 0; done < tokens.n_tokens;) {
+            const uint64_t t = tokens.item_begin + done;
+            const uint64_t rest = FV_SCALE_WINDOW - t % FV_SCALE_WINDOW;
+            const uint64_t n = (rest < tokens.n_tokens - done) ? rest : (tokens.n_tokens - done);
+            const size_t at =
+                fv_scale_token(item, layer, t) * (run->data.kv_token_bytes / sizeof(uint16_t)) +
+                head;
+
+            if (n_appends == APPENDS_AT_ONCE) {
+                append(run, appends, n_appends);
+                n_appends = 0;
+            }
+            appends[n_appends++] = (fv_append_item_t){.n_kv_heads = session->n_heads,
+                                                      .head_dim_qk = run->model.head_dim_qk,
+                                                      .head_dim_v = run->model.head_dim_v,
+                                                      .src_dtype = FV_DTYPE_BF16,
+                                                      .kv_dtype = FV_DTYPE_BF16,
+                                                      .k = run->data.k + at,
+                                                      .v = run->data.v + at,
+                                                      .k_token_bytes = run->data.kv_token_bytes,
+                                                      .v_token_bytes = run->data.kv_token_bytes,
+                                                      .local_begin = tokens.local_begin + done,
+                                                      .n_tokens = n,
+                                                      .pages = kv->pages,
+                                                      .pages_head_stride = kv->stride};
+            done += n;
+        }
+    }
+    append(run, appends, n_appends);
+    kv->length = run->n_tokens;
+}
+
+/* By real steps: every row of every chunk is compared. */
+static void prefill(fv_scale_run_t *run, uint32_t layer)
+{
+    fv_ctl_done_t done;
+
+    while (run->lengths[layer] < run->n_tokens) {
+        const uint64_t rest = run->n_tokens - run->lengths[layer];
+        const uint32_t n = (rest < run->spec->chunk) ? (uint32_t)rest : run->spec->chunk;
+
+        if (fv_scale_step_prepare(run, layer, n)) {
+            fv_scale_step_run(run, &done);
+            fv_scale_step_verify(run, layer);
+        }
+        run->lengths[layer] += n;
+    }
+}
+
+static void fill(fv_scale_run_t *run)
+{
+    for (uint32_t layer = 0; layer < run->n_layers; layer++) {
+        if (run->spec->chunk > 0U) {
+            prefill(run, layer);
+            continue;
+        }
+        for (uint32_t item = 0; (run->r->rank < run->p) && (item < run->n_items); item++) {
+            put_layer(run, item, layer);
+        }
+        run->lengths[layer] = run->n_tokens;
+    }
+}
+
+/* ------------------------------------------------------------------ life */
+
+static void describe_model(fv_scale_run_t *run)
+{
+    const fv_scale_case_t *c = run->spec;
+
+    run->model = (fv_model_spec_t){
+        .name = "scale",
+        .n_layers = FV_SCALE_LAYERS_MAX, /* one model for all cases of these heads */
+        .n_q_heads = c->n_q_heads,
+        .n_kv_heads = c->n_kv_heads,
+        .head_dim_qk = c->head_dim,
+        .head_dim_v = c->head_dim,
+        .kv_dtype = FV_DTYPE_BF16,
+        .n_policies = 1};
+    fv_scale_check(fv_model_spec_check(&run->model), "model");
+}
+
+void fv_scale_run_open(fv_scale_run_t *run, fv_scale_rank_t *r, const fv_scale_case_t *c, int p)
+{
+    const uint32_t q_tokens = (c->chunk > 0U) ? c->chunk : 1U;
+
+    run->r = r;
+    run->spec = c;
+    run->p = p;
+    describe_model(run);
+    place(run);
+    const uint32_t model = fv_scale_model(r, &run->model);
+    for (uint32_t i = 0; i < run->n_items; i++) {
+        const fv_ctl_open_t open = {
+            .session_slot = i, .model_slot = model, .placement = run->placement};
+
+        fv_scale_check(fv_worker_open(r->worker, &open), "session");
+    }
+    fv_scale_data_open(&run->data, r, &run->model);
+    run->lengths = fv_scale_alloc(run->n_layers, sizeof(*run->lengths));
+    run->items = fv_scale_alloc(run->n_items, sizeof(*run->items));
+    run->item_of = fv_scale_alloc(run->n_items, sizeof(*run->item_of));
+    run->errors = fv_scale_alloc(run->n_items, sizeof(*run->errors));
+    const size_t n_bytes =
+        (size_t)run->n_items *
+        (q_tokens * (run->data.q_token_bytes + 2U * run->data.kv_token_bytes) + 4U * FV_STEP_ALIGN);
+    fv_scale_check(fv_host_buffer_reserve(&run->in, r->backend, r->worker->backend, n_bytes),
+                   "input");
+    fv_scale_check(fv_host_buffer_reserve(&run->out, r->backend, r->worker->backend, n_bytes),
+                   "output");
+    fill(run);
+}
+
+void fv_scale_run_close(fv_scale_run_t *run)
+{
+    fv_scale_rank_t *r = run->r;
+
+    for (uint32_t i = 0; i < run->n_items; i++) {
+        const fv_ctl_close_t message = {.session_slot = i};
+
+        fv_scale_check(fv_worker_close(r->worker, &message), "close");
+    }
+    fv_host_buffer_free(&run->in, r->backend, r->worker->backend);
+    fv_host_buffer_free(&run->out, r->backend, r->worker->backend);
+    fv_scale_data_close(&run->data, r);
+    free(run->lengths);
+    free(run->items);
+    free(run->item_of);
+    free(run->errors);
+}
+
+/* ------------------------------------------------------------------ a step */
+
+bool fv_scale_step_prepare(fv_scale_run_t *run, uint32_t layer, uint32_t n_tokens)
+{
+    const uint64_t position = run->lengths[layer];
+    const size_t kv_elems = run->data.kv_token_bytes / sizeof(uint16_t);
+    uint16_t *kv = fv_scale_alloc(2U * (size_t)n_tokens, run->data.kv_token_bytes);
+    uint8_t *in = run->in.data;
+    size_t out_bytes = 0;
+
+    run->n_shares = 0;
+    for (uint32_t i = 0; i < run->n_items; i++) {
+        const fv_ctl_item_t item = {.session_slot = i,
+                                    .layer = layer,
+                                    .position = position,
+                                    .kv_end = position + n_tokens,
+                                    .n_tokens = n_tokens,
+                                    .dtype = FV_DTYPE_BF16,
+                                    .flags = FV_ITEM_CAUSAL | FV_ITEM_APPEND};
+        const fv_step_io_t full = {.q = fv_scale_query(&run->data, i, position),
+                                   .k = kv,
+                                   .v = kv + (size_t)n_tokens * kv_elems,
+                                   .q_token_bytes = run->data.q_token_bytes,
+                                   .k_token_bytes = run->data.kv_token_bytes,
+                                   .v_token_bytes = run->data.kv_token_bytes};
+        fv_item_share_t share;
+
+        if (!fv_item_share(&run->model, &run->placement, &item, (uint32_t)run->r->rank, &share)) {
+            continue;
+        }
+        for (uint64_t t = 0; t < n_tokens; t++) {
+            const size_t from = fv_scale_token(i, layer, position + t) * kv_elems;
+
+            memcpy(kv + t * kv_elems, run->data.k + from, run->data.kv_token_bytes);
+            memcpy(kv + (n_tokens + t) * kv_elems, run->data.v + from, run->data.kv_token_bytes);
+        }
+        in += fv_pack_input(&run->model, &run->placement, &item, (uint32_t)run->r->rank, &full, in);
+        out_bytes += fv_share_out_bytes(&share);
+        run->item_of[run->n_shares] = i;
+        run->items[run->n_shares++] = item;
+    }
+    free(kv);
+    run->step = (fv_ctl_step_t){.step_id = ++run->step_id,
+                                .n_items = run->n_shares,
+                                .in_bytes = (uint64_t)(in - (uint8_t *)run->in.data),
+                                .out_bytes = out_bytes};
+    memset(run->out.data, 0xff, out_bytes); /* NaN: what is not written shows */
+    return run->n_shares > 0U;
+}
+
+void fv_scale_step_run(fv_scale_run_t *run, fv_ctl_done_t *out_done)
+{
+    fv_scale_check(fv_worker_step_packed(run->r->worker, &run->step, run->items, run->in.data,
+                                         run->out.data, out_done, run->errors),
+                   "step");
+    if (out_done->error.status != FV_OK) {
+        (void)fv_fail(out_done->error.status, "%s", out_done->error.text);
+        fv_scale_die("item");
+    }
+}
+
+/* ------------------------------------------------------------------ comparison */
+
+/* A row of the result against fp64 and against what one rank gave: the first token of step 1 is kept for that. */
+static void verify_row(fv_scale_run_t *run,
+                       uint32_t layer,
+                       const fv_ctl_item_t *item,
+                       uint64_t t,
+                       int32_t head,
+                       const uint16_t *row)
+{
+    const size_t dim = (size_t)run->model.head_dim_v;
+    const bool is_first = (layer == 0U) && (item->position + t == run->n_tokens);
+    double want[FV_HEAD_DIM_MAX];
+    double error = 0.0;
+    double norm = 0.0;
+    double difference = 0.0;
+
+    fv_scale_expected(&run->data, item->session_slot, layer, item->position + t, head, want);
+    const uint16_t *one =
+        (is_first && (run->one_rank != NULL))
+            ? run->one_rank +
+                  ((size_t)item->session_slot * (size_t)run->model.n_q_heads + (size_t)head) * dim
+            : row;
+    for (size_t d = 0; d < dim; d++) {
+        const double got = (double)fv_bf16_to_f32(row[d]);
+
+        error += (got - want[d]) * (got - want[d]);
+        difference +=
+            (got - (double)fv_bf16_to_f32(one[d])) * (got - (double)fv_bf16_to_f32(one[d]));
+        norm += want[d] * want[d];
+    }
+    error = sqrt(error / norm);
+    difference = sqrt(difference / norm);
+    if (!(error <= TOLERANCE) || !(difference <= TOLERANCE)) { /* NaN, too */
+        (void)fv_fail(
+            FV_ERR_INTERNAL,
+            "%s on %d ranks: item %u, layer %u, position %llu, head %d: error %.3g of the row, %.3g from "
+            "one rank's, expected at most %g",
+            run->spec->name, run->p, item->session_slot, layer,
+            (unsigned long long)(item->position + t), head, error, difference, TOLERANCE);
+        fv_scale_die("verify");
+    }
+    run->error = fmax(run->error, error);
+    run->difference = fmax(run->difference, difference);
+}
+
+static bool is_looked_at(const fv_scale_run_t *run, uint32_t item)
+{
+    for (uint32_t i = 0; i < VERIFY_ITEMS; i++) {
+        if (item == (run->n_items - 1U) * i / (VERIFY_ITEMS - 1U)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+void fv_scale_step_verify(fv_scale_run_t *run, uint32_t layer)
+{
+    const uint8_t *out = run->out.data;
+    const int32_t group = fv_model_group(&run->model);
+    const size_t dim = (size_t)run->model.head_dim_v;
+
+    for (uint32_t i = 0; i < run->n_shares; i++) {
+        fv_item_share_t share;
+
+        (void)fv_item_share(&run->model, &run->placement, &run->items[i], (uint32_t)run->r->rank,
+                            &share);
+        const uint64_t n_heads = (uint64_t)((share.head_end - share.head_begin) * group);
+        const uint64_t n_rows = share.row_end - share.row_begin;
+        const uint64_t stride = (n_rows <= VERIFY_ROWS) ? 1U : ((n_rows / VERIFY_ROWS) | 1U);
+        for (uint64_t i_row = 0; (i_row < n_rows) && is_looked_at(run, run->item_of[i]);
+             i_row += stride) {
+            const uint64_t row = share.row_begin + i_row;
+
+            verify_row(run, layer, &run->items[i], row / n_heads,
+                       share.head_begin * group + (int32_t)(row % n_heads),
+                       (const uint16_t *)(const void *)out + i_row * dim);
+        }
+        out += fv_share_out_bytes(&share);
+    }
+}
+
+/* ------------------------------------------------------------------ what a step moves */
+
+double fv_scale_kv_bytes(const fv_scale_run_t *run)
+{
+    double n_bytes = 0.0;
+
+    if (run->r->rank < run->p) {
+        const fv_session_t *session = fv_worker_session(run->r->worker, 0);
+
+        n_bytes = (double)fv_session_own(session, run->n_tokens) * (double)session->n_heads *
+                  (double)fv_model_token_bytes(&run->model) * (double)run->n_items;
+    }
+    return fv_scale_max(run->r, n_bytes);
+}
+
+double fv_scale_sent_bytes(const fv_scale_run_t *run)
+{
+    const size_t row_bytes = (size_t)run->model.head_dim_v * sizeof(float);
+    double n_bytes = 0.0;
+
+    for (uint32_t i = 0; i < run->n_shares; i++) {
+        fv_item_share_t share;
+
+        (void)fv_item_share(&run->model, &run->placement, &run->items[i], (uint32_t)run->r->rank,
+                            &share);
+        const uint64_t n_rows =
+            (share.n_parts > 1) ? (share.n_rows - (share.row_end - share.row_begin)) : 0U;
+        n_bytes += (double)n_rows * (double)(row_bytes + sizeof(float));
+    }
+    return fv_scale_max(run->r, n_bytes);
+}
