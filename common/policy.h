@@ -134,6 +134,9 @@ static inline FV_HD uint32_t fv_s2_quarters(const fv_policy_t *p, int32_t head, 
     int32_t residue = fv_s2_residue(p, head);
     uint32_t quarters = 0;
 
+    if (p->block_tokens >= FV_PAGE_TOKENS) {
+        return (token / p->block_tokens % p->vert_stride == residue) ? FV_S2_QUARTERS_ALL : 0U;
+    }
     for (int32_t i = 0; i < FV_S2_QUARTERS; i++) {
         int64_t block = (token + (int64_t)i * FV_S2_BLOCK_MIN) / p->block_tokens;
 

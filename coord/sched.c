@@ -70,15 +70,6 @@ const fv_ctl_memory_t *fv_sched_rank(const fv_sched_t *sched, uint32_t rank)
 
 /* ------------------------------------------------------------------ models */
 
-static void add_warning(fv_register_response_t *response, const char *text)
-{
-    if (response->n_warnings < 4U) {
-        (void)snprintf(response->warnings[response->n_warnings], sizeof(response->warnings[0]),
-                       "%s", text);
-        response->n_warnings++;
-    }
-}
-
 static int32_t find_model(const fv_sched_t *sched, const char *id)
 {
     for (uint32_t i = 0; i < sched->n_models; i++) {
@@ -101,34 +92,6 @@ static fv_status_t check_served(const fv_sched_t *sched, const fv_model_spec_t *
     return FV_OK;
 }
 
-/* Heads that leave a block to no one but the local window see less than their layer's context. */
-static void warn_coverage(const fv_model_spec_t *spec, fv_register_response_t *response)
-{
-    for (int32_t i = 0; i < spec->n_policies; i++) {
-        const fv_policy_t *p = &spec->policies[i];
-        char text[sizeof(response->warnings[0])];
-        int32_t n_layers = 0;
-        int32_t first = 0;
-
-        for (int32_t layer = spec->n_layers - 1; layer >= 0; layer--) {
-            if (spec->layer_policy[layer] == i) {
-                n_layers++;
-                first = layer;
-            }
-        }
-        if ((p->kind != FV_POLICY_S2) || (n_layers == 0) || (fv_s2_coverage(p) == p->vert_stride)) {
-            continue;
-        }
-        (void)snprintf(
-            text, sizeof(text),
-            "S2 in %d layers (layer %d the first): no head reads %d of every %d blocks "
-            "once they have left the %d local ones; dense layers between, more heads or a "
-            "smaller stride would",
-            n_layers, first, p->vert_stride - fv_s2_coverage(p), p->vert_stride, p->local_blocks);
-        add_warning(response, text);
-    }
-}
-
 fv_status_t fv_sched_register(fv_sched_t *sched,
                               fv_model_spec_t *spec,
                               fv_register_response_t *out,
@@ -141,12 +104,7 @@ fv_status_t fv_sched_register(fv_sched_t *sched,
     /* The id is the spec's own checksum, so it is the same after a restart. */
     (void)snprintf(response.model_id, sizeof(response.model_id), "m%016" PRIx64,
                    fv_crc64(spec, sizeof(*spec)));
-    if ((spec->sharding.mode == FV_SHARDING_HEADS) && (spec->n_kv_heads == 1)) {
-        add_warning(&response,
-                    "sharding.mode: HEADS cannot split one KV head; every session of this "
-                    "model lives on one rank (CONTEXT would spread it)");
-    }
-    warn_coverage(spec, &response);
+    fv_sched_warn(spec, &response);
     int32_t known = find_model(sched, response.model_id);
     if (known >= 0) {
         if (!fv_model_spec_equal(&sched->models[known].spec, spec)) {
@@ -211,11 +169,18 @@ static void account_opening(fv_sched_t *sched, fv_session_t *session, uint64_t h
     const fv_model_spec_t *spec = &sched->models[session->model_slot].spec;
     uint64_t n_tokens = (hint == 0) ? 1U : hint;
 
+    for (int32_t i = 0; i < spec->n_layers; i++) { /* for a moment as it is expected to become */
+        session->layers[i].n_tokens = n_tokens;
+        session->layers[i].floor = n_tokens - 1U;
+    }
     for (int32_t cell = 0; cell < n_cells(&session->placement); cell++) {
-        uint64_t bytes = fv_plan_growth_bytes(spec, &session->placement, cell, 0, n_tokens) *
-                         (uint64_t)spec->n_layers;
+        uint64_t bytes = fv_session_cell_bytes(session, spec, cell);
         fv_planner_account(sched->planner, session->placement.ranks[cell], (int64_t)bytes);
         session->accounted[cell] = bytes;
+    }
+    for (int32_t i = 0; i < spec->n_layers; i++) {
+        session->layers[i].n_tokens = 0;
+        session->layers[i].floor = 0;
     }
 }
 
@@ -268,6 +233,31 @@ fv_status_t fv_sched_open(fv_sched_t *sched,
     return FV_OK;
 }
 
+/* A layer cut to `position` must still have what the next query reads. */
+static fv_status_t check_cut(const fv_sched_t *sched,
+                             const fv_session_t *session,
+                             const char *field,
+                             uint64_t position)
+{
+    const fv_model_spec_t *spec = &sched->models[session->model_slot].spec;
+
+    for (int32_t i = 0; i < session->n_layers; i++) {
+        const fv_layer_t *layer = &session->layers[i];
+
+        if ((position < layer->n_tokens) &&
+            !fv_policy_is_readable(&spec->policies[spec->layer_policy[i]], spec->n_kv_heads,
+                                   fv_model_group(spec), (int64_t)layer->floor, (int64_t)position,
+                                   (int64_t)position)) {
+            return fv_fail(FV_ERR_PRECONDITION,
+                           "%s: given %" PRIu64 ", expected %" PRIu64
+                           " (the last append) or more, or 0: layer %d's policy has freed KV that "
+                           "queries before it read",
+                           field, position, layer->floor, i);
+        }
+    }
+    return FV_OK;
+}
+
 /* The fork's tables as its parent's up to at_position. */
 static fv_status_t copy_parent(fv_session_t *parent, uint64_t at_position, fv_session_t *child)
 {
@@ -311,6 +301,7 @@ fv_status_t fv_sched_fork(fv_sched_t *sched,
                        "at_position: given %" PRIu64 ", the session has %" PRIu64 " tokens",
                        at_position, n_tokens);
     }
+    FV_RETURN_IF_ERR(check_cut(sched, parent, "at_position", at_position));
     FV_RETURN_IF_ERR(check_session_quota(parent->owner));
     FV_RETURN_IF_ERR(fv_session_add(sched->sessions, &birth->id, parent->n_layers, &child));
     child->owner = parent->owner;
@@ -351,6 +342,7 @@ fv_status_t fv_sched_truncate(fv_sched_t *sched,
                        "position: given %" PRIu64 ", the session has %" PRIu64 " tokens", position,
                        n_tokens);
     }
+    FV_RETURN_IF_ERR(check_cut(sched, session, "position", position));
     for (int32_t i = 0; i < session->n_layers; i++) {
         fv_layer_truncate(&session->layers[i], position, session->is_forked);
     }

@@ -156,7 +156,8 @@ void fv_sched_next_step(fv_sched_t *sched,
 
 /*
  * Commits a step that ran: lengths and digests of every joined request whose error is still FV_OK. A request
- * that failed on a rank (error set by the engine) leaves the lengths as they were; the engine truncates the ranks.
+ * that failed on a rank (error set by the engine) leaves the lengths as they were; the engine truncates the ranks. What
+ * earlier appends alone could still read is freed all the same: some ranks have done so.
  */
 void fv_sched_step_done(fv_sched_t *sched, const fv_step_plan_t *plan);
 

@@ -29,4 +29,22 @@ struct fv_sched {
 /* Tells the planner what a session holds now on one cell. */
 void fv_sched_account(fv_sched_t *sched, fv_session_t *session, int32_t cell, uint64_t held_bytes);
 
+/*
+ * All or nothing: charges the owner's quota and takes the request's pages on every rank from the mirror, or neither.
+ * Errors: FV_ERR_EXHAUSTED.
+ */
+FV_MUST_CHECK fv_status_t fv_sched_reserve(fv_sched_t *sched, fv_request_t *request);
+
+/*
+ * Item i, an append, has run, and its layer has n_tokens now. The layer's floor moves to its position, committed or
+ * not: some ranks may have freed what lies behind it. What the cells hold grows by the pages up to n_tokens, and shrinks by those.
+ */
+void fv_sched_account_item(fv_sched_t *sched,
+                           const fv_request_t *request,
+                           uint32_t i,
+                           uint64_t n_tokens);
+
+/* What is to be said of a model that is accepted, for a person. */
+void fv_sched_warn(const fv_model_spec_t *spec, fv_register_response_t *response);
+
 #endif /* FV_COORD_SCHED_INTERNAL_H */

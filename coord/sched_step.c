@@ -4,6 +4,7 @@
  * Decode path: station 3 of 10, continued from sched.h.
  */
 #include "common/digest.h"
+#include "common/policy.h"
 #include "coord/sched_internal.h"
 
 #include <inttypes.h>
@@ -216,137 +217,23 @@ check_position(const fv_request_t *request, uint32_t i, uint64_t tokens_max, fv_
                                     : "no append of exactly these tokens");
 }
 
-/* ------------------------------------------------------------------ memory */
-
-/* Pages of the model's size that the rank can still give: loose ones, and whole free slabs. */
-static uint64_t pages_free(const fv_sched_t *sched, uint32_t rank, uint32_t model_slot)
+/* Queries before the last append may find that what they would read is freed. */
+static fv_status_t check_readable(const fv_request_t *request, uint32_t i)
 {
-    const fv_ctl_memory_t *memory = &sched->ranks[rank];
-    uint64_t page_bytes = fv_model_page_bytes(&sched->models[model_slot].spec);
-
-    return memory->n_pages_free[model_slot] +
-           memory->n_slabs_free * (memory->slab_bytes / page_bytes);
-}
-
-/* Takes pages from the mirror, as the rank's pool will: loose pages first, then slabs. */
-static void take_pages(fv_sched_t *sched, uint32_t rank, uint32_t model_slot, uint64_t n_pages)
-{
-    fv_ctl_memory_t *memory = &sched->ranks[rank];
-    size_t page_bytes = fv_model_page_bytes(&sched->models[model_slot].spec);
-    uint64_t pages_per_slab = memory->slab_bytes / page_bytes;
-    uint64_t loose = memory->n_pages_free[model_slot];
-
-    if (n_pages > loose) {
-        uint64_t n_slabs = fv_div_up(n_pages - loose, pages_per_slab);
-        memory->n_slabs_free -= (uint32_t)n_slabs;
-        loose += n_slabs * pages_per_slab;
-    }
-    loose -= n_pages;
-    memory->kv_bytes_free -= n_pages * page_bytes;
-    for (uint32_t i = 0; i < sched->n_models; i++) { /* models of one page size share their slabs */
-        if (fv_model_page_bytes(&sched->models[i].spec) == page_bytes) {
-            memory->n_pages_free[i] = (uint32_t)loose;
-        }
-    }
-}
-
-/* Adds what one appending item needs on each rank to the scratch; O(cells). */
-static uint32_t
-count_pages(fv_sched_t *sched, const fv_request_t *request, uint32_t i, uint32_t n_touched)
-{
-    const fv_session_t *session = request->sessions[i];
-    const fv_placement_t *p = &session->placement;
+    const fv_model_spec_t *spec = request->spec;
     const fv_ctl_item_t *item = &request->ctl_items[i];
-    uint64_t end = item->position + item->n_tokens;
+    const fv_layer_t *layer = &request->sessions[i]->layers[item->layer];
 
-    for (int32_t cell = 0; cell < p->n_head_parts * p->n_ctx_parts; cell++) {
-        int32_t cp = cell % p->n_ctx_parts;
-        int32_t hp = cell / p->n_ctx_parts;
-        uint64_t n_pages =
-            fv_placement_pages(p, cp, end) - fv_placement_pages(p, cp, item->position);
-        if (fv_layer_copies_tail(&session->layers[item->layer]) &&
-            (fv_placement_part_of(p, item->position) == cp)) {
-            n_pages++; /* the shared partial page is copied first */
-        }
-        if (n_pages == 0) {
-            continue;
-        }
-        uint32_t rank = p->ranks[cell];
-        n_pages *= (uint64_t)(fv_placement_head_begin(p, request->spec->n_kv_heads, hp + 1) -
-                              fv_placement_head_begin(p, request->spec->n_kv_heads, hp));
-        if (sched->pages_needed[rank] == 0) {
-            sched->touched_ranks[n_touched++] = rank;
-        }
-        sched->pages_needed[rank] += n_pages;
-    }
-    return n_touched;
-}
-
-/* All or nothing: takes the request's pages on every rank, or none. */
-static fv_status_t reserve_memory(fv_sched_t *sched, fv_request_t *request)
-{
-    uint32_t n_touched = 0;
-    fv_status_t status = FV_OK;
-
-    for (uint32_t i = 0; i < request->head.n_items; i++) {
-        if ((request->ctl_items[i].flags & FV_ITEM_APPEND) != 0) {
-            n_touched = count_pages(sched, request, i, n_touched);
-        }
-    }
-    for (uint32_t t = 0; (t < n_touched) && (status == FV_OK); t++) {
-        uint32_t rank = sched->touched_ranks[t];
-        uint64_t free_pages = pages_free(sched, rank, request->model_slot);
-        uint64_t page_bytes = fv_model_page_bytes(request->spec);
-        if (sched->pages_needed[rank] > free_pages) {
-            status = fv_fail(FV_ERR_EXHAUSTED,
-                             "KV memory of rank %u: %" PRIu64 " bytes needed, %" PRIu64
-                             " free of %" PRIu64 "; close or truncate sessions",
-                             rank, sched->pages_needed[rank] * page_bytes, free_pages * page_bytes,
-                             sched->ranks[rank].kv_bytes_total);
-        }
-    }
-    for (uint32_t t = 0; t < n_touched; t++) {
-        uint32_t rank = sched->touched_ranks[t];
-        if (status == FV_OK) {
-            take_pages(sched, rank, request->model_slot, sched->pages_needed[rank]);
-        }
-        sched->pages_needed[rank] = 0;
-    }
-    return status;
-}
-
-/* What the appends of a request add to what its sessions hold, over all ranks. */
-static uint64_t growth_bytes(const fv_request_t *request)
-{
-    uint64_t n_bytes = 0;
-
-    for (uint32_t i = 0; i < request->head.n_items; i++) {
-        const fv_ctl_item_t *item = &request->ctl_items[i];
-        const fv_placement_t *p = &request->sessions[i]->placement;
-        for (int32_t cell = 0;
-             ((item->flags & FV_ITEM_APPEND) != 0) && (cell < p->n_head_parts * p->n_ctx_parts);
-             cell++) {
-            n_bytes += fv_plan_growth_bytes(request->spec, p, cell, item->position,
-                                            item->position + item->n_tokens);
-        }
-    }
-    return n_bytes;
-}
-
-/* The quota of the sessions' owner: charged now, settled when the step is done. */
-static fv_status_t check_kv_quota(fv_request_t *request)
-{
-    const fv_principal_t *owner = request->sessions[0]->owner;
-
-    request->kv_bytes_pending = 0;
-    if ((owner == NULL) ||
-        (atomic_load_explicit(&owner->kv_bytes_max, memory_order_relaxed) == 0)) {
+    if (fv_policy_is_readable(&spec->policies[spec->layer_policy[item->layer]], spec->n_kv_heads,
+                              fv_model_group(spec), (int64_t)layer->floor, (int64_t)item->position,
+                              (int64_t)fv_item_sees_end(item))) {
         return FV_OK;
     }
-    uint64_t n_bytes = growth_bytes(request);
-    FV_RETURN_IF_ERR(fv_principal_check_kv(owner, n_bytes));
-    request->kv_bytes_pending = n_bytes;
-    return FV_OK;
+    return fv_fail(FV_ERR_PRECONDITION,
+                   "items[%u].position: given %" PRIu64
+                   ", whose KV layer %u's policy has freed; queries from %" PRIu64
+                   " on (the last append) are possible",
+                   i, item->position, item->layer, layer->floor);
 }
 
 static fv_status_t admit(fv_sched_t *sched, fv_request_t *request)
@@ -354,6 +241,7 @@ static fv_status_t admit(fv_sched_t *sched, fv_request_t *request)
     for (uint32_t i = 0; i < request->head.n_items; i++) {
         FV_RETURN_IF_ERR(
             check_position(request, i, sched->config.session_tokens_max, &request->ctl_items[i]));
+        FV_RETURN_IF_ERR(check_readable(request, i));
     }
     if (sched->config.prepare != NULL) {
         FV_RETURN_IF_ERR(sched->config.prepare(request));
@@ -364,12 +252,7 @@ static fv_status_t admit(fv_sched_t *sched, fv_request_t *request)
                 fv_layer_reserve_record(&request->sessions[i]->layers[request->head.layer]));
         }
     }
-    FV_RETURN_IF_ERR(check_kv_quota(request));
-    FV_RETURN_IF_ERR(reserve_memory(sched, request));
-    if (request->kv_bytes_pending > 0) { /* joins: nothing can refuse it any more */
-        request->sessions[0]->owner->kv_bytes_pending += request->kv_bytes_pending;
-    }
-    return FV_OK;
+    return fv_sched_reserve(sched, request);
 }
 
 /* ------------------------------------------------------------------ the step */
@@ -487,17 +370,10 @@ void fv_sched_next_step(fv_sched_t *sched,
 static void commit_item(fv_sched_t *sched, const fv_request_t *request, uint32_t i)
 {
     const fv_ctl_item_t *item = &request->ctl_items[i];
-    fv_session_t *session = request->sessions[i];
-    const fv_placement_t *p = &session->placement;
-    fv_layer_t *layer = &session->layers[item->layer];
+    fv_layer_t *layer = &request->sessions[i]->layers[item->layer];
     uint64_t end = item->position + item->n_tokens;
 
-    for (int32_t cell = 0; cell < p->n_head_parts * p->n_ctx_parts; cell++) {
-        uint64_t bytes = fv_plan_growth_bytes(request->spec, p, cell, item->position, end);
-        if (bytes > 0) {
-            fv_sched_account(sched, session, cell, session->held[cell] + bytes);
-        }
-    }
+    fv_sched_account_item(sched, request, i, end);
     layer->n_tokens = end;
     fv_layer_own_tail(layer);
     fv_layer_add_record(layer, item->position, item->n_tokens, request->digests[i]);
@@ -510,12 +386,14 @@ void fv_sched_step_done(fv_sched_t *sched, const fv_step_plan_t *plan)
         if (r->kv_bytes_pending > 0) {
             r->sessions[0]->owner->kv_bytes_pending -= r->kv_bytes_pending;
         }
-        if (r->error.status != FV_OK) {
-            continue;
-        }
         for (uint32_t i = 0; i < r->head.n_items; i++) {
-            if ((r->ctl_items[i].flags & FV_ITEM_APPEND) != 0) {
+            if ((r->ctl_items[i].flags & FV_ITEM_APPEND) == 0) {
+                continue;
+            }
+            if (r->error.status == FV_OK) {
                 commit_item(sched, r, i);
+            } else {
+                fv_sched_account_item(sched, r, i, r->ctl_items[i].position);
             }
         }
     }

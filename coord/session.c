@@ -3,6 +3,8 @@
  */
 #include "coord/session.h"
 
+#include "proto/reduce.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -243,6 +245,7 @@ void fv_layer_own_tail(fv_layer_t *layer)
 static void cut(fv_layer_t *layer, uint64_t position)
 {
     layer->n_tokens = position;
+    layer->floor = (layer->floor < position) ? layer->floor : position;
     while ((layer->n_records > 0) && (layer->records[layer->n_records - 1U].position +
                                           layer->records[layer->n_records - 1U].n_tokens >
                                       position)) {
@@ -282,13 +285,16 @@ static fv_status_t share_tail(fv_layer_t *parent, fv_layer_t *child)
 
 fv_status_t fv_layer_fork(fv_layer_t *parent, uint64_t at, fv_layer_t *child)
 {
-    fv_layer_t view = {
-        .n_tokens = parent->n_tokens, .records = parent->records, .n_records = parent->n_records};
+    fv_layer_t view = {.n_tokens = parent->n_tokens,
+                       .floor = parent->floor,
+                       .records = parent->records,
+                       .n_records = parent->n_records};
 
     if (at < parent->n_tokens) {
         cut(&view, at);
     }
     child->n_tokens = view.n_tokens;
+    child->floor = view.floor;
     if (view.n_records > 0) {
         child->records = malloc((size_t)view.n_records * sizeof(*child->records));
         if (child->records == NULL) {
@@ -308,18 +314,36 @@ fv_status_t fv_layer_fork(fv_layer_t *parent, uint64_t at, fv_layer_t *child)
     return FV_OK;
 }
 
+uint64_t fv_session_layer_pages(const fv_session_t *session,
+                                const fv_model_spec_t *spec,
+                                int32_t cell,
+                                int32_t layer)
+{
+    const fv_placement_t *p = &session->placement;
+    const fv_layer_t *l = &session->layers[layer];
+    int32_t hp = cell / p->n_ctx_parts;
+    uint64_t n_heads = (uint64_t)(fv_placement_head_begin(p, spec->n_kv_heads, hp + 1) -
+                                  fv_placement_head_begin(p, spec->n_kv_heads, hp));
+
+    return fv_placement_pages(p, cell % p->n_ctx_parts, l->n_tokens) * n_heads -
+           fv_reduce_freed_before(spec, &spec->policies[spec->layer_policy[layer]], p, cell,
+                                  l->floor);
+}
+
 uint64_t
 fv_session_cell_bytes(const fv_session_t *session, const fv_model_spec_t *spec, int32_t cell)
 {
-    const fv_placement_t *p = &session->placement;
-    int32_t hp = cell / p->n_ctx_parts;
-    int32_t cp = cell % p->n_ctx_parts;
-    uint64_t n_heads = (uint64_t)(fv_placement_head_begin(p, spec->n_kv_heads, hp + 1) -
-                                  fv_placement_head_begin(p, spec->n_kv_heads, hp));
     uint64_t n_pages = 0;
+    uint64_t of_layer = 0;
 
     for (int32_t i = 0; i < session->n_layers; i++) {
-        n_pages += fv_placement_pages(p, cp, session->layers[i].n_tokens);
+        const fv_layer_t *l = &session->layers[i];
+        /* layers mostly are as the one before: counted once */
+        if ((i == 0) || (l->n_tokens != l[-1].n_tokens) || (l->floor != l[-1].floor) ||
+            (spec->layer_policy[i] != spec->layer_policy[i - 1])) {
+            of_layer = fv_session_layer_pages(session, spec, cell, i);
+        }
+        n_pages += of_layer;
     }
-    return n_pages * n_heads * fv_model_page_bytes(spec);
+    return n_pages * fv_model_page_bytes(spec);
 }

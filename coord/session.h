@@ -32,7 +32,9 @@ typedef struct fv_tail {
 } fv_tail_t;
 
 typedef struct fv_layer {
-    uint64_t n_tokens;     /* committed */
+    uint64_t n_tokens; /* committed */
+    uint64_t
+        floor; /* position of the last append, or where the layer was cut: queries from here on are possible */
     uint64_t step_mark;    /* the last step that a request of this layer joined or waited for */
     uint64_t request_mark; /* the last request that was checked here: finds an item given twice */
     fv_append_record_t *records; /* ascending position; owned */
@@ -103,7 +105,13 @@ bool fv_layer_copies_tail(const fv_layer_t *layer);
 /* The layer's last page is its own from now on (or there is none): it has been copied, filled or cut off. */
 void fv_layer_own_tail(fv_layer_t *layer);
 
-/* Bytes of whole pages that the session holds on one cell of its placement. */
+/* Pages that the session holds of a layer on one cell of its placement, over the cell's KV heads. */
+uint64_t fv_session_layer_pages(const fv_session_t *session,
+                                const fv_model_spec_t *spec,
+                                int32_t cell,
+                                int32_t layer);
+
+/* Bytes of whole pages that the session holds on one cell of its placement: what no query can read any more is not. */
 uint64_t
 fv_session_cell_bytes(const fv_session_t *session, const fv_model_spec_t *spec, int32_t cell);
 

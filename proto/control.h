@@ -128,6 +128,14 @@ typedef struct fv_ctl_item {
     uint16_t flags;    /* FV_ITEM_* */
 } fv_ctl_item_t;
 
+/* No row of the item sees this token or a later one. */
+static inline uint64_t fv_item_sees_end(const fv_ctl_item_t *item)
+{
+    uint64_t end = item->position + item->n_tokens;
+
+    return (((item->flags & FV_ITEM_CAUSAL) != 0) && (end < item->kv_end)) ? end : item->kv_end;
+}
+
 typedef struct fv_ctl_step {
     uint64_t step_id;
     uint32_t n_items;

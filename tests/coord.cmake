@@ -1,6 +1,7 @@
 # Tests of coord/: the scheduler core.
 fv_add_test(test_session unit SOURCES unit/test_session.c LIBS fv_coord)
 fv_add_test(test_sched unit SOURCES unit/test_sched.c support/sched_case.c LIBS fv_coord)
+fv_add_test(test_sched_s2 unit SOURCES unit/test_sched_s2.c support/sched_case.c LIBS fv_coord)
 fv_add_test(test_staging unit SOURCES unit/test_staging.c LIBS fv_coord Threads::Threads)
 fv_add_test(test_dispatch unit SOURCES unit/test_dispatch.c support/sched_case.c LIBS fv_coord)
 fv_add_test(sim_sched sim SOURCES sim/sim_sched.c support/sched_case.c

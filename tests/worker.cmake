@@ -5,6 +5,8 @@ fv_add_test(test_kv_pool unit SOURCES unit/test_kv_pool.c LIBS fv_worker)
 fv_add_test(test_exchange_regions unit SOURCES unit/test_exchange_regions.c LIBS fv_worker)
 fv_add_test(prop_worker property SOURCES property/prop_worker.c ${_rig}
             LIBS fv_worker Threads::Threads TIMEOUT 180)
+fv_add_test(prop_worker_s2 property SOURCES property/prop_worker_s2.c ${_rig}
+            LIBS fv_worker Threads::Threads TIMEOUT 180)
 fv_add_test(test_exchange_mpi mpi SOURCES mpi/test_exchange_mpi.c LIBS fv_worker MPI::MPI_C RANKS 3)
 fv_add_test(test_worker_serve mpi SOURCES mpi/test_worker_serve.c support/step_pack.c
             LIBS fv_worker MPI::MPI_C RANKS 3)

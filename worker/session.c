@@ -3,6 +3,8 @@
  */
 #include "worker/session.h"
 
+#include "proto/reduce.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -29,8 +31,9 @@ fv_status_t fv_session_create(const fv_worker_model_t *model,
         int32_t hp = cell / placement->n_ctx_parts;
 
         session->cp = cell % placement->n_ctx_parts;
+        session->head_begin = fv_placement_head_begin(placement, model->spec.n_kv_heads, hp);
         session->n_heads = fv_placement_head_begin(placement, model->spec.n_kv_heads, hp + 1) -
-                           fv_placement_head_begin(placement, model->spec.n_kv_heads, hp);
+                           session->head_begin;
         session->layers = calloc((size_t)model->spec.n_layers, sizeof(*session->layers));
         if (session->layers == NULL) {
             free(session);
@@ -42,17 +45,30 @@ fv_status_t fv_session_create(const fv_worker_model_t *model,
     return FV_OK;
 }
 
+/* An entry of the table leaves it. */
+static void release(fv_layer_kv_t *layer, size_t i, fv_kv_pool_t *pool)
+{
+    if (layer->pages[i] == FV_PAGE_NONE) {
+        layer->n_freed--;
+    } else {
+        fv_kv_pool_unref(pool, layer->pages[i]);
+    }
+}
+
 /* Drops the pages [n_keep, n_pages) of every head. */
 static void
 drop_pages(const fv_session_t *session, fv_layer_kv_t *layer, uint32_t n_keep, fv_kv_pool_t *pool)
 {
     for (uint32_t h = 0; h < (uint32_t)session->n_heads; h++) {
         for (uint32_t p = n_keep; p < layer->n_pages; p++) {
-            fv_kv_pool_unref(pool, layer->pages[(size_t)h * layer->stride + p]);
+            release(layer, (size_t)h * layer->stride + p, pool);
         }
     }
     if (n_keep < layer->n_pages) {
         layer->n_pages = n_keep;
+    }
+    if (layer->n_dead > layer->n_pages) {
+        layer->n_dead = layer->n_pages;
     }
 }
 
@@ -105,6 +121,16 @@ static uint32_t pages_for(const fv_session_t *session, uint64_t n_tokens)
     return (uint32_t)fv_placement_pages(&session->placement, session->cp, n_tokens);
 }
 
+/* A copied entry becomes one more reference. */
+static void share(fv_layer_kv_t *layer, size_t i, fv_kv_pool_t *pool)
+{
+    if (layer->pages[i] == FV_PAGE_NONE) {
+        layer->n_freed++;
+    } else {
+        fv_kv_pool_ref(pool, layer->pages[i]);
+    }
+}
+
 fv_status_t fv_session_fork(const fv_session_t *parent,
                             uint64_t at_position,
                             fv_kv_pool_t *pool,
@@ -129,10 +155,12 @@ fv_status_t fv_session_fork(const fv_session_t *parent,
             memcpy(&to->pages[h * to->stride], &from->pages[h * from->stride],
                    n_pages * sizeof(*to->pages));
             for (uint32_t p = 0; p < n_pages; p++) {
-                fv_kv_pool_ref(pool, to->pages[h * to->stride + p]);
+                share(to, h * to->stride + p, pool);
             }
         }
         to->n_pages = n_pages;
+        to->n_dead = (from->n_dead < n_pages) ? from->n_dead : n_pages;
+        to->floor = (from->floor < length) ? from->floor : length;
         to->length = length;
     }
     *out = child;
@@ -146,9 +174,33 @@ void fv_session_truncate(fv_session_t *session,
 {
     fv_layer_kv_t *l = &session->layers[layer];
 
+    l->floor = (l->floor < position) ? l->floor : position;
     if (position < l->length) {
         l->length = position;
         fv_session_trim(session, layer, pool);
+    }
+}
+
+void fv_session_settle(fv_session_t *session, uint32_t layer, uint64_t position, fv_kv_pool_t *pool)
+{
+    const fv_model_spec_t *spec = &session->model->spec;
+    const fv_policy_t *policy = &spec->policies[spec->layer_policy[layer]];
+    fv_layer_kv_t *l = &session->layers[layer];
+    uint64_t end = fv_reduce_dead(&session->placement, session->cp, policy, position);
+
+    l->floor = position;
+    for (; (l->n_dead < end) && (l->n_dead < l->n_pages); l->n_dead++) {
+        int64_t page = fv_reduce_page(&session->placement, session->cp, l->n_dead);
+
+        for (int32_t h = 0; h < session->n_heads; h++) {
+            fv_page_ref_t *entry = &l->pages[(size_t)h * l->stride + l->n_dead];
+
+            if (!fv_policy_keeps(policy, session->head_begin + h, fv_model_group(spec), page)) {
+                fv_kv_pool_unref(pool, *entry);
+                *entry = FV_PAGE_NONE;
+                l->n_freed++;
+            }
+        }
     }
 }
 
@@ -239,7 +291,8 @@ uint64_t fv_session_pages(const fv_session_t *session)
     uint64_t n = 0;
 
     for (int32_t i = 0; (session->layers != NULL) && (i < session->model->spec.n_layers); i++) {
-        n += (uint64_t)session->layers[i].n_pages * (uint64_t)session->n_heads;
+        n += (uint64_t)session->layers[i].n_pages * (uint64_t)session->n_heads -
+             session->layers[i].n_freed;
     }
     return n;
 }

@@ -3,8 +3,8 @@
  *
  *   pages[h * stride + p]   page of local KV head h, local page p (proto/placement.h numbers them)
  *
- * Invariant between steps: a layer has exactly the pages its own tokens of [0, length) need, for every
- * local head. A page with more than one reference is shared with a fork and is copied before it is written.
+ * Invariant between steps: a layer has exactly the pages its own tokens of [0, length) need, for every local head,
+ * less those that its policy has let die (proto/reduce.h): these are FV_PAGE_NONE. A page with more than one reference is shared with a fork and is copied before it is written.
  * A session without a cell on this rank is only its placement: no layers, no pages.
  *
  * Thread: the worker's.
@@ -31,7 +31,10 @@ typedef struct fv_layer_kv {
     uint64_t last_step;   /* number of the last step that named this layer */
     fv_page_ref_t *pages; /* [n_heads * stride] */
     uint32_t stride;      /* pages that fit, per head */
-    uint32_t n_pages;     /* pages held, per head */
+    uint32_t n_pages;     /* in the table, per head: held or freed */
+    uint32_t n_dead;  /* of these, from the first: looked at, and freed where no head keeps them */
+    uint64_t floor;   /* position of the last append: queries from here on are possible */
+    uint64_t n_freed; /* entries of the table that are FV_PAGE_NONE */
 } fv_layer_kv_t;
 
 typedef struct fv_session {
@@ -40,6 +43,7 @@ typedef struct fv_session {
     uint32_t model_slot;
     uint32_t rank;         /* this one */
     int32_t cp;            /* context part; -1: no cell on this rank */
+    int32_t head_begin;    /* the model's number of local KV head 0 */
     int32_t n_heads;       /* local KV heads */
     fv_layer_kv_t *layers; /* [n_layers], NULL without a cell */
 } fv_session_t;
@@ -78,6 +82,15 @@ FV_MUST_CHECK fv_status_t fv_session_reserve(fv_session_t *session,
                                              fv_kv_pool_t *pool,
                                              fv_page_copy_t *copies,
                                              size_t *out_n_copies);
+
+/*
+ * An append at `position` is in: queries before it will not come any more, and the pages that only they could read are
+ * given back. Cost: the pages that have died since the last call.
+ */
+void fv_session_settle(fv_session_t *session,
+                       uint32_t layer,
+                       uint64_t position,
+                       fv_kv_pool_t *pool);
 
 /* Gives back the pages that the layer's length does not need. */
 void fv_session_trim(fv_session_t *session, uint32_t layer, fv_kv_pool_t *pool);

@@ -7,12 +7,13 @@
  *   reserve   pages for new tokens; a shared last page becomes an own copy
  *   compute   copies, appends, attention: one backend call each for the whole step
  *   exchange  partial states of rows whose KV spans ranks, merged where they belong (partials.c)
- *   commit    the layers' lengths; until here the session is as it was
+ *   commit    the layers' lengths; until here the session is as it was. Pages that no later query can read are freed
  *
  * An item fails alone: it is left out of the compute calls and sends the empty set, so that its peers do not wait.
  * Only what makes the sizes of messages uncertain, or a backend or exchange failure, fails the step.
  */
 #include "common/clock.h"
+#include "common/policy.h"
 #include "worker/internal.h"
 #include "worker/partials.h"
 
@@ -57,6 +58,7 @@ static fv_status_t check_item(const fv_step_item_t *item, uint64_t step)
 {
     const fv_ctl_item_t *ctl = item->ctl;
     const fv_session_t *session = item->session;
+    const fv_model_spec_t *spec = &session->model->spec;
     const fv_step_io_t *io = item->io;
     uint64_t length = item->layer->length;
 
@@ -70,6 +72,13 @@ static fv_status_t check_item(const fv_step_item_t *item, uint64_t step)
         ((item->share.n_kv_tokens > 0U) && ((io->k == NULL) || (io->v == NULL)))) {
         return fv_fail(FV_ERR_PROTOCOL, "step: a tensor of session slot %u is missing",
                        ctl->session_slot);
+    }
+    if (!fv_policy_is_readable(&spec->policies[spec->layer_policy[ctl->layer]], spec->n_kv_heads,
+                               fv_model_group(spec), (int64_t)item->layer->floor,
+                               (int64_t)ctl->position, (int64_t)fv_item_sees_end(ctl))) {
+        return fv_fail(FV_ERR_PROTOCOL,
+                       "step: position %llu of session slot %u, layer %u reads KV that was freed",
+                       (unsigned long long)ctl->position, ctl->session_slot, ctl->layer);
     }
     if ((ctl->flags & FV_ITEM_APPEND) == 0) {
         if (fv_session_own(session, ctl->kv_end) > fv_session_own(session, length)) {
@@ -277,20 +286,26 @@ static fv_status_t compute(fv_worker_t *worker, fv_error_t *item_errors)
 /* ------------------------------------------------------------------ the step */
 
 /* Lengths advance, or the reserved pages go back. */
-static void settle(fv_worker_t *worker, bool is_done)
+static void settle(fv_worker_t *worker, const fv_error_t *item_errors, bool is_done)
 {
     fv_step_work_t *w = &worker->work;
 
     for (size_t i = 0; i < w->n_items; i++) {
         const fv_step_item_t *item = (const fv_step_item_t *)w->items.data + i;
 
-        if (item->failed || ((item->ctl->flags & FV_ITEM_APPEND) == 0)) {
+        if ((item->ctl->flags & FV_ITEM_APPEND) == 0) {
             continue;
         }
-        if (is_done) {
-            item->layer->length = item->ctl->kv_end;
-        } else {
+        if (!is_done) {
             fv_session_trim(item->session, item->ctl->layer, worker->pool);
+            continue;
+        }
+        if (!item->failed) {
+            item->layer->length = item->ctl->kv_end;
+        }
+        /* a full pool here: on other ranks the append is in, so that all free alike */
+        if (!item->failed || (item_errors[i].status == FV_ERR_EXHAUSTED)) {
+            fv_session_settle(item->session, item->ctl->layer, item->ctl->position, worker->pool);
         }
     }
 }
@@ -330,7 +345,7 @@ fv_status_t fv_worker_step(fv_worker_t *worker,
     FV_RETURN_IF_ERR(fv_worker_usable(worker));
     FV_RETURN_IF_ERR(plan(worker, items, io, n_items, item_errors));
     fv_status_t status = fv_partials_finish(worker, compute(worker, item_errors), &times);
-    settle(worker, status == FV_OK);
+    settle(worker, item_errors, status == FV_OK);
     if (status != FV_OK) {
         return fv_worker_break(worker, status);
     }

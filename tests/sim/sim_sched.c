@@ -2,12 +2,13 @@
  * sim_sched.c - the scheduler core with N workers in one process, virtual time, random order of events.
  *
  * Goal:   whatever clients do in whatever order, each request gets exactly one answer, lengths are those of a simple model
- *         of the service, the coordinator's view of every rank's memory is exact, a rank never has to refuse, and
- *         when all is closed all memory is free again.
+ *         of the service, the coordinator's view of every rank's memory and of what each session holds and has freed is
+ *         exact, a rank never has to refuse, and when all is closed all memory is free again.
  * Method: real workers (page tables, pools, forks, copy on write) over a backend that moves no data; each seed is
  *         a story of random commands, requests, retries, cancellations, deadlines and rank failures. The laws are
  *         checked after every event. FV_SEED repeats one story, FV_SIM_STORIES sets how many.
  */
+#include "common/policy.h"
 #include "coord/sched.h"
 #include "tests/support/random.h"
 #include "tests/support/sched_case.h"
@@ -20,12 +21,14 @@
 #define N_RANKS_MAX    5
 #define N_SESSIONS_MAX 12
 #define N_LAYERS       2
+#define N_MODELS       3
 #define N_LOG_MAX      256
 #define N_EVENTS       200
 
 /* The model of the service: what one layer of one session holds. */
 typedef struct model_layer {
     uint64_t n_tokens;
+    uint64_t floor; /* position of the last append, or of a cut below it */
     struct {
         uint64_t position;
         uint32_t n_tokens, digest;
@@ -35,6 +38,7 @@ typedef struct model_layer {
 
 typedef struct model_session {
     bool is_open;
+    const fv_model_spec_t *spec;
     fv_session_id_t id;
     model_layer_t layers[N_LAYERS];
 } model_session_t;
@@ -44,13 +48,13 @@ typedef struct story {
     fv_sched_t *sched;
     uint32_t n_ranks;
     fv_worker_t *workers[N_RANKS_MAX];
-    fv_model_spec_t specs[2];
-    char model_ids[2][FV_MODEL_ID_BYTES];
+    fv_model_spec_t specs[N_MODELS];
+    char model_ids[N_MODELS][FV_MODEL_ID_BYTES];
     model_session_t sessions[N_SESSIONS_MAX];
     uint64_t n_ids;
     int64_t now_us;
     uint32_t n_waiting; /* submitted, not yet answered */
-    uint64_t n_served, n_refused, n_exhausted;
+    uint64_t n_served, n_refused, n_exhausted, n_freed_refused;
 } story_t;
 
 static fv_status_t no_exchange(void *ctx,
@@ -104,6 +108,35 @@ static void check_lengths(story_t *s)
     }
 }
 
+/* What the coordinator says that a session holds is what the workers hold of it. */
+static void check_held(story_t *s)
+{
+    for (int i = 0; i < N_SESSIONS_MAX; i++) {
+        const model_session_t *m = &s->sessions[i];
+        const fv_session_t *session = m->is_open ? fv_sched_session(s->sched, &m->id) : NULL;
+
+        for (int cell = 0; (session != NULL) && (cell < session->placement.n_head_parts *
+                                                            session->placement.n_ctx_parts);
+             cell++) {
+            uint64_t n_pages =
+                fv_worker_session_pages(s->workers[session->placement.ranks[cell]], session->slot);
+            assert_int_equal(session->held[cell], n_pages * fv_model_page_bytes(m->spec));
+            assert_int_equal(session->held[cell], fv_session_cell_bytes(session, m->spec, cell));
+        }
+    }
+}
+
+/* Has the layer still what queries from `position` on read, of tokens before `end`? */
+static bool is_readable(const model_session_t *m, uint32_t layer, uint64_t position, uint64_t end)
+{
+    const fv_model_spec_t *spec = m->spec;
+
+    return (position >= m->layers[layer].n_tokens) ||
+           fv_policy_is_readable(&spec->policies[spec->layer_policy[layer]], spec->n_kv_heads,
+                                 fv_model_group(spec), (int64_t)m->layers[layer].floor,
+                                 (int64_t)position, (int64_t)end);
+}
+
 /* ------------------------------------------------------------------ commands */
 
 static void refresh(story_t *s, uint32_t rank)
@@ -155,7 +188,8 @@ static void do_open(story_t *s)
     if (m == NULL) {
         return;
     }
-    memcpy(request.model_id, s->model_ids[pick(s, 0, 1)], FV_MODEL_ID_BYTES);
+    int64_t model = pick(s, 0, N_MODELS - 1);
+    memcpy(request.model_id, s->model_ids[model], FV_MODEL_ID_BYTES);
     request.sharding = (fv_sharding_t){.mode = (int32_t)pick(s, 0, 2), .is_set = 1};
     memset(m, 0, sizeof(*m));
     m->id = fresh_id(s);
@@ -163,6 +197,7 @@ static void do_open(story_t *s)
                      FV_OK);
     TELL(s, &message.placement, fv_worker_open, &message);
     m->is_open = true;
+    m->spec = &s->specs[model];
 }
 
 static uint64_t longest(const model_session_t *m)
@@ -177,11 +212,20 @@ static void model_cut(model_layer_t *layer, uint64_t position)
         return;
     }
     layer->n_tokens = position;
+    layer->floor = (layer->floor < position) ? layer->floor : position;
     while ((layer->n_log > 0) &&
            (layer->log[layer->n_log - 1].position + layer->log[layer->n_log - 1].n_tokens >
             position)) {
         layer->n_log--;
     }
+}
+
+static fv_status_t cut_status(const model_session_t *m, uint64_t at)
+{
+    if (at > longest(m)) {
+        return FV_ERR_OUT_OF_RANGE;
+    }
+    return (is_readable(m, 0, at, at) && is_readable(m, 1, at, at)) ? FV_OK : FV_ERR_PRECONDITION;
 }
 
 static void do_fork(story_t *s)
@@ -198,7 +242,7 @@ static void do_fork(story_t *s)
     fv_session_id_t id = fresh_id(s);
     fv_status_t status =
         fv_sched_fork(s->sched, &parent->id, at, &(fv_birth_t){.id = id}, &message, &placement);
-    assert_int_equal(status, (at <= longest(parent)) ? FV_OK : FV_ERR_OUT_OF_RANGE);
+    assert_int_equal(status, cut_status(parent, at));
     if (status == FV_OK) {
         *child = *parent;
         child->id = id;
@@ -216,7 +260,12 @@ static void do_truncate(story_t *s)
 
     if (m != NULL) {
         uint64_t at = (uint64_t)pick(s, 0, (int64_t)longest(m));
-        assert_int_equal(fv_sched_truncate(s->sched, &m->id, at, &message, &placement), FV_OK);
+        fv_status_t status = fv_sched_truncate(s->sched, &m->id, at, &message, &placement);
+        assert_int_equal(status, cut_status(m, at));
+        if (status != FV_OK) {
+            s->n_freed_refused++;
+            return;
+        }
         model_cut(&m->layers[0], at);
         model_cut(&m->layers[1], at);
         TELL(s, &placement, fv_worker_truncate, &message);
@@ -285,32 +334,35 @@ static void do_submit(story_t *s)
     s->n_waiting++;
 }
 
-static model_layer_t *model_layer_of(story_t *s, const fv_session_id_t *id, uint32_t layer)
+static model_session_t *model_of(story_t *s, const fv_session_id_t *id)
 {
     for (int i = 0; i < N_SESSIONS_MAX; i++) {
         if (s->sessions[i].is_open &&
             (memcmp(s->sessions[i].id.bytes, id->bytes, sizeof(id->bytes)) == 0)) {
-            return &s->sessions[i].layers[layer];
+            return &s->sessions[i];
         }
     }
     return NULL;
 }
 
 /* What the model says of an item: appended, repeated, or to be refused. */
-static int expected_of_item(const model_layer_t *layer, const fv_case_request_t *r, uint32_t i)
+static int expected_of_item(const model_session_t *m, const fv_case_request_t *r, uint32_t i)
 {
     const fv_attend_item_t *item = &r->items[i];
+    const model_layer_t *layer = &m->layers[r->request.head.layer];
+    bool is_lost =
+        !is_readable(m, r->request.head.layer, item->position, item->position + item->n_tokens);
 
     if (item->position > layer->n_tokens) {
         return FV_ERR_OUT_OF_RANGE;
     }
     if (!r->request.head.append || (item->position == layer->n_tokens)) {
-        return FV_OK;
+        return is_lost ? FV_ERR_PRECONDITION : FV_OK;
     }
     for (uint32_t k = 0; k < layer->n_log; k++) {
         if ((layer->log[k].position == item->position) &&
             (layer->log[k].n_tokens == item->n_tokens) && (layer->log[k].digest == r->digests[i])) {
-            return FV_OK;
+            return is_lost ? FV_ERR_PRECONDITION : FV_OK;
         }
     }
     return FV_ERR_PRECONDITION;
@@ -325,8 +377,8 @@ static void check_refusal(story_t *s, fv_case_request_t *r)
                         ((status == FV_ERR_DEADLINE) && (s->now_us >= r->request.deadline_us));
 
     for (uint32_t i = 0; (i < r->request.head.n_items) && !is_explained; i++) {
-        model_layer_t *layer = model_layer_of(s, &r->items[i].session, r->request.head.layer);
-        is_explained = (layer != NULL) && (expected_of_item(layer, r, i) == status);
+        const model_session_t *m = model_of(s, &r->items[i].session);
+        is_explained = (m != NULL) && (expected_of_item(m, r, i) == status);
     }
     if (!is_explained) {
         fail_msg("refused without a reason: %s", r->request.error.text);
@@ -385,6 +437,7 @@ static void undo(story_t *s, const fv_request_t *r)
                                  .position = r->ctl_items[i].position};
         if ((r->ctl_items[i].flags & FV_ITEM_APPEND) != 0) {
             TELL(s, &r->sessions[i]->placement, fv_worker_truncate, &cut);
+            model_of(s, &r->sessions[i]->id)->layers[cut.layer].floor = cut.position;
         }
     }
 }
@@ -392,9 +445,10 @@ static void undo(story_t *s, const fv_request_t *r)
 static void apply_to_model(story_t *s, const fv_case_request_t *r)
 {
     for (uint32_t i = 0; i < r->request.head.n_items; i++) {
-        model_layer_t *layer = model_layer_of(s, &r->items[i].session, r->request.head.layer);
-        assert_non_null(layer);
-        assert_int_equal(expected_of_item(layer, r, i), FV_OK);
+        model_session_t *m = model_of(s, &r->items[i].session);
+        assert_non_null(m);
+        assert_int_equal(expected_of_item(m, r, i), FV_OK);
+        model_layer_t *layer = &m->layers[r->request.head.layer];
         bool appends = (r->ctl_items[i].flags & FV_ITEM_APPEND) != 0;
         assert_int_equal(appends,
                          r->request.head.append && (r->items[i].position == layer->n_tokens));
@@ -403,6 +457,7 @@ static void apply_to_model(story_t *s, const fv_case_request_t *r)
             layer->log[layer->n_log].position = r->items[i].position;
             layer->log[layer->n_log].n_tokens = r->items[i].n_tokens;
             layer->log[layer->n_log++].digest = r->digests[i];
+            layer->floor = layer->n_tokens;
             layer->n_tokens += r->items[i].n_tokens;
         }
     }
@@ -445,6 +500,24 @@ static bool do_step(story_t *s)
 
 /* ------------------------------------------------------------------ stories */
 
+/* Layer 0 is S2, layer 1 has a window: both free pages. */
+static void make_sparse(story_t *s, fv_model_spec_t *spec)
+{
+    spec->n_policies = 3;
+    spec->policies[1] = (fv_policy_t){.kind = FV_POLICY_S2,
+                                      .block_tokens = 16 << pick(s, 0, 4),
+                                      .local_blocks = (int32_t)pick(s, 1, 3),
+                                      .vert_stride = (int32_t)pick(s, 1, 9),
+                                      .head_sliding_offset = (int32_t)pick(s, -5, 5),
+                                      .pattern_per = (int32_t)pick(s, 0, 1),
+                                      .num_dense_heads = (int32_t)pick(s, 0, 1)};
+    spec->policies[2] = (fv_policy_t){.kind = FV_POLICY_WINDOW,
+                                      .window_tokens = (int32_t)pick(s, 1, 300),
+                                      .sink_tokens = (int32_t)pick(s, 0, 130)};
+    spec->layer_policy[0] = 1;
+    spec->layer_policy[1] = 2;
+}
+
 static void begin(story_t *s, uint64_t seed)
 {
     memset(s, 0, sizeof(*s));
@@ -462,13 +535,16 @@ static void begin(story_t *s, uint64_t seed)
         assert_int_equal(fv_worker_create(&config, &s->workers[r]), FV_OK);
         refresh(s, r);
     }
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < N_MODELS; i++) {
         static fv_ctl_model_t message;
         fv_register_response_t response;
         bool is_new = false;
-        s->specs[i] = fv_case_spec((i == 0) ? "small" : "large");
+        s->specs[i] = fv_case_spec((i == 0) ? "small" : ((i == 1) ? "large" : "sparse"));
         s->specs[i].n_kv_heads = (i == 0) ? 2 : 4;
         s->specs[i].head_dim_qk = (i == 0) ? 16 : 64;
+        if (i == 2) {
+            make_sparse(s, &s->specs[i]);
+        }
         assert_int_equal(fv_sched_register(s->sched, &s->specs[i], &response, &is_new, &message),
                          FV_OK);
         memcpy(s->model_ids[i], response.model_id, FV_MODEL_ID_BYTES);
@@ -517,6 +593,7 @@ static void tell_story(story_t *s)
         }
         check_memory(s);
         check_lengths(s);
+        check_held(s);
     }
 }
 
@@ -528,6 +605,7 @@ static void test_stories(void **state)
     uint64_t n_served = 0;
     uint64_t n_refused = 0;
     uint64_t n_exhausted = 0;
+    uint64_t n_freed_refused = 0;
     story_t *s = malloc(sizeof(*s));
 
     (void)state;
@@ -546,13 +624,15 @@ static void test_stories(void **state)
         n_served += s->n_served;
         n_refused += s->n_refused;
         n_exhausted += s->n_exhausted;
+        n_freed_refused += s->n_freed_refused;
     }
     free(s);
     print_message("%llu served, %llu refused, %llu of them for want of memory\n",
                   (unsigned long long)n_served, (unsigned long long)n_refused,
                   (unsigned long long)n_exhausted);
     if (n_stories >= 100) { /* the stories must have something to tell */
-        assert_true((n_served > 1000) && (n_refused > 1000) && (n_exhausted > 10));
+        assert_true((n_served > 1000) && (n_refused > 1000) && (n_exhausted > 10) &&
+                    (n_freed_refused > 10));
     }
 }
 

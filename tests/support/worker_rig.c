@@ -3,6 +3,7 @@
  */
 #include "tests/support/worker_rig.h"
 
+#include "common/policy.h"
 #include "tests/support/test.h"
 
 #include <stdlib.h>
@@ -149,9 +150,30 @@ void fv_rig_fork(fv_rig_t *rig, uint32_t slot, uint32_t parent, uint64_t at_posi
         size_t heads = n * (size_t)spec->n_kv_heads;
 
         c->layers[l].n_tokens = n;
+        c->layers[l].floor = (p->layers[l].floor < n) ? p->layers[l].floor : n;
         c->layers[l].k = copy_doubles(p->layers[l].k, heads * (size_t)spec->head_dim_qk);
         c->layers[l].v = copy_doubles(p->layers[l].v, heads * (size_t)spec->head_dim_v);
     }
+}
+
+bool fv_rig_is_readable(const fv_rig_t *rig,
+                        uint32_t slot,
+                        uint32_t layer,
+                        uint64_t position,
+                        uint64_t end)
+{
+    const fv_rig_session_t *s = &rig->sessions[slot];
+    const fv_model_spec_t *spec = &rig->models[s->model];
+
+    for (uint32_t l = 0; l < FV_RIG_LAYERS; l++) {
+        if (((layer == UINT32_MAX) || (layer == l)) && (position < s->layers[l].n_tokens) &&
+            !fv_policy_is_readable(&spec->policies[spec->layer_policy[l]], spec->n_kv_heads,
+                                   fv_model_group(spec), (int64_t)s->layers[l].floor,
+                                   (int64_t)position, (int64_t)end)) {
+            return false;
+        }
+    }
+    return true;
 }
 
 void fv_rig_truncate(fv_rig_t *rig, uint32_t slot, uint32_t layer, uint64_t position)
@@ -165,6 +187,7 @@ void fv_rig_truncate(fv_rig_t *rig, uint32_t slot, uint32_t layer, uint64_t posi
     for (uint32_t l = 0; l < FV_RIG_LAYERS; l++) {
         if (((layer == UINT32_MAX) || (layer == l)) && (s->layers[l].n_tokens > position)) {
             s->layers[l].n_tokens = position;
+            s->layers[l].floor = (s->layers[l].floor < position) ? s->layers[l].floor : position;
         }
     }
 }
@@ -183,6 +206,28 @@ void fv_rig_close(fv_rig_t *rig, uint32_t slot)
     rig->sessions[slot] = (fv_rig_session_t){0};
 }
 
+/* Pages of one layer that the head's KV on context part cp still needs, page by page. */
+static uint64_t count_pages(const fv_rig_t *rig,
+                            const fv_rig_session_t *session,
+                            uint32_t layer,
+                            int32_t cp,
+                            int32_t head)
+{
+    const fv_model_spec_t *spec = &rig->models[session->model];
+    const fv_policy_t *policy = &spec->policies[spec->layer_policy[layer]];
+    const fv_rig_layer_t *l = &session->layers[layer];
+    uint64_t n = 0;
+
+    for (uint64_t token = 0; token < l->n_tokens; token += FV_PAGE_TOKENS) {
+        int64_t page = (int64_t)(token / FV_PAGE_TOKENS);
+
+        n += (fv_placement_part_of(&session->placement, token) == cp) &&
+             ((page >= fv_policy_dead_pages(policy, (int64_t)l->floor)) ||
+              fv_policy_keeps(policy, head, fv_model_group(spec), page));
+    }
+    return n;
+}
+
 void fv_rig_check_pages(const fv_rig_t *rig)
 {
     for (uint32_t s = 0; s < FV_RIG_SESSIONS; s++) {
@@ -196,11 +241,11 @@ void fv_rig_check_pages(const fv_rig_t *rig)
 
             for (uint32_t l = 0; (cell >= 0) && (l < FV_RIG_LAYERS); l++) {
                 int32_t hp = cell / p->n_ctx_parts;
-                int32_t n_heads = fv_placement_head_begin(p, n_kv_heads, hp + 1) -
-                                  fv_placement_head_begin(p, n_kv_heads, hp);
 
-                expected += (uint64_t)n_heads * fv_placement_pages(p, cell % p->n_ctx_parts,
-                                                                   session->layers[l].n_tokens);
+                for (int32_t h = fv_placement_head_begin(p, n_kv_heads, hp);
+                     h < fv_placement_head_begin(p, n_kv_heads, hp + 1); h++) {
+                    expected += count_pages(rig, session, l, cell % p->n_ctx_parts, h);
+                }
             }
             assert_int_equal(fv_worker_session_pages(rig->workers[r], s), expected);
         }
@@ -226,5 +271,23 @@ fv_model_spec_t fv_rig_random_spec(fv_random_t *r)
 
     spec.n_q_heads = spec.n_kv_heads * (int32_t)fv_random_int(r, 1, 4);
     spec.layer_policy[1] = (uint8_t)fv_random_int(r, 0, 1);
+    return spec;
+}
+
+fv_model_spec_t fv_rig_random_sparse_spec(fv_random_t *r)
+{
+    fv_model_spec_t spec = fv_rig_random_spec(r);
+
+    spec.n_policies = 3;
+    spec.policies[2] = (fv_policy_t){.kind = FV_POLICY_S2,
+                                     .block_tokens = 16 << fv_random_int(r, 0, 4),
+                                     .local_blocks = (int32_t)fv_random_int(r, 1, 4),
+                                     .vert_stride = (int32_t)fv_random_int(r, 1, 9),
+                                     .head_sliding_offset = (int32_t)fv_random_int(r, -3, 3),
+                                     .pattern_per = (int32_t)fv_random_int(r, 0, 1),
+                                     .homo_head = fv_random_int(r, 0, 4) == 0};
+    spec.layer_policy[0] = (fv_random_int(r, 0, 2) == 0) ? 2U : 0U;
+    spec.layer_policy[1] = (uint8_t)fv_random_int(r, 0, 2);
+    assert_int_equal(fv_model_spec_check(&spec), FV_OK); /* resolves the pattern */
     return spec;
 }

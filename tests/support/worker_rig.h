@@ -21,7 +21,8 @@
 
 typedef struct fv_rig_layer {
     uint64_t n_tokens;
-    double *k, *v; /* [n_tokens, Hkv, dk], [n_tokens, Hkv, dv] */
+    uint64_t floor; /* position of the last append: nothing before it can be asked any more */
+    double *k, *v;  /* [n_tokens, Hkv, dk], [n_tokens, Hkv, dv] */
 } fv_rig_layer_t;
 
 typedef struct fv_rig_session {
@@ -36,6 +37,7 @@ typedef struct fv_rig_item {
     uint64_t position, kv_end;
     uint32_t n_tokens;
     uint16_t dtype, flags; /* as fv_ctl_item_t */
+    bool is_poison;        /* K and V are NaN, and the result is not judged */
     /* by fv_rig_step() */
     fv_status_t status; /* FV_OK, or of the first rank that failed */
     fv_ctl_item_t ctl;
@@ -87,6 +89,12 @@ void fv_rig_open(fv_rig_t *rig,
                  uint16_t n_ctx_parts,
                  uint32_t shard_tokens);
 void fv_rig_fork(fv_rig_t *rig, uint32_t slot, uint32_t parent, uint64_t at_position);
+/* False when a policy has freed what queries at `position` and later read, of tokens before `end`; UINT32_MAX: any layer. */
+bool fv_rig_is_readable(const fv_rig_t *rig,
+                        uint32_t slot,
+                        uint32_t layer,
+                        uint64_t position,
+                        uint64_t end);
 void fv_rig_truncate(fv_rig_t *rig, uint32_t slot, uint32_t layer, uint64_t position);
 void fv_rig_close(fv_rig_t *rig, uint32_t slot);
 
@@ -99,10 +107,11 @@ fv_status_t fv_rig_append(fv_rig_t *rig, uint32_t slot, uint32_t layer, uint32_t
 /* n_ops random operations: opens, forks, truncations, closes, and mostly steps (worker_rig_life.c). */
 void fv_rig_live(fv_rig_t *rig, int n_ops);
 
-/* Every rank holds exactly the pages that placements and lengths say. */
+/* Every rank holds exactly the pages that placements, lengths and policies say. */
 void fv_rig_check_pages(const fv_rig_t *rig);
 
-/* A random small model: GQA, dims, dtypes, softcap, window. */
+/* A random small model: GQA, dims, dtypes, softcap, window; and one that may have S2 layers too. */
 fv_model_spec_t fv_rig_random_spec(fv_random_t *r);
+fv_model_spec_t fv_rig_random_sparse_spec(fv_random_t *r);
 
 #endif /* FV_TESTS_SUPPORT_WORKER_RIG_H */

@@ -42,6 +42,13 @@ static void random_open(fv_rig_t *rig)
     }
 }
 
+static const fv_policy_t *policy_of(const fv_rig_t *rig, uint32_t slot, uint32_t layer)
+{
+    const fv_model_spec_t *spec = &rig->models[rig->sessions[slot].model];
+
+    return &spec->policies[spec->layer_policy[layer]];
+}
+
 /* An append, a replay of an earlier one, or a query. */
 static fv_rig_item_t random_item(fv_rig_t *rig, uint32_t slot, uint32_t layer)
 {
@@ -60,12 +67,20 @@ static fv_rig_item_t random_item(fv_rig_t *rig, uint32_t slot, uint32_t layer)
                             ((fv_random_int(r, 0, 1) != 0) ? FV_ITEM_WANT_LSE : 0)),
     };
 
-    if ((kind == 0) && (n > 0U)) { /* replay: what came later is not seen */
-        item.position = (uint64_t)fv_random_int(r, 0, (int64_t)n - 1);
+    if (policy_of(rig, slot, layer)->kind == FV_POLICY_S2) {
+        item.flags |= FV_ITEM_CAUSAL;
+    }
+    if (kind == 0) {
+        item.position = (uint64_t)fv_random_int(r, 0, (int64_t)n);
+        if (!fv_rig_is_readable(rig, slot, layer, item.position, n)) {
+            item.position = rig->sessions[slot].layers[layer].floor; /* the last append */
+        }
+    }
+    if (item.position < n) { /* replay: what came later is not seen */
         item.n_tokens = (uint32_t)fv_random_int(r, 1, (int64_t)(n - item.position));
         item.n_tokens = (item.n_tokens > 100U) ? 100U : item.n_tokens;
         item.kv_end = item.position + item.n_tokens;
-    } else if (kind == 1) { /* query at the end, possibly of an empty session */
+    } else if (kind <= 1) { /* query at the end, possibly of an empty session */
         item.kv_end = n;
     } else {
         item.flags |= FV_ITEM_APPEND;
@@ -107,6 +122,10 @@ void fv_rig_live(fv_rig_t *rig, int n_ops)
         }
         uint64_t n = rig->sessions[slot].layers[op % FV_RIG_LAYERS].n_tokens;
         uint64_t at = (uint64_t)fv_random_int(&rig->random, 0, (int64_t)n + 10);
+        if (!fv_rig_is_readable(rig, slot, UINT32_MAX, at, at)) { /* the coordinator refuses it */
+            at = (at % 3U == 0U) ? 0U : n;
+            at = fv_rig_is_readable(rig, slot, UINT32_MAX, at, at) ? at : 0U;
+        }
         if ((op <= 3) && pick_slot(rig, &fork)) {
             fv_rig_fork(rig, fork, slot, (op == 1) ? UINT64_MAX : at);
         } else if (op == 4) {

@@ -74,6 +74,10 @@ static void make_item(fv_rig_t *rig, fv_rig_item_t *item)
         assert_non_null(item->full.lse);
         memset(item->full.lse, 0xff, item->n_tokens * n_q * sizeof(float));
     }
+    if (item->is_poison) {
+        memset((void *)(uintptr_t)item->full.k, 0xff, item->n_tokens * n_kv * dk * e);
+        memset((void *)(uintptr_t)item->full.v, 0xff, item->n_tokens * n_kv * dv * e);
+    }
     item->status = FV_OK;
 }
 
@@ -289,11 +293,16 @@ static void check_item(fv_rig_t *rig, const fv_rig_item_t *item)
 
 static void settle_item(fv_rig_t *rig, const fv_rig_item_t *item)
 {
+    if ((item->flags & FV_ITEM_APPEND) != 0) { /* failed or not: earlier queries are over */
+        rig->sessions[item->session].layers[item->layer].floor = item->position;
+    }
     if (item->status == FV_OK) {
         if ((item->flags & FV_ITEM_APPEND) != 0) {
             append_shadow(rig, item);
         }
-        check_item(rig, item);
+        if (!item->is_poison) {
+            check_item(rig, item);
+        }
     } else {
         assert_int_equal(item->status, FV_ERR_EXHAUSTED);
         rig->n_exhausted++;
