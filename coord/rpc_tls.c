@@ -203,7 +203,10 @@ static grpc_ssl_certificate_config_reload_status fetch(void *arg,
         if (read_set(tls, &set) == FV_OK) {
             grpc_ssl_pem_key_cert_pair pair = {.private_key = set.text[FV_PEM_KEY],
                                                .cert_chain = set.text[FV_PEM_CERT]};
-            *out = grpc_ssl_server_certificate_config_create(set.text[FV_PEM_CLIENT_CA], &pair, 1);
+            /* gRPC insists on roots from a fetcher; where no client certificate is asked for, they are not used */
+            const char *roots = (set.text[FV_PEM_CLIENT_CA] != NULL) ? set.text[FV_PEM_CLIENT_CA]
+                                                                     : set.text[FV_PEM_CERT];
+            *out = grpc_ssl_server_certificate_config_create(roots, &pair, 1);
             answer = GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_NEW;
             if (tls->has_served) {
                 fv_info("tls: new certificate from %s", tls->path[FV_PEM_CERT]);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import grpc
@@ -32,19 +33,40 @@ def connect(
     address: str,
     *,
     timeout: float | None = 10.0,
+    tls: bool = False,
+    ca_file: str | Path | None = None,
+    cert_file: str | Path | None = None,
+    key_file: str | Path | None = None,
+    server_name: str | None = None,
+    token: str | None = None,
+    token_file: str | Path | None = None,
     credentials: grpc.ChannelCredentials | None = None,
     message_bytes_max: int = MESSAGE_BYTES_MAX,
 ) -> Client:
     """Connects to "host:port" or "unix:/path" and waits until the service answers.
 
     timeout:            seconds to wait (Unavailable afterwards); None = do not wait.
+    tls:                TLS; a ca_file or cert_file implies it.
+    ca_file:            PEM: who signs the service's certificate; None = whom gRPC trusts.
+    cert_file, key_file: PEM: this client's own, for mutual TLS; both or none.
+    server_name:        what the service's certificate must name; None = the address's host.
+    token, token_file:  shown with every call (in clear text without TLS); or a file whose first line it is.
+    credentials:        gRPC's own, instead of the four files.
     message_bytes_max:  of one message, either way; the service has a limit of its own.
     """
     sizes = {
         "grpc.max_send_message_length": message_bytes_max,
         "grpc.max_receive_message_length": message_bytes_max,
     }
-    options = [(name, sizes.get(name, value)) for name, value in _CHANNEL_OPTIONS]
+    if token is not None and token_file is not None:
+        raise ValueError("token, token_file: given both, expected one")
+    if token_file is not None:
+        token = Path(token_file).read_text(encoding="ascii").partition("\n")[0].strip()
+    options: list[tuple[str, Any]] = [(name, sizes.get(name, value)) for name, value in _CHANNEL_OPTIONS]
+    if server_name is not None:
+        options.append(("grpc.ssl_target_name_override", server_name))
+    if credentials is None and (tls or ca_file is not None or cert_file is not None):
+        credentials = _credentials(ca_file, cert_file, key_file)
     if credentials is None:
         channel = grpc.insecure_channel(address, options)
     else:
@@ -55,7 +77,18 @@ def connect(
         except grpc.FutureTimeoutError:
             channel.close()
             raise Unavailable(f"no service at {address} within {timeout:g} s") from None
-    return Client(channel)
+    return Client(channel, token)
+
+
+def _credentials(
+    ca_file: str | Path | None, cert_file: str | Path | None, key_file: str | Path | None
+) -> grpc.ChannelCredentials:
+    if (cert_file is None) != (key_file is None):
+        raise ValueError("cert_file, key_file: given one of them, expected both or none")
+    roots, chain, key = (
+        None if path is None else Path(path).read_bytes() for path in (ca_file, cert_file, key_file)
+    )
+    return grpc.ssl_channel_credentials(roots, key, chain)
 
 
 class Client:
@@ -64,9 +97,9 @@ class Client:
     Every method raises a FoveaError subclass named after the gRPC status when the service refuses.
     """
 
-    def __init__(self, channel: grpc.Channel) -> None:
+    def __init__(self, channel: grpc.Channel, token: str | None = None) -> None:
         self._channel = channel
-        self._rpc = Rpc(channel)
+        self._rpc = Rpc(channel, token)
         self._ids = itertools.count(1)
         self._is_closed = False
 

@@ -7,6 +7,7 @@ installed grpcio) is needed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -25,10 +26,12 @@ def _identity(payload: bytes) -> bytes:
 class Rpc:
     """One attribute per method: rpc.OpenSession(request, timeout=...), rpc.Attend(iterator), ..."""
 
-    def __init__(self, channel: grpc.Channel) -> None:
+    def __init__(self, channel: grpc.Channel, token: str | None = None) -> None:
+        metadata = (("authorization", f"Bearer {token}"),) if token else None
         for service in pb.DESCRIPTOR.services_by_name.values():
             for method in service.methods:
-                setattr(self, method.name, _callable(channel, service.full_name, method))
+                call = _callable(channel, service.full_name, method)
+                setattr(self, method.name, partial(call, metadata=metadata) if metadata else call)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         raise AttributeError(f"attention.proto has no method {name}")
