@@ -26,6 +26,18 @@ static fv_status_t check_head_dim(const char *field, int32_t given)
                    field, given, FV_HEAD_DIM_MIN, FV_HEAD_DIM_MAX);
 }
 
+static fv_status_t check_head_dims(fv_model_spec_t *spec)
+{
+    if (fv_model_is_latent(spec)) {
+        return FV_OK; /* by latent.c */
+    }
+    if (spec->head_dim_v == 0) {
+        spec->head_dim_v = spec->head_dim_qk;
+    }
+    FV_RETURN_IF_ERR(check_head_dim("head_dim_qk", spec->head_dim_qk));
+    return check_head_dim("head_dim_v", spec->head_dim_v);
+}
+
 static fv_status_t check_heads(const fv_model_spec_t *spec)
 {
     FV_RETURN_IF_ERR(check_range("n_q_heads", spec->n_q_heads, 1, FV_HEADS_MAX));
@@ -100,11 +112,7 @@ static fv_status_t check_policy(const fv_model_spec_t *spec, fv_policy_t *policy
 
 static fv_status_t check_sharding(const fv_sharding_t *sharding)
 {
-    if (sharding->mode == FV_SHARDING_LATENT) {
-        return fv_fail(FV_ERR_UNIMPLEMENTED,
-                       "spec.sharding.mode: LATENT is not served by this version");
-    }
-    FV_RETURN_IF_ERR(check_range("sharding.mode", sharding->mode, 0, FV_SHARDING_CONTEXT));
+    FV_RETURN_IF_ERR(check_range("sharding.mode", sharding->mode, 0, FV_SHARDING_LATENT));
     FV_RETURN_IF_ERR(check_range("sharding.max_ranks", sharding->max_ranks, 0, INT32_MAX));
     if ((sharding->shard_tokens < 0) || ((sharding->shard_tokens % FV_PAGE_TOKENS) != 0)) {
         return fv_fail(FV_ERR_INVALID_ARG,
@@ -120,16 +128,10 @@ fv_status_t fv_model_spec_check(fv_model_spec_t *spec)
         return fv_fail(FV_ERR_INVALID_ARG, "spec.name: given \"\", expected 1..%d bytes",
                        FV_MODEL_NAME_BYTES - 1);
     }
-    if (spec->kind != FV_MODEL_KV) {
-        return fv_fail(FV_ERR_UNIMPLEMENTED, "spec.kind: LATENT is not served by this version");
-    }
     FV_RETURN_IF_ERR(check_range("n_layers", spec->n_layers, 1, FV_LAYERS_MAX));
+    FV_RETURN_IF_ERR(fv_model_latent_check(spec));
     FV_RETURN_IF_ERR(check_heads(spec));
-    if (spec->head_dim_v == 0) {
-        spec->head_dim_v = spec->head_dim_qk;
-    }
-    FV_RETURN_IF_ERR(check_head_dim("head_dim_qk", spec->head_dim_qk));
-    FV_RETURN_IF_ERR(check_head_dim("head_dim_v", spec->head_dim_v));
+    FV_RETURN_IF_ERR(check_head_dims(spec));
     if (!fv_dtype_is_valid(spec->kv_dtype)) {
         return fv_fail(FV_ERR_INVALID_ARG, "spec.kv_dtype: given %d, expected F32, F16 or BF16",
                        spec->kv_dtype);

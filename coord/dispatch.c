@@ -125,17 +125,36 @@ static uint8_t *next_pad(fv_dispatch_t *d)
 
 /*
  * A tensor [n_tokens, n_heads, dim] of which heads [head_begin, head_end) go: one segment when whole rows go,
- * else one a token.
+ * else one a token. A slice of a latent: two of each head, the slice and the RoPE key.
  */
 typedef struct fv_rows {
     const uint8_t *base;
     size_t row_bytes, offset_bytes, take_bytes; /* of a token: all heads; before ours; ours */
+    size_t head_bytes;                          /* of one head; 0: heads go whole */
+    size_t slice_at, slice_bytes, rope_at;      /* in it */
 } fv_rows_t;
+
+static fv_status_t add_slices(fv_rank_work_t *work, const fv_rows_t *rows, const uint8_t *first)
+{
+    for (size_t at = 0; at < rows->take_bytes; at += rows->head_bytes) {
+        const uint8_t *head = first + at;
+
+        FV_RETURN_IF_ERR(add_input(work, head + rows->slice_at, rows->slice_bytes));
+        FV_RETURN_IF_ERR(add_input(work, head + rows->rope_at, rows->head_bytes - rows->rope_at));
+    }
+    return FV_OK;
+}
 
 static fv_status_t add_rows(fv_rank_work_t *work, const fv_rows_t *rows, uint64_t begin, uint64_t n)
 {
     const uint8_t *first = rows->base + begin * rows->row_bytes + rows->offset_bytes;
 
+    for (uint64_t t = 0; (rows->head_bytes > 0) && (t < n); t++) {
+        FV_RETURN_IF_ERR(add_slices(work, rows, first + t * rows->row_bytes));
+    }
+    if (rows->head_bytes > 0) {
+        return FV_OK;
+    }
     if (rows->take_bytes == rows->row_bytes) {
         return add_input(work, first, n * rows->row_bytes);
     }
@@ -160,20 +179,30 @@ typedef struct fv_item_place {
     fv_item_share_t share;
 } fv_item_place_t;
 
+/* Heads [begin, end) of n_heads, of `dim` elements. */
 static fv_rows_t rows_of(const fv_item_place_t *at,
                          const uint8_t *base,
                          int32_t n_heads,
-                         int32_t heads_per_kv,
+                         int32_t begin,
+                         int32_t end,
                          int32_t dim)
 {
-    size_t head_bytes = (size_t)dim * fv_dtype_bytes(at->request->head.dtype);
+    const fv_model_spec_t *spec = at->request->spec;
+    const fv_head_part_t *part = &at->share.part;
+    size_t e = fv_dtype_bytes(at->request->head.dtype);
+    size_t head_bytes = (size_t)dim * e;
     fv_rows_t rows = {
         .row_bytes = (size_t)n_heads * head_bytes,
-        .offset_bytes = (size_t)(at->share.head_begin * heads_per_kv) * head_bytes,
-        .take_bytes =
-            (size_t)((at->share.head_end - at->share.head_begin) * heads_per_kv) * head_bytes,
+        .offset_bytes = (size_t)begin * head_bytes,
+        .take_bytes = (size_t)(end - begin) * head_bytes,
     };
 
+    if (fv_model_groups(spec) > 1) {
+        rows.head_bytes = head_bytes;
+        rows.slice_at = (size_t)part->latent_begin * e;
+        rows.slice_bytes = (size_t)part->head_dim_v * e;
+        rows.rope_at = (size_t)spec->latent_dim * e;
+    }
     rows.base = (base == NULL) ? NULL : (base + at->token_begin * rows.row_bytes);
     return rows;
 }
@@ -192,16 +221,21 @@ static fv_status_t list_kv(const fv_item_place_t *at, fv_rank_work_t *work, cons
 static fv_status_t list_inputs(fv_dispatch_t *d, const fv_item_place_t *at, fv_rank_work_t *work)
 {
     const fv_model_spec_t *spec = at->request->spec;
-    int32_t group = fv_model_group(spec);
-    fv_rows_t q = rows_of(at, at->tensors->q, spec->n_q_heads, group, spec->head_dim_qk);
-    fv_rows_t k = rows_of(at, at->tensors->k, spec->n_kv_heads, 1, spec->head_dim_qk);
-    fv_rows_t v = rows_of(at, at->tensors->v, spec->n_kv_heads, 1, spec->head_dim_v);
+    const fv_head_part_t *part = &at->share.part;
+    fv_rows_t q = rows_of(at, at->tensors->q, spec->n_q_heads, part->q_head_begin, part->q_head_end,
+                          spec->head_dim_qk);
+    fv_rows_t k = rows_of(at, at->tensors->k, spec->n_kv_heads, part->head_begin, part->head_end,
+                          spec->head_dim_qk);
+    fv_rows_t v = rows_of(at, at->tensors->v, spec->n_kv_heads, part->head_begin, part->head_end,
+                          spec->head_dim_v);
 
     FV_RETURN_IF_ERR(add_rows(work, &q, 0, at->item->n_tokens));
     FV_RETURN_IF_ERR(add_input_pad(d, work, at->share.q_bytes));
     FV_RETURN_IF_ERR(list_kv(at, work, &k));
     FV_RETURN_IF_ERR(add_input_pad(d, work, at->share.k_bytes));
-    FV_RETURN_IF_ERR(list_kv(at, work, &v));
+    if (!fv_model_is_latent(spec)) {
+        FV_RETURN_IF_ERR(list_kv(at, work, &v));
+    }
     return add_input_pad(d, work, at->share.v_bytes);
 }
 
@@ -210,8 +244,7 @@ static fv_status_t
 list_output_rows(const fv_item_place_t *at, fv_rank_work_t *work, uint8_t *base, size_t row_bytes)
 {
     const fv_model_spec_t *spec = at->request->spec;
-    uint64_t group = (uint64_t)fv_model_group(spec);
-    uint64_t n_local = (uint64_t)(at->share.head_end - at->share.head_begin) * group;
+    uint64_t n_local = (uint64_t)at->share.n_q_heads;
     uint64_t row = at->share.row_begin;
 
     while (row < at->share.row_end) {
@@ -224,9 +257,28 @@ list_output_rows(const fv_item_place_t *at, fv_rank_work_t *work, uint8_t *base,
             n = at->share.row_end - row;
         }
         uint64_t element = (at->token_begin + t) * (uint64_t)spec->n_q_heads +
-                           (uint64_t)at->share.head_begin * group + h;
+                           (uint64_t)at->share.part.q_head_begin + h;
         FV_RETURN_IF_ERR(add_output(work, base + element * row_bytes, n * row_bytes));
         row += n;
+    }
+    return FV_OK;
+}
+
+/* Rows of which this rank has one slice. */
+static fv_status_t list_output_slices(const fv_item_place_t *at, fv_rank_work_t *work)
+{
+    const fv_model_spec_t *spec = at->request->spec;
+    const fv_head_part_t *part = &at->share.part;
+    size_t e = fv_dtype_bytes(at->request->head.dtype);
+    uint64_t n_local = (uint64_t)at->share.n_q_heads;
+
+    for (uint64_t row = at->share.row_begin; row < at->share.row_end; row++) {
+        uint64_t element = (at->token_begin + row / n_local) * (uint64_t)spec->n_q_heads +
+                           (uint64_t)part->q_head_begin + row % n_local;
+        uint8_t *out = at->tensors->out +
+                       (element * (size_t)spec->head_dim_v + (size_t)part->latent_begin) * e;
+
+        FV_RETURN_IF_ERR(add_output(work, out, (size_t)part->head_dim_v * e));
     }
     return FV_OK;
 }
@@ -237,7 +289,9 @@ static fv_status_t list_outputs(fv_dispatch_t *d, const fv_item_place_t *at, fv_
     const fv_item_share_t *share = &at->share;
 
     FV_RETURN_IF_ERR(
-        list_output_rows(at, work, at->tensors->out, (size_t)at->request->spec->head_dim_v * e));
+        (fv_model_groups(at->request->spec) > 1)
+            ? list_output_slices(at, work)
+            : list_output_rows(at, work, at->tensors->out, (size_t)share->part.head_dim_v * e));
     FV_RETURN_IF_ERR(add_output(work, next_pad(d),
                                 fv_align_up(share->out_bytes, FV_STEP_ALIGN) - share->out_bytes));
     if (share->lse_bytes > 0) {
@@ -253,7 +307,7 @@ static fv_step_io_t view_of(const fv_item_place_t *at)
     size_t e = fv_dtype_bytes(at->request->head.dtype);
     size_t q_row = (size_t)spec->n_q_heads * (size_t)spec->head_dim_qk * e;
     size_t k_row = (size_t)spec->n_kv_heads * (size_t)spec->head_dim_qk * e;
-    size_t v_row = (size_t)spec->n_kv_heads * (size_t)spec->head_dim_v * e;
+    size_t v_row = (size_t)spec->n_kv_heads * (size_t)fv_model_v_dim_sent(spec) * e;
     size_t out_row = (size_t)spec->n_q_heads * (size_t)spec->head_dim_v * e;
     fv_step_io_t io = {
         .q = at->tensors->q + at->token_begin * q_row,

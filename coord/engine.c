@@ -46,6 +46,10 @@ fv_status_t fv_engine_create(const fv_engine_config_t *config, fv_engine_t **out
         for (uint32_t r = 0; r < n_ranks;
              r++) { /* its lean kernel takes one list of tiles for all KV heads */
             sched.no_s2 = (strcmp(config->ranks[r].backend, "cuda") == 0) ? "cuda" : sched.no_s2;
+            if ((config->ranks[r].has_latent == 0U) &&
+                (config->ranks[r].memory.kv_bytes_total > 0U)) {
+                sched.no_latent = config->ranks[r].backend;
+            }
         }
         status = fv_sched_create(&sched, &engine->sched);
     }

@@ -123,20 +123,29 @@ static void fill_share(const fv_engine_t *engine,
     uint64_t n_tokens = fv_session_tokens(session);
     int32_t hp = cell / p->n_ctx_parts;
     int32_t cp = cell % p->n_ctx_parts;
-    uint32_t group = (uint32_t)fv_model_group(spec);
+    fv_head_part_t part = fv_placement_head_part(p, spec, hp);
 
     out->rank = p->ranks[cell];
-    out->kv_head_begin = (uint32_t)fv_placement_head_begin(p, spec->n_kv_heads, hp);
-    out->kv_head_end = (uint32_t)fv_placement_head_begin(p, spec->n_kv_heads, hp + 1);
-    out->q_head_begin = out->kv_head_begin * group;
-    out->q_head_end = out->kv_head_end * group;
+    out->kv_head_begin = (uint32_t)part.head_begin;
+    out->kv_head_end = (uint32_t)part.head_end;
+    out->q_head_begin = (uint32_t)part.q_head_begin;
+    out->q_head_end = (uint32_t)part.q_head_end;
+    if (fv_model_is_latent(spec)) {
+        out->latent_begin = (uint32_t)part.latent_begin;
+        out->latent_end = (uint32_t)(part.latent_begin + part.head_dim_v);
+    }
     out->n_tokens = fv_placement_tokens(p, cp, n_tokens);
     out->kv_bytes = session->held[cell];
     list_ranges(p, cp, n_tokens, out);
 }
 
-static const char *mode_of(const fv_placement_t *p)
+static const char *mode_of(const fv_placement_t *p, const fv_model_spec_t *spec)
 {
+    int32_t groups = fv_model_groups(spec);
+
+    if (groups > 1) {
+        return (p->n_head_parts > groups) ? "latent x heads" : "latent";
+    }
     if ((p->n_head_parts > 1) && (p->n_ctx_parts > 1)) {
         return "heads x context";
     }
@@ -147,7 +156,10 @@ fv_status_t
 fv_engine_placement(fv_engine_t *engine, const fv_session_t *session, fv_placement_info_t *out)
 {
     const fv_placement_t *p = &session->placement;
+    const fv_model_spec_t *spec = fv_sched_model(engine->sched, session->model_slot);
     fv_placement_info_t info = {
+        .n_latent_parts = (uint32_t)fv_model_groups(spec),
+        .is_approximate = fv_model_groups(spec) > 1,
         .session = session->id,
         .n_head_parts = p->n_head_parts,
         .n_ctx_parts = p->n_ctx_parts,
@@ -165,7 +177,7 @@ fv_engine_placement(fv_engine_t *engine, const fv_session_t *session, fv_placeme
     }
     (void)snprintf(info.model_id, sizeof(info.model_id), "%s",
                    fv_sched_model_id(engine->sched, session->model_slot));
-    (void)snprintf(info.mode, sizeof(info.mode), "%s", mode_of(p));
+    (void)snprintf(info.mode, sizeof(info.mode), "%s", mode_of(p, spec));
     (void)snprintf(info.reason, sizeof(info.reason), "%s", session->reason);
     *out = info;
     return FV_OK;

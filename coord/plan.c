@@ -185,14 +185,11 @@ typedef struct placing {
 
 static fv_status_t check_sharding(const fv_sharding_t *sharding, uint32_t default_shard_tokens)
 {
-    if (sharding->mode == FV_SHARDING_LATENT) {
-        return fv_fail(FV_ERR_UNIMPLEMENTED,
-                       "sharding.mode: LATENT given, expected AUTO, HEADS or CONTEXT");
-    }
     if ((sharding->mode < FV_SHARDING_AUTO) || (sharding->mode > FV_SHARDING_LATENT)) {
-        return fv_fail(FV_ERR_INVALID_ARG,
-                       "sharding.mode: %d given, expected 0 (AUTO), 1 (HEADS) or 2 (CONTEXT)",
-                       sharding->mode);
+        return fv_fail(
+            FV_ERR_INVALID_ARG,
+            "sharding.mode: %d given, expected 0 (AUTO), 1 (HEADS), 2 (CONTEXT) or 3 (LATENT)",
+            sharding->mode);
     }
     if ((sharding->shard_tokens < 0) || (sharding->shard_tokens % FV_PAGE_TOKENS != 0)) {
         return fv_fail(FV_ERR_INVALID_ARG,
@@ -363,7 +360,19 @@ fv_status_t fv_planner_place(fv_planner_t *planner,
     if (n_max > FV_PLACEMENT_RANKS_MAX) {
         n_max = FV_PLACEMENT_RANKS_MAX;
     }
+    if ((sharding->mode == FV_SHARDING_LATENT) && !fv_model_is_latent(spec)) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "sharding.mode: LATENT given, expected AUTO, HEADS or CONTEXT for kind KV");
+    }
+    if ((sharding->mode == FV_SHARDING_LATENT) && (n_max < (uint32_t)fv_model_groups(spec))) {
+        return fv_fail(
+            FV_ERR_PRECONDITION,
+            "sharding.groups: %d given, expected at most %u, the ranks that may be used: "
+            "each slice lives on a rank of its own",
+            fv_model_groups(spec), n_max);
+    }
     p.ask.mode = (fv_sharding_mode_t)sharding->mode;
+    p.ask.has_max = sharding->max_ranks > 0;
     p.ask.n_ranks_max = (int32_t)n_max;
     p.ask.has_hint = max_tokens_hint > 0;
     p.shape =

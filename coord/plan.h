@@ -26,6 +26,8 @@ typedef struct fv_plan_cost {
     double fanout_us;         /* what one more rank in a step costs: control message and tensors */
     double exchange_us;       /* latency of one exchange of partial states */
     double exchange_bytes_per_us;
+    double
+        rank_macs_per_us; /* of latent models, whose many heads share what is read; 0 = no limit */
 } fv_plan_cost_t;
 
 fv_plan_cost_t fv_plan_cost_cpu(void); /* defaults measured on CPU ranks */
@@ -49,12 +51,13 @@ void fv_planner_account(fv_planner_t *planner, uint32_t rank, int64_t delta_byte
 uint64_t fv_planner_used(const fv_planner_t *planner, uint32_t rank);
 
 /*
- * Chooses ranks for a new session, least loaded first. `sharding` has the mode (AUTO, HEADS, CONTEXT),
+ * Chooses ranks for a new session, least loaded first. `sharding` has the mode (AUTO, HEADS, CONTEXT, LATENT),
  * shard_tokens (0 = default_shard_tokens) and max_ranks (0 = all); max_tokens_hint 0 = unknown.
  * Does not account anything (the caller accounts at opening what the hint promises); equally loaded ranks take turns.
  * A session whose hinted length does not fit on one rank's free memory is spread until it does, where that is
  * possible. `reason` says in one sentence why, for GetPlacement.
- * Errors: FV_ERR_EXHAUSTED when no rank holds KV; FV_ERR_INVALID_ARG and FV_ERR_UNIMPLEMENTED naming the field of `sharding`.
+ * Errors: FV_ERR_EXHAUSTED when no rank holds KV; FV_ERR_INVALID_ARG naming the field of `sharding`; FV_ERR_PRECONDITION for
+ * LATENT with more groups than ranks.
  * Cost: O(k log n_ranks) for a session over k ranks, plus at most 64 changes of load not yet sorted in (O(n_ranks) when
  * memory is short); allocates nothing.
  */

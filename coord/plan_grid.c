@@ -22,7 +22,8 @@ fv_plan_cost_t fv_plan_cost_cpu(void)
     return (fv_plan_cost_t){.rank_bytes_per_us = 20000.0,
                             .fanout_us = 25.0,
                             .exchange_us = 40.0,
-                            .exchange_bytes_per_us = 2000.0};
+                            .exchange_bytes_per_us = 2000.0,
+                            .rank_macs_per_us = 200000.0};
 }
 
 static uint64_t read_tokens(const fv_policy_t *policy, uint64_t n_tokens)
@@ -102,6 +103,15 @@ static int32_t largest_part(int32_t n_heads, int32_t n_parts)
     return (n_heads + n_parts - 1) / n_parts;
 }
 
+/* Multiply-adds of one token with all query heads of a part: scores, and the sum of latents. */
+static double latent_macs(const fv_model_spec_t *spec, int32_t n_head_parts)
+{
+    int32_t n_parts = n_head_parts / fv_model_groups(spec);
+    int32_t n_heads = largest_part(spec->n_q_heads, (n_parts > 0) ? n_parts : 1);
+
+    return (double)n_heads * (double)(fv_model_stored_dim_qk(spec) + fv_model_stored_dim_v(spec));
+}
+
 /*
  * Part 0 is the fullest part: it owns the first block of every turn. (For a window the same count is taken as
  * if it began at a block's border.)
@@ -120,6 +130,11 @@ static double token_us(const fv_plan_shape_t *shape, int32_t n_head_parts, int32
                                                                   (uint32_t)n_ctx_parts);
     }
     us = n_read * (n_heads * shape->token_bytes) / cost->rank_bytes_per_us;
+    if (fv_model_is_latent(shape->spec) && (cost->rank_macs_per_us > 0.0)) {
+        double macs_us = n_read * latent_macs(shape->spec, n_head_parts) / cost->rank_macs_per_us;
+
+        us = (macs_us > us) ? macs_us : us;
+    }
     us += fanout_us(shape, n_head_parts, n_ctx_parts);
     if (n_parts > 1.0) {
         double n_rows = n_heads * (double)fv_model_group(shape->spec);
@@ -198,6 +213,20 @@ static void add_contexts(candidates_t *c, int32_t n_head_parts, int32_t n_max)
     }
 }
 
+/*
+ * Every part reads a whole latent, or a whole slice of it, so more parts only spread the arithmetic. By heads: as many as
+ * asked for. By latent: one for each slice; the heads of a slice are cut only where max_ranks asks for more.
+ */
+static int32_t latent_parts(const fv_model_spec_t *spec, const fv_plan_ask_t *ask)
+{
+    int32_t groups = fv_model_groups(spec);
+
+    if ((ask->mode == FV_SHARDING_LATENT) && !ask->has_max) {
+        return groups;
+    }
+    return groups * min_i32(ask->n_ranks_max / groups, spec->n_q_heads);
+}
+
 static void enumerate(candidates_t *c)
 {
     const fv_plan_ask_t *ask = c->ask;
@@ -205,6 +234,11 @@ static void enumerate(candidates_t *c)
     int32_t n_max = ask->n_ranks_max;
     int32_t h_max = min_i32(n_heads, n_max);
 
+    if (fv_model_is_latent(c->shape->spec) &&
+        ((ask->mode == FV_SHARDING_LATENT) || (ask->mode == FV_SHARDING_HEADS))) {
+        (void)add(c, latent_parts(c->shape->spec, ask), 1);
+        return;
+    }
     if (ask->mode == FV_SHARDING_CONTEXT) {
         (void)add(c, 1, n_max);
         return;
@@ -299,8 +333,7 @@ uint64_t fv_plan_growth_bytes(const fv_model_spec_t *spec,
     if ((uint64_t)cp * placement->shard_tokens >= n_after) {
         return 0; /* the context has not reached this part */
     }
-    int32_t n_heads = fv_placement_head_begin(placement, spec->n_kv_heads, hp + 1) -
-                      fv_placement_head_begin(placement, spec->n_kv_heads, hp);
+    int32_t n_heads = fv_placement_n_heads(placement, spec, hp);
     uint64_t before = (n_before > 0) ? fv_placement_pages(placement, cp, n_before) : 0U;
     uint64_t after = fv_placement_pages(placement, cp, n_after);
 

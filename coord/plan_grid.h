@@ -50,9 +50,10 @@ fv_plan_grid(const fv_plan_shape_t *shape, int32_t n_head_parts, int32_t n_ctx_p
 
 /* What is asked of fv_plan_grid_choose(). */
 typedef struct fv_plan_ask {
-    fv_sharding_mode_t mode; /* AUTO, HEADS or CONTEXT */
-    int32_t n_ranks_max;     /* 1..FV_PLACEMENT_RANKS_MAX */
-    bool has_hint;           /* shape->n_tokens is a hint; else it is only a reference length */
+    fv_sharding_mode_t mode;
+    int32_t n_ranks_max; /* 1..FV_PLACEMENT_RANKS_MAX; LATENT: at least the model's groups */
+    bool has_max;        /* the caller asked for that number */
+    bool has_hint;       /* shape->n_tokens is a hint; else it is only a reference length */
     /* fits(arg, grid): are there ranks with room for it? NULL: any grid will do. */
     bool (*fits)(const void *arg, const fv_plan_grid_t *grid);
     const void *arg;

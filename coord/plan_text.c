@@ -49,20 +49,45 @@ static void put_count(text_t *t, uint64_t n, const char *unit)
     put(t, (n == 1) ? "" : "s");
 }
 
-static const char *axis(const fv_plan_grid_t *g)
+static const char *axis(const fv_plan_grid_t *g, const fv_model_spec_t *spec)
 {
+    if (fv_model_groups(spec) > 1) {
+        return "latent";
+    }
     if ((g->n_head_parts > 1) && (g->n_ctx_parts > 1)) {
         return "heads x context";
     }
     return (g->n_head_parts > 1) ? "heads" : ((g->n_ctx_parts > 1) ? "context" : "one rank");
 }
 
+static void put_latent_parts(text_t *t, const fv_model_spec_t *spec, int32_t n_head_parts)
+{
+    int32_t groups = fv_model_groups(spec);
+
+    if (groups > 1) {
+        put_number(t, (uint64_t)groups);
+        put(t, " slices of ");
+        put_number(t, (uint64_t)fv_model_stored_dim_v(spec));
+        put(t, " dims, an approximation");
+    }
+    if (n_head_parts > groups) {
+        put(t, (groups > 1) ? "; " : "");
+        put_number(t, (uint64_t)spec->n_q_heads);
+        put(t, " query heads over ");
+        put_count(t, (uint64_t)(n_head_parts / groups), "rank");
+        put(t, ", the latent on each");
+    }
+}
+
 static void put_parts(text_t *t, const fv_plan_why_t *w)
 {
     const fv_plan_grid_t *g = w->grid;
+    const fv_model_spec_t *spec = w->shape->spec;
 
     put(t, ": ");
-    if (g->n_head_parts > 1) {
+    if (fv_model_is_latent(spec) && (g->n_head_parts > 1)) {
+        put_latent_parts(t, spec, g->n_head_parts);
+    } else if (g->n_head_parts > 1) {
         put_number(t, (uint64_t)w->shape->spec->n_kv_heads);
         put(t, " KV heads over ");
         put_count(t, (uint64_t)g->n_head_parts, "rank");
@@ -86,6 +111,9 @@ static void put_prediction(text_t *t, const fv_plan_why_t *w)
     put(t, " us a token at ");
     put_number(t, w->shape->n_tokens);
     put(t, " tokens");
+    if (fv_model_groups(w->shape->spec) > 1) {
+        return; /* one rank can not hold it: nothing to compare with */
+    }
     if (w->grid->n_head_parts * w->grid->n_ctx_parts > 1) {
         put(t, " against ");
         put_rounded(t, w->one_rank_us);
@@ -122,7 +150,7 @@ void fv_plan_text(const fv_plan_why_t *why, char out[FV_PLAN_REASON_BYTES])
 {
     text_t t = {.out = out};
 
-    put(&t, axis(why->grid));
+    put(&t, axis(why->grid, why->shape->spec));
     put(&t, why->is_asked ? " (as asked)" : "");
     put_parts(&t, why);
     if (why->has_hint) {

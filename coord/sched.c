@@ -80,13 +80,38 @@ static int32_t find_model(const fv_sched_t *sched, const char *id)
     return -1;
 }
 
+/* What a rank's backend does not compute is refused before any rank hears of it. */
 static fv_status_t check_served(const fv_sched_t *sched, const fv_model_spec_t *spec)
 {
+    if (fv_model_is_latent(spec) && (sched->config.no_latent != NULL)) {
+        return fv_fail(FV_ERR_UNIMPLEMENTED,
+                       "spec.kind: LATENT is not served by the %s backend in this version",
+                       sched->config.no_latent);
+    }
     for (int32_t i = 0; (sched->config.no_s2 != NULL) && (i < spec->n_policies); i++) {
         if (spec->policies[i].kind == FV_POLICY_S2) {
             return fv_fail(FV_ERR_UNIMPLEMENTED,
                            "spec.policies: S2 is not served by the %s backend in this version",
                            sched->config.no_s2);
+        }
+    }
+    return FV_OK;
+}
+
+/* So is a model whose pages some rank's slabs do not hold. */
+static fv_status_t check_pages(const fv_sched_t *sched, const fv_model_spec_t *spec)
+{
+    size_t page_bytes = fv_model_page_bytes(spec);
+
+    for (uint32_t r = 0; r < sched->config.n_ranks; r++) {
+        const fv_ctl_memory_t *memory = &sched->ranks[r];
+
+        if ((memory->kv_bytes_total > 0) && (memory->slab_bytes < page_bytes)) {
+            return fv_fail(
+                FV_ERR_EXHAUSTED,
+                "spec: a page of %zu bytes does not fit the slabs of rank %u (%u bytes): "
+                "give it more KV memory",
+                page_bytes, r, memory->slab_bytes);
         }
     }
     return FV_OK;
@@ -100,6 +125,7 @@ fv_status_t fv_sched_register(fv_sched_t *sched,
 {
     FV_RETURN_IF_ERR(fv_model_spec_check(spec));
     FV_RETURN_IF_ERR(check_served(sched, spec));
+    FV_RETURN_IF_ERR(check_pages(sched, spec));
     fv_register_response_t response = {0};
     /* The id is the spec's own checksum, so it is the same after a restart. */
     (void)snprintf(response.model_id, sizeof(response.model_id), "m%016" PRIx64,
@@ -199,6 +225,29 @@ static fv_status_t check_session_quota(const fv_principal_t *owner)
     return (owner == NULL) ? FV_OK : fv_principal_check_session(owner);
 }
 
+/* Slices decide how large a page is and what a model computes: they are the model's, not a session's. */
+static fv_status_t check_override(const fv_model_spec_t *spec, const fv_sharding_t *given)
+{
+    bool is_latent = spec->sharding.mode == FV_SHARDING_LATENT;
+
+    if (is_latent != (given->mode == FV_SHARDING_LATENT)) {
+        return fv_fail(
+            FV_ERR_INVALID_ARG,
+            "sharding.mode: given %d, expected %s: register a model of its own for the other",
+            given->mode,
+            is_latent ? "LATENT, as its model says" : "no LATENT, as its model says none");
+    }
+    if (is_latent &&
+        ((given->groups != spec->sharding.groups) || ((given->n_alpha | given->n_mu) != 0))) {
+        return fv_fail(
+            FV_ERR_INVALID_ARG,
+            "sharding.groups: given %d with %d alpha and %d mu, expected the model's %d and "
+            "no factors",
+            given->groups, given->n_alpha, given->n_mu, spec->sharding.groups);
+    }
+    return FV_OK;
+}
+
 fv_status_t fv_sched_open(fv_sched_t *sched,
                           const fv_open_request_t *request,
                           const fv_birth_t *birth,
@@ -212,6 +261,7 @@ fv_status_t fv_sched_open(fv_sched_t *sched,
     const fv_model_spec_t *spec = &sched->models[slot].spec;
     fv_model_spec_t overridden = *spec;
     if (request->sharding.is_set != 0) {
+        FV_RETURN_IF_ERR(check_override(spec, &request->sharding));
         overridden.sharding = request->sharding;
         FV_RETURN_IF_ERR(fv_model_spec_check(&overridden));
     }

@@ -46,7 +46,8 @@ typedef struct fv_sched_config {
     uint32_t step_tokens_max;
     uint32_t shard_tokens; /* default of models and sessions that name none */
     fv_plan_cost_t cost;
-    const char *no_s2; /* a backend among the ranks' that serves no S2 policy; NULL: all do */
+    const char *no_s2;     /* a backend among the ranks' that serves no S2 policy; NULL: all do */
+    const char *no_latent; /* likewise, no model of kind LATENT */
     /*
      * Called for a request that is about to join a step, when its spec is known and before anything is taken for it: room
      * for its answer. An error refuses the request. NULL: nothing to prepare.
@@ -105,7 +106,8 @@ const fv_ctl_memory_t *fv_sched_rank(const fv_sched_t *sched, uint32_t rank);
 
 /*
  * `spec` as decoded; it is checked. *out_message is to be sent to every rank iff *out_is_new.
- * Errors: as fv_model_spec_check; FV_ERR_EXHAUSTED at FV_MODELS_MAX.
+ * Errors: as fv_model_spec_check; FV_ERR_EXHAUSTED at FV_MODELS_MAX, or when a rank's memory is too small for slabs that
+ * hold one of the model's pages; FV_ERR_UNIMPLEMENTED for LATENT when a rank serves none.
  */
 FV_MUST_CHECK fv_status_t fv_sched_register(fv_sched_t *sched,
                                             fv_model_spec_t *spec,

@@ -62,8 +62,7 @@ count_pages(fv_sched_t *sched, const fv_request_t *request, uint32_t i, uint32_t
             continue;
         }
         uint32_t rank = p->ranks[cell];
-        n_pages *= (uint64_t)(fv_placement_head_begin(p, request->spec->n_kv_heads, hp + 1) -
-                              fv_placement_head_begin(p, request->spec->n_kv_heads, hp));
+        n_pages *= (uint64_t)fv_placement_n_heads(p, request->spec, hp);
         if (sched->pages_needed[rank] == 0) {
             sched->touched_ranks[n_touched++] = rank;
         }

@@ -46,9 +46,18 @@ static void warn_coverage(const fv_model_spec_t *spec, fv_register_response_t *r
 void fv_sched_warn(const fv_model_spec_t *spec, fv_register_response_t *response)
 {
     if ((spec->sharding.mode == FV_SHARDING_HEADS) && (spec->n_kv_heads == 1)) {
+        add_warning(
+            response,
+            fv_model_is_latent(spec)
+                ? "sharding.mode: HEADS keeps the whole latent cache on every rank; CONTEXT "
+                  "is as exact and keeps it once"
+                : "sharding.mode: HEADS cannot split one KV head; every session of this "
+                  "model lives on one rank (CONTEXT would spread it)");
+    }
+    if (fv_model_groups(spec) > 1) {
         add_warning(response,
-                    "sharding.mode: HEADS cannot split one KV head; every session of this "
-                    "model lives on one rank (CONTEXT would spread it)");
+                    "sharding.mode: LATENT is an approximation of the model (TPLA): each slice of "
+                    "the latent has a softmax of its own; CONTEXT is exact");
     }
     warn_coverage(spec, response);
 }

@@ -322,8 +322,7 @@ uint64_t fv_session_layer_pages(const fv_session_t *session,
     const fv_placement_t *p = &session->placement;
     const fv_layer_t *l = &session->layers[layer];
     int32_t hp = cell / p->n_ctx_parts;
-    uint64_t n_heads = (uint64_t)(fv_placement_head_begin(p, spec->n_kv_heads, hp + 1) -
-                                  fv_placement_head_begin(p, spec->n_kv_heads, hp));
+    uint64_t n_heads = (uint64_t)fv_placement_n_heads(p, spec, hp);
 
     return fv_placement_pages(p, cell % p->n_ctx_parts, l->n_tokens) * n_heads -
            fv_reduce_freed_before(spec, &spec->policies[spec->layer_policy[layer]], p, cell,

@@ -10,6 +10,7 @@
 #include "kernels/backend_cpu.h"
 #include "kernels/page_layout.h"
 
+#include <math.h>
 #include <string.h>
 
 #define PARALLEL_ELEMS_MIN 65536U /* below, one thread is done before the others are awake */
@@ -34,6 +35,21 @@ static void put(uint8_t *matrix, fv_dtype_t dtype, size_t i, float value)
     memcpy(matrix + 2U * i, &half, sizeof(half));
 }
 
+/* Dims [0, n) of a latent, normalised. */
+static void normalise(const fv_append_item_t *item, float *row, size_t n)
+{
+    float sum = 0.0F;
+    float factor = 0.0F;
+
+    for (size_t d = 0; d < n; d++) {
+        sum += row[d] * row[d];
+    }
+    factor = 1.0F / sqrtf(item->norm_alpha * (sum / (float)n) + item->norm_eps);
+    for (size_t d = 0; d < n; d++) {
+        row[d] *= factor;
+    }
+}
+
 static void
 append_token(const fv_append_item_t *item, int32_t head, uint64_t t, uint8_t *page, size_t slot)
 {
@@ -42,15 +58,27 @@ append_token(const fv_append_item_t *item, int32_t head, uint64_t t, uint8_t *pa
     fv_dtype_t kv = (fv_dtype_t)item->kv_dtype;
     fv_dtype_t src = (fv_dtype_t)item->src_dtype;
     size_t e = fv_dtype_bytes(src);
-    const uint8_t *k = (const uint8_t *)item->k + t * item->k_token_bytes + (size_t)head * dk * e;
-    const uint8_t *v = (const uint8_t *)item->v + t * item->v_token_bytes + (size_t)head * dv * e;
+    const uint8_t *k = (const uint8_t *)item->k + t * item->k_token_bytes +
+                       (size_t)head * (dk * e + item->rope_gap_bytes);
     uint8_t *page_v = page + fv_page_v_offset(kv, item->head_dim_qk);
-    float row[FV_HEAD_DIM_MAX];
+    float row[FV_DIM_QK_MAX];
 
-    fv_load_row(row, k, src, dk);
+    if (item->rope_gap_bytes == 0U) {
+        fv_load_row(row, k, src, dk);
+    } else {
+        fv_load_row(row, k, src, dv);
+        fv_load_row(row + dv, k + dv * e + item->rope_gap_bytes, src, dk - dv);
+    }
+    if (item->norm_alpha > 0.0F) {
+        normalise(item, row, dv);
+    }
     for (size_t d = 0; d < dk; d++) {
         put(page, kv, fv_page_index(kv, dk, FV_PAGE_TOKENS, d, slot), row[d]);
     }
+    if (item->v_in_k) {
+        return;
+    }
+    const uint8_t *v = (const uint8_t *)item->v + t * item->v_token_bytes + (size_t)head * dv * e;
     fv_load_row(row, v, src, dv);
     for (size_t d = 0; d < dv; d++) {
         put(page_v, kv, fv_page_index(kv, FV_PAGE_TOKENS, dv, slot, d), row[d]);
@@ -60,8 +88,8 @@ append_token(const fv_append_item_t *item, int32_t head, uint64_t t, uint8_t *pa
 static void append_head(fv_backend_t *backend, const fv_append_item_t *item, int32_t head)
 {
     const fv_page_ref_t *pages = item->pages + (size_t)head * item->pages_head_stride;
-    size_t page_bytes =
-        fv_page_bytes((fv_dtype_t)item->kv_dtype, item->head_dim_qk, item->head_dim_v);
+    size_t page_bytes = fv_page_bytes((fv_dtype_t)item->kv_dtype, item->head_dim_qk,
+                                      item->head_dim_v, item->v_in_k);
 
     for (uint64_t t = 0; t < item->n_tokens; t++) {
         uint64_t local = item->local_begin + t;
@@ -94,8 +122,8 @@ static void append_thread(void *ctx, int32_t thread_idx)
 /* All pages are looked at before any is written: a refused append changes nothing. */
 static fv_status_t check_pages(const fv_backend_t *backend, const fv_append_item_t *item)
 {
-    size_t page_bytes =
-        fv_page_bytes((fv_dtype_t)item->kv_dtype, item->head_dim_qk, item->head_dim_v);
+    size_t page_bytes = fv_page_bytes((fv_dtype_t)item->kv_dtype, item->head_dim_qk,
+                                      item->head_dim_v, item->v_in_k);
     uint64_t first = item->local_begin / FV_PAGE_TOKENS;
     uint64_t last = (item->local_begin + item->n_tokens - 1U) / FV_PAGE_TOKENS;
 
@@ -150,7 +178,8 @@ fv_status_t fv_cpu_copy_pages(fv_backend_t *backend, const fv_page_copy_t *copie
         uint8_t *dst = NULL;
 
         FV_RETURN_IF_ERR(fv_cpu_check_copy(copy));
-        page_bytes = fv_page_bytes((fv_dtype_t)copy->kv_dtype, copy->head_dim_qk, copy->head_dim_v);
+        page_bytes = fv_page_bytes((fv_dtype_t)copy->kv_dtype, copy->head_dim_qk, copy->head_dim_v,
+                                   copy->v_in_k);
         src = fv_cpu_page(backend, copy->src, page_bytes);
         dst = fv_cpu_page(backend, copy->dst, page_bytes);
         if ((src == NULL) || (dst == NULL)) {

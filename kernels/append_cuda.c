@@ -119,6 +119,7 @@ fv_status_t fv_cuda_append(fv_backend_t *backend, const fv_append_item_t *items,
         const fv_append_item_t *item = &items[i];
 
         FV_RETURN_IF_ERR(fv_cpu_check_append(item));
+        FV_RETURN_IF_ERR(fv_cuda_check_latent(item->v_in_k));
         FV_RETURN_IF_ERR(check_pages(backend, item));
         n_units_max += (size_t)item_pages(item) * (size_t)item->n_kv_heads;
         n_bytes += FV_CUDA_STAGE_BYTES(item->n_tokens * head_bytes(item, item->head_dim_qk)) +
@@ -162,6 +163,7 @@ fv_status_t fv_cuda_copy_pages(fv_backend_t *backend, const fv_page_copy_t *copi
         size_t page_bytes = 0;
 
         FV_RETURN_IF_ERR(fv_cpu_check_copy(c));
+        FV_RETURN_IF_ERR(fv_cuda_check_latent(c->v_in_k));
         page_bytes = fv_cuda_page_bytes(c->kv_dtype, c->head_dim_qk, c->head_dim_v);
         if (!fv_cuda_page_ok(backend, c->src, page_bytes) ||
             !fv_cuda_page_ok(backend, c->dst, page_bytes)) {

@@ -52,7 +52,8 @@ static uint32_t tile_cost(const fv_backend_t *backend, const fv_attn_item_t *ite
     const fv_tile_ops_t *ops =
         fv_isa_ops(&backend->isa, item->head_dim_qk, item->head_dim_v, item->kv_dtype);
     size_t n_elems = (size_t)(item->head_dim_qk + item->head_dim_v) * FV_PAGE_TOKENS;
-    size_t bytes = n_elems * fv_dtype_bytes((fv_dtype_t)item->kv_dtype);
+    size_t bytes = fv_page_bytes((fv_dtype_t)item->kv_dtype, item->head_dim_qk, item->head_dim_v,
+                                 item->v_in_k);
 
     return (uint32_t)(1U + bytes / 8U + n_elems * (size_t)n_rows / (size_t)ops->macs_per_ns);
 }
@@ -131,17 +132,53 @@ static fv_status_t plan_item(fv_backend_t *backend, uint32_t item_idx)
     return FV_OK;
 }
 
+/* The queries of one token, in fp32. */
+static void load_token(float *q, const fv_attn_item_t *item, int32_t n_heads, const uint8_t *token)
+{
+    fv_dtype_t io = (fv_dtype_t)item->io_dtype;
+    size_t e = fv_dtype_bytes(io);
+    size_t dk = (size_t)item->head_dim_qk;
+    size_t dv = (size_t)item->head_dim_v;
+
+    if ((item->q_head_bytes == 0U) && (item->rope_gap_bytes == 0U)) {
+        fv_load_row(q, token, io, dk * (size_t)n_heads);
+        return;
+    }
+    for (int32_t g = 0; g < n_heads; g++) {
+        fv_load_row(q, token, io, dv);
+        fv_load_row(q + dv, token + dv * e + item->rope_gap_bytes, io, dk - dv);
+        q += dk;
+        token += item->q_head_bytes;
+    }
+}
+
+/* mu on the query's latent dims; the products are no longer exact in fewer bf16 parts than fp32 needs. */
+static void weigh_latent(fv_tile_block_t *block, float mu)
+{
+    for (int32_t r = 0; r < block->n_rows; r++) {
+        float *q = block->q + (size_t)r * (size_t)block->head_dim_qk;
+
+        for (int32_t d = 0; d < block->head_dim_v; d++) {
+            q[d] *= mu;
+        }
+    }
+    block->n_q_planes = FV_Q_PLANES_MAX;
+}
+
 static void
 load_block(fv_tile_block_t *block, const fv_attn_item_t *item, const fv_lean_group_t *group)
 {
     size_t dk = (size_t)item->head_dim_qk;
-    size_t head_bytes = dk * fv_dtype_bytes((fv_dtype_t)item->io_dtype);
+    size_t head_bytes = (item->q_head_bytes != 0U)
+                            ? item->q_head_bytes
+                            : (dk * fv_dtype_bytes((fv_dtype_t)item->io_dtype));
     int32_t n_heads = group->g_end - group->g_begin;
     float *q = block->q;
 
     block->n_rows = (group->t_end - group->t_begin) * n_heads;
     block->head_dim_qk = item->head_dim_qk;
     block->head_dim_v = item->head_dim_v;
+    block->v_in_k = item->v_in_k;
     block->o_stride = (int32_t)fv_align_up((size_t)item->head_dim_v, 16U);
     block->kv_dtype = (fv_dtype_t)item->kv_dtype;
     block->n_q_planes = (item->io_dtype == (int32_t)FV_DTYPE_BF16)  ? 1
@@ -157,8 +194,11 @@ load_block(fv_tile_block_t *block, const fv_attn_item_t *item, const fv_lean_gro
         const uint8_t *token = (const uint8_t *)item->q + (size_t)t * item->q_token_bytes +
                                (size_t)(group->kv_head * item->group + group->g_begin) * head_bytes;
 
-        fv_load_row(q, token, (fv_dtype_t)item->io_dtype, dk * (size_t)n_heads);
+        load_token(q, item, n_heads, token);
         q += dk * (size_t)n_heads;
+    }
+    if ((item->latent_mu != 0.0F) && (item->latent_mu != 1.0F)) {
+        weigh_latent(block, item->latent_mu);
     }
     memset(block->o, 0, (size_t)block->n_rows * (size_t)block->o_stride * sizeof(float));
     for (int32_t r = 0; r < block->n_rows; r++) {
@@ -180,6 +220,23 @@ static void prime_streams(const uint8_t *matrix, size_t n_bytes)
     }
 }
 
+/*
+ * V of the page: already on its way to the core when the softmax asks for it. A latent page holds none, it is made from
+ * K, which has just been read.
+ */
+static const uint8_t *fetch_v(const fv_tile_ops_t *ops, fv_tile_block_t *block, const uint8_t *page)
+{
+    const uint8_t *v = page + fv_page_v_offset(block->kv_dtype, block->head_dim_qk);
+
+    if (block->v_in_k) {
+        ops->latent_v(block, page);
+        return block->v_clean;
+    }
+    prime_streams(
+        v, fv_page_v_offset(block->kv_dtype, block->head_dim_v)); /* [P, dv], as K is [dk, P] */
+    return v;
+}
+
 static void attend_tile(const fv_tile_ops_t *ops,
                         fv_tile_block_t *block,
                         const fv_attn_item_t *item,
@@ -188,13 +245,11 @@ static void attend_tile(const fv_tile_ops_t *ops,
                         const fv_tile_t *tile,
                         const uint8_t *page)
 {
-    const uint8_t *v = page + fv_page_v_offset(block->kv_dtype, block->head_dim_qk);
-    size_t v_bytes =
-        fv_page_v_offset(block->kv_dtype, block->head_dim_v); /* [P, dv], as K is [dk, P] */
+    const uint8_t *v = NULL;
     bool whole = tile->n_tokens == FV_PAGE_TOKENS;
 
     ops->scores(block, page);
-    prime_streams(v, v_bytes);
+    v = fetch_v(ops, block, page);
     if (item->logit_softcap > 0.0F) {
         ops->softcap(block);
     }
@@ -226,8 +281,8 @@ static void attend_piece(fv_backend_t *backend,
     const fv_tile_ops_t *ops =
         fv_isa_ops(&backend->isa, item->head_dim_qk, item->head_dim_v, item->kv_dtype);
     const fv_page_ref_t *pages = item->pages + (size_t)group->kv_head * item->pages_head_stride;
-    size_t page_bytes =
-        fv_page_bytes((fv_dtype_t)item->kv_dtype, item->head_dim_qk, item->head_dim_v);
+    size_t page_bytes = fv_page_bytes((fv_dtype_t)item->kv_dtype, item->head_dim_qk,
+                                      item->head_dim_v, item->v_in_k);
     fv_tile_query_t query = group_query(item, group);
 
     load_block(block, item, group);

@@ -316,6 +316,7 @@ fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *ite
         if (items[i].policy.kind == FV_POLICY_S2) { /* KV heads of a run share one list of tiles */
             return fv_fail(FV_ERR_UNIMPLEMENTED, "kernels: policy: S2 needs the cpu backend");
         }
+        FV_RETURN_IF_ERR(fv_cuda_check_latent(items[i].v_in_k));
         /* at worst every item is a geometry of its own */
         n_bytes += item_stage_bytes(&items[i]) + 2U * FV_CUDA_STAGE_BYTES(1) +
                    fv_lean_plan_stage_bytes(backend);

@@ -92,7 +92,9 @@ const uint8_t *fv_cpu_clean_v(fv_tile_block_t *block, const fv_tile_t *tile, con
     if (n_tokens == FV_PAGE_TOKENS) {
         return v;
     }
-    memcpy(block->v_clean, v, dv * FV_PAGE_TOKENS * e);
+    if (v != block->v_clean) { /* V out of a latent page is a copy already */
+        memcpy(block->v_clean, v, dv * FV_PAGE_TOKENS * e);
+    }
     if (block->kv_dtype == FV_DTYPE_BF16) {
         zero_bf16_slots(block->v_clean, dv, n_tokens);
         return block->v_clean;

@@ -31,6 +31,9 @@ static void
 write_row(const fv_attn_item_t *item, int64_t t, int32_t h, const float *o, float lse_log2)
 {
     size_t dv = (size_t)item->head_dim_v;
+    size_t head_bytes = (item->out_head_bytes != 0U)
+                            ? item->out_head_bytes
+                            : (dv * fv_dtype_bytes((fv_dtype_t)item->io_dtype));
 
     if (item->n_dst > 0) {
         uint64_t row = (uint64_t)t * (uint64_t)(item->n_kv_heads * item->group) + (uint64_t)h;
@@ -40,8 +43,7 @@ write_row(const fv_attn_item_t *item, int64_t t, int32_t h, const float *o, floa
         dst->lse_log2[row - dst->row_begin] = lse_log2;
         return;
     }
-    fv_store_row((uint8_t *)item->out + (size_t)t * item->out_token_bytes +
-                     (size_t)h * dv * fv_dtype_bytes((fv_dtype_t)item->io_dtype),
+    fv_store_row((uint8_t *)item->out + (size_t)t * item->out_token_bytes + (size_t)h * head_bytes,
                  (fv_dtype_t)item->io_dtype, o, dv);
     if (item->lse != NULL) {
         item->lse[(size_t)t * item->lse_token_stride + (size_t)h] = lse_log2 * FV_LN2;
@@ -70,7 +72,7 @@ void fv_cpu_write_rows(const fv_attn_item_t *item,
 
 void fv_cpu_write_empty(const fv_attn_item_t *item, const fv_lean_group_t *group)
 {
-    static const float zeros[FV_HEAD_DIM_MAX];
+    static const float zeros[FV_DIM_V_MAX];
 
     for (int64_t t = group->t_begin; t < group->t_end; t++) {
         for (int32_t g = group->g_begin; g < group->g_end; g++) {

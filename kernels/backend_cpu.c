@@ -18,7 +18,7 @@
 #define ALIGNMENT         64U
 #define ARENA_SLACK       4096U /* vector loads of a page's last row may reach past it */
 #define ROWS_PADDED       ((size_t)FV_BLOCK_ROWS_MAX + 16U) /* AMX works on 16 rows at a time */
-#define DIM_MAX           ((size_t)FV_HEAD_DIM_MAX)
+#define DIM_MAX           ((size_t)FV_DIM_QK_MAX)           /* touched as far as a step needs it */
 #define PAGE_ELEMS        (DIM_MAX * FV_PAGE_TOKENS)
 
 /* Hands out pieces of the workspace; with base NULL it only counts. */
@@ -222,6 +222,7 @@ cpu_finish(fv_backend_t *backend, const fv_wait_limits_t *limits, fv_device_time
 
 const fv_backend_ops_t fv_backend_cpu = {
     .name = "cpu",
+    .has_latent = true,
     .create = cpu_create,
     .destroy = cpu_destroy,
     .describe = cpu_describe,

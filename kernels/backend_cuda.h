@@ -182,4 +182,13 @@ FV_MUST_CHECK fv_status_t fv_cpu_check_attend(const fv_attn_item_t *item);
 FV_MUST_CHECK fv_status_t fv_cpu_check_merge(const fv_merge_item_t *item);
 FV_MUST_CHECK fv_status_t fv_cpu_check_copy(const fv_page_copy_t *copy);
 
+/* Pages of latents are not served here yet (has_latent is false): refused before anything is read. */
+static inline fv_status_t fv_cuda_check_latent(bool v_in_k)
+{
+    return v_in_k
+               ? fv_fail(FV_ERR_UNIMPLEMENTED, "cuda backend: v_in_k: given true, expected false "
+                                               "(kind LATENT is served by CPU ranks)")
+               : FV_OK;
+}
+
 #endif /* FV_KERNELS_BACKEND_CUDA_H */

@@ -22,6 +22,19 @@ static fv_status_t check_head_dim(const char *field, int32_t given)
                  field, given, "a multiple of 8 in 16..256");
 }
 
+/* v_in_k: V is a part of K, and both are wider. */
+static fv_status_t check_head_dims(int32_t dk, int32_t dv, bool v_in_k)
+{
+    if (!v_in_k) {
+        FV_RETURN_IF_ERR(check_head_dim("head_dim_qk", dk));
+        return check_head_dim("head_dim_v", dv);
+    }
+    FV_RETURN_IF_ERR(check((dk >= FV_HEAD_DIM_MIN) && (dk <= FV_DIM_QK_MAX) && ((dk % 8) == 0),
+                           "head_dim_qk", dk, "a multiple of 8 in 16..1152 with v_in_k"));
+    return check((dv >= FV_HEAD_DIM_MIN) && (dv <= dk) && (dv <= FV_DIM_V_MAX) && ((dv % 8) == 0),
+                 "head_dim_v", dv, "a multiple of 8 in 16..1024, at most head_dim_qk, with v_in_k");
+}
+
 static fv_status_t check_dtype(const char *field, int32_t given)
 {
     return check(fv_dtype_is_valid(given), field, given, "F32, F16 or BF16");
@@ -41,15 +54,22 @@ static fv_status_t check_pointer(const char *field, const void *given)
 fv_status_t fv_cpu_check_append(const fv_append_item_t *item)
 {
     FV_RETURN_IF_ERR(check_heads(item->n_kv_heads));
-    FV_RETURN_IF_ERR(check_head_dim("head_dim_qk", item->head_dim_qk));
-    FV_RETURN_IF_ERR(check_head_dim("head_dim_v", item->head_dim_v));
+    FV_RETURN_IF_ERR(check_head_dims(item->head_dim_qk, item->head_dim_v, item->v_in_k));
+    if (!(item->norm_alpha >= 0.0F) || ((item->norm_alpha > 0.0F) && !item->v_in_k)) {
+        return fv_fail(
+            FV_ERR_INVALID_ARG,
+            "kernels: norm_alpha: given %g, expected 0, or a positive number with v_in_k",
+            (double)item->norm_alpha);
+    }
     FV_RETURN_IF_ERR(check_dtype("src_dtype", item->src_dtype));
     FV_RETURN_IF_ERR(check_dtype("kv_dtype", item->kv_dtype));
     if (item->n_tokens == 0) {
         return FV_OK;
     }
     FV_RETURN_IF_ERR(check_pointer("k", item->k));
-    FV_RETURN_IF_ERR(check_pointer("v", item->v));
+    if (!item->v_in_k) {
+        FV_RETURN_IF_ERR(check_pointer("v", item->v));
+    }
     return check_pointer("pages", item->pages);
 }
 
@@ -118,8 +138,12 @@ fv_status_t fv_cpu_check_attend(const fv_attn_item_t *item)
     FV_RETURN_IF_ERR(check_heads(item->n_kv_heads));
     FV_RETURN_IF_ERR(
         check((item->group >= 1) && (item->group <= FV_GROUP_MAX), "group", item->group, "1..128"));
-    FV_RETURN_IF_ERR(check_head_dim("head_dim_qk", item->head_dim_qk));
-    FV_RETURN_IF_ERR(check_head_dim("head_dim_v", item->head_dim_v));
+    FV_RETURN_IF_ERR(check_head_dims(item->head_dim_qk, item->head_dim_v, item->v_in_k));
+    if (!isfinite(item->latent_mu) || (item->latent_mu < 0.0F)) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "kernels: latent_mu: given %g, expected 0 or a positive finite number",
+                       (double)item->latent_mu);
+    }
     FV_RETURN_IF_ERR(check_dtype("io_dtype", item->io_dtype));
     FV_RETURN_IF_ERR(check_dtype("kv_dtype", item->kv_dtype));
     if (!isfinite(item->softmax_scale) || (item->softmax_scale <= 0.0F)) {
@@ -134,6 +158,15 @@ fv_status_t fv_cpu_check_attend(const fv_attn_item_t *item)
     }
     FV_RETURN_IF_ERR(check((item->kv_head_begin >= 0) && (item->kv_head_begin < FV_HEADS_MAX),
                            "kv_head_begin", item->kv_head_begin, "0..1023"));
+    if (!item->v_in_k &&
+        ((item->q_head_bytes | item->out_head_bytes | item->rope_gap_bytes) != 0U)) {
+        return check(false, "q_head_bytes, out_head_bytes, rope_gap_bytes",
+                     (int64_t)(item->q_head_bytes | item->out_head_bytes | item->rope_gap_bytes),
+                     "0 without v_in_k");
+    }
+    FV_RETURN_IF_ERR(check((item->rope_gap_bytes == 0U) || (item->q_head_bytes != 0U),
+                           "q_head_bytes", 0,
+                           "the bytes of a head, because rope_gap_bytes is given"));
     FV_RETURN_IF_ERR(check_pointer("q", item->q));
     FV_RETURN_IF_ERR(check_context(item));
     return check_result(item);
@@ -141,7 +174,7 @@ fv_status_t fv_cpu_check_attend(const fv_attn_item_t *item)
 
 fv_status_t fv_cpu_check_merge(const fv_merge_item_t *item)
 {
-    FV_RETURN_IF_ERR(check_head_dim("head_dim_v", item->head_dim_v));
+    FV_RETURN_IF_ERR(check_head_dims(item->head_dim_v, item->head_dim_v, true)); /* either kind */
     FV_RETURN_IF_ERR(check_dtype("io_dtype", item->io_dtype));
     FV_RETURN_IF_ERR(check(item->n_parts >= 1, "n_parts", item->n_parts, "1 or more"));
     FV_RETURN_IF_ERR(check(item->row_len >= 1, "row_len", (int64_t)item->row_len, "1 or more"));
@@ -155,8 +188,7 @@ fv_status_t fv_cpu_check_merge(const fv_merge_item_t *item)
 
 fv_status_t fv_cpu_check_copy(const fv_page_copy_t *copy)
 {
-    FV_RETURN_IF_ERR(check_head_dim("head_dim_qk", copy->head_dim_qk));
-    FV_RETURN_IF_ERR(check_head_dim("head_dim_v", copy->head_dim_v));
+    FV_RETURN_IF_ERR(check_head_dims(copy->head_dim_qk, copy->head_dim_v, copy->v_in_k));
     FV_RETURN_IF_ERR(check_dtype("kv_dtype", copy->kv_dtype));
     return check((copy->n_tokens >= 0) && (copy->n_tokens <= FV_PAGE_TOKENS), "n_tokens",
                  copy->n_tokens, "0..64");

@@ -21,7 +21,8 @@
  *
  * Pages. The KV arena is one allocation of the backend. A page reference is the page's offset in the arena in units of
  * FV_PAGE_UNIT bytes. A page holds FV_PAGE_TOKENS tokens of one (layer, KV head), K first, then V, in
- * fv_model_page_bytes(); how elements are arranged inside is the backend's own business.
+ * fv_model_page_bytes(); how elements are arranged inside is the backend's own business. LATENT (v_in_k): K alone, up to
+ * FV_DIM_QK_MAX dims, of which V is the first head_dim_v.
  */
 #ifndef FV_KERNELS_KERNELS_H
 #define FV_KERNELS_KERNELS_H
@@ -67,6 +68,11 @@ typedef struct fv_append_item {
     int32_t n_kv_heads; /* on this rank */
     int32_t head_dim_qk, head_dim_v;
     int32_t src_dtype, kv_dtype; /* fv_dtype_t */
+    bool v_in_k; /* LATENT: V is dims [0, head_dim_v) of K and stored with it; `v` is not read */
+    size_t rope_gap_bytes;      /* v_in_k: between dims [0, dv) and the others of a source row: a
+                                   slice of a latent and the RoPE key lie apart */
+    float norm_alpha, norm_eps; /* LATENT, norm_alpha > 0: those dims c of a K row are stored as
+                                   c / sqrt(norm_alpha * mean(c^2) + norm_eps) */
     const void *k,
         *v; /* first token; heads contiguous: k + t * k_token_bytes + h * dk * e; 16-byte aligned
                                     base or any multiple of the element size */
@@ -84,6 +90,7 @@ typedef struct fv_page_copy {
     int32_t n_tokens;
     int32_t head_dim_qk, head_dim_v;
     int32_t kv_dtype;
+    bool v_in_k;
 } fv_page_copy_t;
 
 /* ------------------------------------------------------------------ attend */
@@ -102,23 +109,28 @@ typedef struct fv_attn_item {
     int32_t kv_head_begin; /* the model's number of local KV head 0: S2's patterns go by it */
     int32_t head_dim_qk, head_dim_v;
     int32_t io_dtype, kv_dtype;
+    bool v_in_k;           /* as in fv_append_item_t */
+    size_t rope_gap_bytes; /* v_in_k: likewise, of q */
+    float latent_mu;       /* v_in_k: factor of the scores' part from dims [0, dv); 0 = 1 */
     float softmax_scale, logit_softcap; /* softcap 0 = off; else c * tanh(s / c) after scaling */
     bool causal;
     fv_policy_t policy;
     fv_kv_shard_t shard;
     int64_t position; /* of the first query token */
     int64_t kv_end;
-    const void *q; /* q + t * q_token_bytes + h * dk * e */
+    const void *q; /* q + t * q_token_bytes + h * q_head_bytes */
     size_t q_token_bytes;
+    size_t q_head_bytes; /* v_in_k; 0 = dk * e, and always so without */
     const fv_page_ref_t *
         pages; /* pages[kv_head * pages_head_stride + local_page]; may be NULL when no tile; those that no row reads may be anything */
     size_t pages_head_stride;
 
-    /* Result, n_dst = 0: final. o in io_dtype at out + t * out_token_bytes + h * dv * e; lse (may be
+    /* Result, n_dst = 0: final. o in io_dtype at out + t * out_token_bytes + h * out_head_bytes; lse (may be
      * NULL) fp32 natural log at lse + t * lse_token_stride + h.
      * Result, n_dst > 0: partial states to dst[0..n_dst), ascending row_begin, dst[0].row_begin = 0. */
     void *out;
     size_t out_token_bytes;
+    size_t out_head_bytes; /* v_in_k; 0 = dv * e, and always so without */
     float *lse;
     size_t lse_token_stride; /* elements */
     const fv_partial_dst_t *dst;
@@ -198,6 +210,7 @@ typedef struct fv_device_times {
  */
 typedef struct fv_backend_ops {
     const char *name; /* "cpu", "cuda" */
+    bool has_latent;  /* serves models of kind LATENT (v_in_k) */
     fv_status_t (*create)(const fv_backend_config_t *config, fv_backend_t **out);
     void (*destroy)(fv_backend_t *backend); /* NULL is fine */
     void (*describe)(const fv_backend_t *backend, fv_device_info_t *out);

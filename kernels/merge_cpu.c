@@ -8,6 +8,7 @@
 #include "kernels/backend_cpu.h"
 
 #include <math.h>
+#include <string.h>
 
 #define ROWS_PER_UNIT      64U
 #define PARALLEL_ELEMS_MIN 65536U
@@ -27,11 +28,12 @@ static void merge_row(const fv_merge_item_t *item, uint64_t i)
 {
     size_t dv = (size_t)item->head_dim_v;
     uint64_t row = item->row_base + i;
-    float o[FV_HEAD_DIM_MAX] = {0.0F};
+    float o[FV_DIM_V_MAX];
     float m = -INFINITY;
     float sum = 0.0F;
     float inverse = 0.0F;
 
+    memset(o, 0, dv * sizeof(o[0]));
     for (int32_t s = 0; s < item->n_parts; s++) {
         m = (item->lse_log2[s][i] > m) ? item->lse_log2[s][i] : m;
     }

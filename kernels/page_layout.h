@@ -65,9 +65,13 @@ static inline size_t fv_page_v_offset(fv_dtype_t dtype, int32_t head_dim_qk)
     return (size_t)head_dim_qk * FV_PAGE_TOKENS * fv_dtype_bytes(dtype);
 }
 
-static inline size_t fv_page_bytes(fv_dtype_t dtype, int32_t head_dim_qk, int32_t head_dim_v)
+/* v_in_k: V is the first rows of K^T; who needs it as [P, dv] has it turned (tile.h, latent_v). */
+static inline size_t
+fv_page_bytes(fv_dtype_t dtype, int32_t head_dim_qk, int32_t head_dim_v, bool v_in_k)
 {
-    return (size_t)(head_dim_qk + head_dim_v) * FV_PAGE_TOKENS * fv_dtype_bytes(dtype);
+    size_t dims = (size_t)head_dim_qk + (v_in_k ? 0U : (size_t)head_dim_v);
+
+    return dims * FV_PAGE_TOKENS * fv_dtype_bytes(dtype);
 }
 
 #endif /* FV_KERNELS_PAGE_LAYOUT_H */

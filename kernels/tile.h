@@ -19,6 +19,7 @@
 
 #include "common/model.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -32,6 +33,7 @@
 typedef struct fv_tile_block {
     int32_t n_rows; /* 1..FV_BLOCK_ROWS_MAX */
     int32_t head_dim_qk, head_dim_v;
+    bool v_in_k;      /* the page has no V of its own: latent_v() makes it */
     int32_t o_stride; /* elements: head_dim_v rounded up to 16; the padding may hold anything */
     fv_dtype_t kv_dtype;
     int32_t n_q_planes;         /* bf16 parts that Q needs: 1 bf16, 2 fp16, 3 fp32 */
@@ -48,10 +50,10 @@ typedef struct fv_tile_block {
     float *m;           /* [n_rows] */
     float *l;           /* [n_rows] */
     float *alpha;       /* [n_rows] */
-    float *wide;        /* [256, P]: a page's K^T or V widened to fp32 */
+    float *wide;        /* [FV_DIM_QK_MAX, P]: a page's K^T or V widened to fp32 */
     uint16_t *q_planes; /* [FV_Q_PLANES_MAX][FV_BLOCK_ROWS_MAX, dk] bf16 */
     uint16_t *p_planes; /* [FV_P_PLANES][FV_BLOCK_ROWS_MAX, P] bf16 */
-    uint8_t *v_clean;   /* a copy of V whose unused slots are zero */
+    uint8_t *v_clean;   /* V out of a latent page; or a copy of V whose unused slots are zero */
 } fv_tile_block_t;
 
 typedef struct fv_tile_ops {
@@ -62,6 +64,11 @@ typedef struct fv_tile_ops {
     void (*softcap)(fv_tile_block_t *block);
     void (*softmax)(fv_tile_block_t *block);
     void (*accumulate)(fv_tile_block_t *block, const void *v);
+    /*
+     * v_in_k: the first dv rows of K^T [dk, P], turned into V [P, dv] as pages have it, in v_clean. It costs a few cycles a
+     * cache line, and spares every token its second copy in memory and on the way from there.
+     */
+    void (*latent_v)(fv_tile_block_t *block, const void *k);
     void (*end)(void); /* NULL = nothing to do */
 } fv_tile_ops_t;
 
@@ -79,10 +86,13 @@ typedef struct fv_isa {
 FV_MUST_CHECK fv_status_t fv_isa_choose(const char *name, fv_isa_t *out);
 
 extern const fv_tile_ops_t fv_tile_portable;
+void fv_tile_latent_v(fv_tile_block_t *block,
+                      const void *k); /* tile_latent.c: any shape, plain C */
 #if defined(FV_KERNELS_X86)
 extern const fv_tile_ops_t fv_tile_avx2;
 extern const fv_tile_ops_t fv_tile_avx512;
 extern const fv_tile_ops_t fv_tile_amx;
+void fv_tile_latent_v_avx512(fv_tile_block_t *block, const void *k); /* tile_latent_avx512.c */
 #endif
 
 static inline const fv_tile_ops_t *

@@ -246,5 +246,6 @@ const fv_tile_ops_t fv_tile_amx = {
     .softcap = amx_softcap,
     .softmax = amx_softmax,
     .accumulate = amx_accumulate,
+    .latent_v = fv_tile_latent_v_avx512,
     .end = amx_end,
 };

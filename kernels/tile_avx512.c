@@ -132,5 +132,6 @@ const fv_tile_ops_t fv_tile_avx512 = {
     .softcap = simd_softcap,
     .softmax = simd_softmax,
     .accumulate = simd_accumulate,
+    .latent_v = fv_tile_latent_v_avx512,
     .end = NULL,
 };

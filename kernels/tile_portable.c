@@ -104,5 +104,6 @@ const fv_tile_ops_t fv_tile_portable = {
     .softcap = portable_softcap,
     .softmax = portable_softmax,
     .accumulate = portable_accumulate,
+    .latent_v = fv_tile_latent_v,
     .end = NULL,
 };

@@ -65,6 +65,8 @@ typedef struct fv_ctl_hello {
         [FV_SECRET_BYTES]; /* of the job, handed out over MPI: proves the rank belongs to it */
     uint32_t rank;
     uint32_t n_threads;
+    uint32_t has_latent; /* the rank's backend serves models of kind LATENT */
+    uint32_t reserved;
     char host[64];
     char backend[16];
     char device[96];

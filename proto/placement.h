@@ -8,6 +8,9 @@
  *     n_ctx_parts = 3:   token block   0  1  2  3  4  5  6 ...
  *                        context part  0  1  2  0  1  2  0 ...
  *
+ * LATENT models have one latent for all heads: their head parts are ranges of query heads, and each holds the
+ * latent again; sharded by latent (TPLA), of g slices, the first n_head_parts / g parts hold slice 0, and so on.
+ *
  * 1 x 1 is a whole session on one rank, H x 1 head sharding (no exchange), 1 x C context sharding.
  * The coordinator decides a placement when a session opens; workers execute it. A short context simply
  * has not reached the later parts: they hold nothing and take no part in its steps.
@@ -23,7 +26,8 @@
 #define FV_PLACEMENT_RANKS_MAX 64
 
 typedef struct fv_placement {
-    uint16_t n_head_parts; /* >= 1, <= n_kv_heads */
+    uint16_t
+        n_head_parts; /* >= 1, <= n_kv_heads; LATENT: <= groups * n_q_heads, a multiple of groups */
     uint16_t n_ctx_parts;  /* >= 1; n_head_parts * n_ctx_parts <= FV_PLACEMENT_RANKS_MAX */
     uint32_t shard_tokens; /* multiple of FV_PAGE_TOKENS */
     uint16_t ranks[FV_PLACEMENT_RANKS_MAX]; /* all distinct */
@@ -45,6 +49,48 @@ static inline int32_t
 fv_placement_head_begin(const fv_placement_t *p, int32_t n_kv_heads, int32_t hp)
 {
     return (int32_t)(((int64_t)n_kv_heads * hp) / p->n_head_parts);
+}
+
+/* What the ranks of one head part hold of a token. */
+typedef struct fv_head_part {
+    int32_t head_begin, head_end;     /* KV heads */
+    int32_t q_head_begin, q_head_end; /* query heads, which these KV heads serve here */
+    int32_t slice;                    /* LATENT: of the latent; else 0 */
+    int32_t latent_begin;             /* LATENT: its first dim */
+    int32_t head_dim_qk, head_dim_v;  /* of a row here: LATENT, the slice, and the whole RoPE key */
+} fv_head_part_t;
+
+static inline fv_head_part_t
+fv_placement_head_part(const fv_placement_t *p, const fv_model_spec_t *spec, int32_t hp)
+{
+    int32_t n_per_slice = p->n_head_parts / fv_model_groups(spec);
+    int32_t group = fv_model_group(spec);
+    fv_head_part_t part = {.head_dim_qk = fv_model_stored_dim_qk(spec),
+                           .head_dim_v = fv_model_stored_dim_v(spec)};
+
+    if (fv_model_is_latent(spec)) {
+        part.head_end = 1;
+        part.slice = hp / n_per_slice;
+        part.latent_begin = part.slice * part.head_dim_v;
+        part.q_head_begin = (int32_t)((int64_t)spec->n_q_heads * (hp % n_per_slice) / n_per_slice);
+        part.q_head_end =
+            (int32_t)((int64_t)spec->n_q_heads * (hp % n_per_slice + 1) / n_per_slice);
+        return part;
+    }
+    part.head_begin = fv_placement_head_begin(p, spec->n_kv_heads, hp);
+    part.head_end = fv_placement_head_begin(p, spec->n_kv_heads, hp + 1);
+    part.q_head_begin = part.head_begin * group;
+    part.q_head_end = part.head_end * group;
+    return part;
+}
+
+/* KV heads of head part hp, as pages count. */
+static inline int32_t
+fv_placement_n_heads(const fv_placement_t *p, const fv_model_spec_t *spec, int32_t hp)
+{
+    return fv_model_is_latent(spec) ? 1
+                                    : (fv_placement_head_begin(p, spec->n_kv_heads, hp + 1) -
+                                       fv_placement_head_begin(p, spec->n_kv_heads, hp));
 }
 
 /* Context part that owns `token`. */

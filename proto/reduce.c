@@ -55,12 +55,12 @@ uint64_t fv_reduce_freed(const fv_model_spec_t *spec,
                          uint64_t from,
                          uint64_t to)
 {
-    int32_t hp = cell / placement->n_ctx_parts;
+    fv_head_part_t part = fv_placement_head_part(placement, spec, cell / placement->n_ctx_parts);
     cell_heads_t c = {.policy = policy,
                       .placement = placement,
                       .cp = cell % placement->n_ctx_parts,
-                      .head_begin = fv_placement_head_begin(placement, spec->n_kv_heads, hp),
-                      .head_end = fv_placement_head_begin(placement, spec->n_kv_heads, hp + 1),
+                      .head_begin = part.head_begin,
+                      .head_end = part.head_end,
                       .group = fv_model_group(spec)};
     uint64_t n = 0;
 

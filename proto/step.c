@@ -22,22 +22,23 @@ bool fv_item_share(const fv_model_spec_t *spec,
     }
     s.hp = cell / placement->n_ctx_parts;
     s.cp = cell % placement->n_ctx_parts;
-    s.head_begin = fv_placement_head_begin(placement, spec->n_kv_heads, s.hp);
-    s.head_end = fv_placement_head_begin(placement, spec->n_kv_heads, s.hp + 1);
+    s.part = fv_placement_head_part(placement, spec, s.hp);
+    s.n_q_heads = s.part.q_head_end - s.part.q_head_begin;
     s.n_parts = n_parts;
     if ((item->flags & FV_ITEM_APPEND) != 0) {
         s.n_kv_tokens = fv_placement_tokens(placement, s.cp, item->position + item->n_tokens) -
                         fv_placement_tokens(placement, s.cp, item->position);
     }
-    size_t n_heads = (size_t)(s.head_end - s.head_begin);
-    size_t n_q_heads = n_heads * (size_t)fv_model_group(spec);
-    s.n_rows = (uint64_t)item->n_tokens * n_q_heads;
+    size_t n_heads = (size_t)(s.part.head_end - s.part.head_begin);
+    size_t dk = (size_t)s.part.head_dim_qk;
+    size_t dv = (size_t)s.part.head_dim_v;
+    s.n_rows = (uint64_t)item->n_tokens * (uint64_t)s.n_q_heads;
     s.row_begin = fv_rows_begin(s.n_rows, n_parts, s.cp);
     s.row_end = fv_rows_begin(s.n_rows, n_parts, s.cp + 1);
-    s.q_bytes = s.n_rows * (size_t)spec->head_dim_qk * e;
-    s.k_bytes = s.n_kv_tokens * n_heads * (size_t)spec->head_dim_qk * e;
-    s.v_bytes = s.n_kv_tokens * n_heads * (size_t)spec->head_dim_v * e;
-    s.out_bytes = (s.row_end - s.row_begin) * (size_t)spec->head_dim_v * e;
+    s.q_bytes = s.n_rows * dk * e;
+    s.k_bytes = s.n_kv_tokens * n_heads * dk * e;
+    s.v_bytes = fv_model_is_latent(spec) ? 0U : (s.n_kv_tokens * n_heads * dv * e);
+    s.out_bytes = (s.row_end - s.row_begin) * dv * e;
     s.lse_bytes =
         ((item->flags & FV_ITEM_WANT_LSE) != 0) ? ((s.row_end - s.row_begin) * sizeof(float)) : 0U;
     *out = s;

@@ -4,7 +4,7 @@
  * Coordinator and workers compute the same share from the same (spec, placement, item), so no message
  * has to describe it.
  *
- * Rows. Cell (hp, cp) has n_q_heads_local = (head_end - head_begin) * G query heads; row
+ * Rows. Cell (hp, cp) has n_q_heads_local = q_head_end - q_head_begin query heads; row
  *   r = t * n_q_heads_local + h     (t query token of the item, h local query head)
  * The rows of one head part are merged by its active context parts: part d merges rows
  * [fv_rows_begin(R, A, d), fv_rows_begin(R, A, d + 1)), R rows, A active parts. A = 1: no exchange.
@@ -12,7 +12,8 @@
  * Packed input of a rank (MPI, coordinator -> rank): for each item of the step in order in which the rank
  * has a share:  q [n_tokens, n_q_heads_local, dk], then k [n_kv_tokens, n_heads_local, dk], then
  * v [n_kv_tokens, n_heads_local, dv], each padded to FV_STEP_ALIGN bytes; k and v only of the new tokens
- * this rank owns, in ascending position.
+ * this rank owns, in ascending position. LATENT: dk and dv are those of the rank's slice (the slice, then the RoPE key), and
+ * there is no v.
  * Packed output of a rank (rank -> coordinator): for each item, o of its merged rows
  * [n_rows, dv] in the item's dtype, then (FV_ITEM_WANT_LSE) lse [n_rows] fp32, natural log, each padded.
  */
@@ -29,7 +30,8 @@
 /* The share of one item that a rank has. */
 typedef struct fv_item_share {
     int32_t hp, cp;                   /* the rank's cell */
-    int32_t head_begin, head_end;     /* KV heads */
+    fv_head_part_t part;              /* heads, slice and dims */
+    int32_t n_q_heads;                /* of the part */
     int32_t n_parts;                  /* A: active context parts; the share exists iff cp < A */
     uint64_t n_kv_tokens;             /* new tokens that this rank appends */
     uint64_t n_rows;                  /* R = n_tokens * n_q_heads_local */

@@ -100,7 +100,7 @@ typedef struct fv_timings {
 
 typedef struct fv_attend_response {
     uint64_t request_id;
-    int32_t code; /* gRPC status code; 0 = OK */
+    int32_t code;        /* gRPC status code; 0 = OK */
     const char *message; /* may be NULL; borrowed */
     fv_timings_t timings;
     size_t lse_bytes; /* 0 = no lse field */
@@ -173,8 +173,8 @@ typedef struct fv_open_request {
 /* Fork, Truncate, Close, GetSession, GetPlacement requests. */
 typedef struct fv_session_request {
     fv_session_id_t session;
-    uint64_t position;  /* Fork, Truncate */
-    bool has_position;  /* Fork: false = everything */
+    uint64_t position; /* Fork, Truncate */
+    bool has_position; /* Fork: false = everything */
 } fv_session_request_t;
 
 typedef struct fv_session_info {
@@ -227,6 +227,7 @@ typedef struct fv_token_range {
 
 typedef struct fv_placement_share {
     uint32_t rank, kv_head_begin, kv_head_end, q_head_begin, q_head_end;
+    uint32_t latent_begin, latent_end; /* LATENT: dims of the latent; else 0, 0 */
     uint32_t n_ranges;
     fv_token_range_t ranges[FV_SHARE_RANGES_MAX];
     uint64_t n_tokens, kv_bytes, freed_bytes;
@@ -238,6 +239,8 @@ typedef struct fv_placement_info {
     char model_id[FV_MODEL_ID_BYTES];
     char mode[32], reason[FV_ERROR_TEXT_BYTES];
     uint32_t n_head_parts, n_ctx_parts, shard_tokens;
+    uint32_t n_latent_parts; /* slices; 1 unless sharded by latent */
+    bool is_approximate;     /* a softmax for each slice: not what the model computes */
     uint64_t n_tokens;
     uint32_t n_shares;
     fv_placement_share_t *shares; /* owned */
@@ -247,11 +250,11 @@ typedef struct fv_drain_response {
     uint64_t n_sessions, n_requests_finished;
 } fv_drain_response_t;
 
-#define FV_WIRE_PAIR(name, type)                                                                  \
-    FV_MUST_CHECK fv_status_t fv_wire_##name##_decode(fv_span_t in, type *out); /* NOLINT */      \
+#define FV_WIRE_PAIR(name, type)                                                             \
+    FV_MUST_CHECK fv_status_t fv_wire_##name##_decode(fv_span_t in, type *out); /* NOLINT */ \
     FV_MUST_CHECK fv_status_t fv_wire_##name##_encode(const type *in, fv_bytes_t *out);
 
-FV_WIRE_PAIR(register_request, fv_model_spec_t)  /* decode: not yet fv_model_spec_check()ed */
+FV_WIRE_PAIR(register_request, fv_model_spec_t) /* decode: not yet fv_model_spec_check()ed */
 FV_WIRE_PAIR(register_response, fv_register_response_t)
 FV_WIRE_PAIR(open_request, fv_open_request_t)
 FV_WIRE_PAIR(open_response, fv_session_id_t)
@@ -266,8 +269,8 @@ FV_WIRE_PAIR(list_response, fv_list_response_t)
 FV_WIRE_PAIR(cluster_status, fv_cluster_status_t)
 FV_WIRE_PAIR(placement_request, fv_session_request_t)
 FV_WIRE_PAIR(placement, fv_placement_info_t)
-FV_WIRE_PAIR(watch_request, uint32_t)  /* interval_ms: 0 (= 1000) or at least 50, checked */
-FV_WIRE_PAIR(drain_request, uint32_t)  /* timeout_ms; 0 = the server's */
+FV_WIRE_PAIR(watch_request, uint32_t) /* interval_ms: 0 (= 1000) or at least 50, checked */
+FV_WIRE_PAIR(drain_request, uint32_t) /* timeout_ms; 0 = the server's */
 FV_WIRE_PAIR(drain_response, fv_drain_response_t)
 /* TruncateSessionResponse, CloseSessionResponse and GetStatusRequest have no fields: 0 bytes. */
 

@@ -179,6 +179,8 @@ static fv_status_t share_decode(const Fovea__V1__PlacementShare *in, fv_placemen
     out->n_tokens = in->n_tokens;
     out->kv_bytes = in->kv_bytes;
     out->freed_bytes = in->freed_bytes;
+    out->latent_begin = in->latent_begin;
+    out->latent_end = in->latent_end;
     out->truncated = in->truncated != 0;
     return FV_OK;
 }
@@ -192,6 +194,8 @@ static fv_status_t placement_decode(const Fovea__V1__Placement *in, fv_placement
     FV_RETURN_IF_ERR(fv_message_text("mode", in->mode, out->mode, sizeof(out->mode)));
     FV_RETURN_IF_ERR(fv_message_text("reason", in->reason, out->reason, sizeof(out->reason)));
     out->n_head_parts = in->n_head_parts;
+    out->n_latent_parts = in->n_latent_parts;
+    out->is_approximate = in->approximate != 0;
     out->n_ctx_parts = in->n_ctx_parts;
     out->shard_tokens = in->shard_tokens;
     out->n_tokens = in->n_tokens;
@@ -250,6 +254,8 @@ static void share_encode(const fv_placement_share_t *in, share_out_t *out)
     m->n_tokens = in->n_tokens;
     m->kv_bytes = in->kv_bytes;
     m->freed_bytes = in->freed_bytes;
+    m->latent_begin = in->latent_begin;
+    m->latent_end = in->latent_end;
     m->truncated = in->truncated ? 1 : 0;
 }
 
@@ -289,6 +295,8 @@ fv_status_t fv_wire_placement_encode(const fv_placement_info_t *in, fv_bytes_t *
     message.mode = fv_message_borrow(in->mode);
     message.reason = reason;
     message.n_head_parts = in->n_head_parts;
+    message.n_latent_parts = in->n_latent_parts;
+    message.approximate = in->is_approximate ? 1 : 0;
     message.n_ctx_parts = in->n_ctx_parts;
     message.shard_tokens = in->shard_tokens;
     message.n_tokens = in->n_tokens;

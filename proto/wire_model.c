@@ -13,6 +13,32 @@
 #define KINDS_MAX 2 /* values of ModelSpec.Kind */
 #define MODES_MAX 4 /* values of Sharding.Mode */
 
+/* protobuf-c's structs have float * where numbers are only read. */
+static float *borrow_floats(const float *numbers)
+{
+    union {
+        const float *in;
+        float *out;
+    } u = {.in = numbers};
+
+    return u.out;
+}
+
+/* One factor for each slice of a latent. Fewer than `max` are left zero. */
+static fv_status_t factors_decode(const char *field,
+                                  const float *given,
+                                  size_t n,
+                                  float out[FV_GROUPS_MAX],
+                                  int32_t *out_n)
+{
+    FV_RETURN_IF_ERR(fv_message_count(field, n, FV_GROUPS_MAX));
+    for (size_t i = 0; i < n; i++) {
+        out[i] = given[i];
+    }
+    *out_n = (int32_t)n;
+    return FV_OK;
+}
+
 static fv_status_t sharding_decode(const Fovea__V1__Sharding *in, fv_sharding_t *out)
 {
     if (((int)in->mode < 0) || ((int)in->mode >= MODES_MAX)) {
@@ -28,15 +54,25 @@ static fv_status_t sharding_decode(const Fovea__V1__Sharding *in, fv_sharding_t 
             (int)in->mode);
     }
     out->mode = (int32_t)in->mode;
+    FV_RETURN_IF_ERR(fv_message_int32("sharding.groups", in->groups, &out->groups));
+    FV_RETURN_IF_ERR(
+        factors_decode("sharding.alpha", in->alpha, in->n_alpha, out->alpha, &out->n_alpha));
+    FV_RETURN_IF_ERR(factors_decode("sharding.mu", in->mu, in->n_mu, out->mu, &out->n_mu));
     FV_RETURN_IF_ERR(
         fv_message_int32("sharding.shard_tokens", in->shard_tokens, &out->shard_tokens));
     return fv_message_int32("sharding.max_ranks", in->max_ranks, &out->max_ranks);
 }
 
+/* The message borrows the factors of `in`. */
 static Fovea__V1__Sharding sharding_encode(const fv_sharding_t *in)
 {
     Fovea__V1__Sharding out = FOVEA__V1__SHARDING__INIT;
 
+    out.groups = (uint32_t)in->groups;
+    out.n_alpha = (size_t)in->n_alpha;
+    out.alpha = borrow_floats(in->alpha);
+    out.n_mu = (size_t)in->n_mu;
+    out.mu = borrow_floats(in->mu);
     out.mode = (Fovea__V1__Sharding__Mode)in->mode;
     out.shard_tokens = (uint32_t)in->shard_tokens;
     out.max_ranks = (uint32_t)in->max_ranks;
@@ -100,6 +136,26 @@ static fv_status_t policies_decode(const Fovea__V1__ModelSpec *in, fv_model_spec
     return FV_OK;
 }
 
+static fv_status_t norm_decode(const Fovea__V1__LatentNorm *in, fv_latent_norm_t *out)
+{
+    if (in == NULL) {
+        return FV_OK;
+    }
+    if (((int)in->mode != FV_NORM_NONE) && ((int)in->mode != FV_NORM_SLICE_RMS)) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "spec.latent_norm.mode: given %d, expected NONE or SLICE_RMS",
+                       (int)in->mode);
+    }
+    if (((int)in->mode == FV_NORM_NONE) && ((in->n_alpha != 0) || (in->eps != 0.0F))) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "spec.latent_norm.alpha, eps: given with mode NONE, expected none");
+    }
+    out->mode = (int32_t)in->mode;
+    out->eps = in->eps;
+    return factors_decode("spec.latent_norm.alpha", in->alpha, in->n_alpha, out->alpha,
+                          &out->n_alpha);
+}
+
 static fv_status_t kind_decode(const Fovea__V1__ModelSpec *in, fv_model_spec_t *out)
 {
     if (((int)in->kind < 0) || ((int)in->kind >= KINDS_MAX)) {
@@ -113,7 +169,9 @@ static fv_status_t kind_decode(const Fovea__V1__ModelSpec *in, fv_model_spec_t *
                        "spec.latent_dim, rope_dim, latent_norm: given with kind "
                        "KV, expected none unless LATENT");
     }
-    return FV_OK;
+    FV_RETURN_IF_ERR(fv_message_int32("spec.latent_dim", in->latent_dim, &out->latent_dim));
+    FV_RETURN_IF_ERR(fv_message_int32("spec.rope_dim", in->rope_dim, &out->rope_dim));
+    return norm_decode(in->latent_norm, &out->latent_norm);
 }
 
 static fv_status_t spec_decode(const Fovea__V1__ModelSpec *in, fv_model_spec_t *out)
@@ -183,13 +241,34 @@ static void policies_encode(const fv_model_spec_t *in, policies_out_t *p)
     }
 }
 
+static fv_status_t check_factor_counts(const fv_model_spec_t *in)
+{
+    FV_RETURN_IF_ERR(
+        fv_message_count("sharding.alpha", (size_t)in->sharding.n_alpha, FV_GROUPS_MAX));
+    FV_RETURN_IF_ERR(fv_message_count("sharding.mu", (size_t)in->sharding.n_mu, FV_GROUPS_MAX));
+    return fv_message_count("latent_norm.alpha", (size_t)in->latent_norm.n_alpha, FV_GROUPS_MAX);
+}
+
+static Fovea__V1__LatentNorm norm_encode(const fv_latent_norm_t *in)
+{
+    Fovea__V1__LatentNorm out = FOVEA__V1__LATENT_NORM__INIT;
+
+    out.mode = (Fovea__V1__LatentNorm__Mode)in->mode;
+    out.n_alpha = (size_t)in->n_alpha;
+    out.alpha = borrow_floats(in->alpha);
+    out.eps = in->eps;
+    return out;
+}
+
 fv_status_t fv_wire_register_request_encode(const fv_model_spec_t *in, fv_bytes_t *out)
 {
     Fovea__V1__RegisterModelRequest message = FOVEA__V1__REGISTER_MODEL_REQUEST__INIT;
     Fovea__V1__ModelSpec spec = FOVEA__V1__MODEL_SPEC__INIT;
     Fovea__V1__Sharding sharding = sharding_encode(&in->sharding);
+    Fovea__V1__LatentNorm norm = norm_encode(&in->latent_norm);
     policies_out_t policies;
 
+    FV_RETURN_IF_ERR(check_factor_counts(in));
     if ((in->n_policies < 0) || (in->n_policies > FV_POLICIES_MAX) || (in->n_layers < 0) ||
         (in->n_layers > FV_LAYERS_MAX)) {
         return fv_fail(FV_ERR_INVALID_ARG,
@@ -207,6 +286,9 @@ fv_status_t fv_wire_register_request_encode(const fv_model_spec_t *in, fv_bytes_
     spec.softmax_scale = in->softmax_scale;
     spec.logit_softcap = in->logit_softcap;
     spec.kind = (Fovea__V1__ModelSpec__Kind)in->kind;
+    spec.latent_dim = (uint32_t)in->latent_dim;
+    spec.rope_dim = (uint32_t)in->rope_dim;
+    spec.latent_norm = (in->latent_norm.mode != FV_NORM_NONE) ? &norm : NULL;
     spec.n_policies = policies.n;
     spec.policies = policies.list;
     spec.sharding = &sharding;
@@ -254,9 +336,6 @@ fv_status_t fv_wire_register_response_encode(const fv_register_response_t *in, f
 /* The checks that fv_model_spec_check() makes for a model's own sharding. */
 static fv_status_t check_override(const fv_sharding_t *sharding)
 {
-    if (sharding->mode == FV_SHARDING_LATENT) {
-        return fv_fail(FV_ERR_UNIMPLEMENTED, "sharding.mode: LATENT is not served by this version");
-    }
     if ((sharding->shard_tokens % FV_PAGE_TOKENS) != 0) {
         return fv_fail(FV_ERR_INVALID_ARG,
                        "sharding.shard_tokens: given %d, expected 0 or a multiple of %d",

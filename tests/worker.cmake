@@ -1,5 +1,5 @@
 # Tests of worker/.
-set(_rig support/worker_rig.c support/worker_rig_step.c support/worker_rig_life.c support/step_pack.c
+set(_rig support/worker_rig.c support/worker_rig_step.c support/worker_rig_latent.c support/worker_rig_life.c support/step_pack.c
          support/local_exchange.c support/local_windows.c)
 fv_add_test(test_kv_pool unit SOURCES unit/test_kv_pool.c LIBS fv_worker)
 fv_add_test(test_exchange_regions unit SOURCES unit/test_exchange_regions.c LIBS fv_worker)

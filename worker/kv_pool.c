@@ -47,7 +47,7 @@ static size_t default_slab_bytes(size_t arena_bytes)
 {
     size_t bytes = FV_KV_SLAB_BYTES;
 
-    while ((bytes > FV_KV_PAGE_BYTES_MAX) && (arena_bytes / bytes < 4U)) {
+    while ((bytes > FV_KV_SLAB_BYTES_MIN) && (arena_bytes / bytes < 4U)) {
         bytes /= 2U;
     }
     return bytes;
@@ -58,11 +58,11 @@ fv_status_t fv_kv_pool_create(size_t arena_bytes, size_t slab_bytes, fv_kv_pool_
     if (slab_bytes == 0U) {
         slab_bytes = default_slab_bytes(arena_bytes);
     }
-    if ((slab_bytes < FV_KV_PAGE_BYTES_MAX) || ((slab_bytes & (slab_bytes - 1U)) != 0U) ||
+    if ((slab_bytes < FV_KV_SLAB_BYTES_MIN) || ((slab_bytes & (slab_bytes - 1U)) != 0U) ||
         (slab_bytes > ((size_t)1 << 30))) {
         return fv_fail(FV_ERR_INVALID_ARG,
                        "KV slab size: given %zu bytes, expected a power of two in %u..%u",
-                       slab_bytes, FV_KV_PAGE_BYTES_MAX, 1U << 30);
+                       slab_bytes, FV_KV_SLAB_BYTES_MIN, 1U << 30);
     }
     if ((arena_bytes < slab_bytes) || (arena_bytes / FV_PAGE_UNIT >= FV_PAGE_NONE)) {
         return fv_fail(FV_ERR_INVALID_ARG, "KV memory: given %zu bytes, expected %zu..%llu",
@@ -115,6 +115,12 @@ fv_status_t fv_kv_pool_class(fv_kv_pool_t *pool, size_t page_bytes, uint32_t *ou
         return fv_fail(FV_ERR_INVALID_ARG,
                        "KV page size: given %zu bytes, expected a multiple of %u in %u..%u",
                        page_bytes, FV_PAGE_UNIT, FV_KV_PAGE_BYTES_MIN, FV_KV_PAGE_BYTES_MAX);
+    }
+    if (page_bytes > pool->slab_bytes) {
+        return fv_fail(
+            FV_ERR_INVALID_ARG,
+            "KV page size: given %zu bytes, expected at most the slab size of this arena, %zu",
+            page_bytes, pool->slab_bytes);
     }
     if (pool->n_classes == FV_KV_POOL_CLASSES_MAX) {
         return fv_fail(FV_ERR_EXHAUSTED, "KV page sizes: %u are in use, expected at most %u",

@@ -23,9 +23,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FV_KV_SLAB_BYTES       ((size_t)1 << 20) /* default: 8 of the largest pages (128 KiB) */
+#define FV_KV_SLAB_BYTES       ((size_t)1 << 20) /* default: 8 pages of 128 KiB */
 #define FV_KV_PAGE_BYTES_MIN   4096U             /* 16 + 16 dims of 2 bytes, 64 tokens */
-#define FV_KV_PAGE_BYTES_MAX   131072U           /* 256 + 256 dims of 4 bytes, 64 tokens */
+#define FV_KV_PAGE_BYTES_MAX   294912U /* a latent's 1024 + 128 dims of 4 bytes, 64 tokens */
+#define FV_KV_SLAB_BYTES_MIN   131072U /* holds the largest page but those of the widest latents */
 #define FV_KV_POOL_CLASSES_MAX 64U
 
 typedef struct fv_kv_pool fv_kv_pool_t;
@@ -43,7 +44,7 @@ typedef struct fv_kv_pool_stats {
 } fv_kv_pool_stats_t;
 
 /*
- * slab_bytes: a power of two of at least FV_KV_PAGE_BYTES_MAX, or 0: the default, smaller for arenas of less than
+ * slab_bytes: a power of two of at least FV_KV_SLAB_BYTES_MIN, or 0: the default, smaller for arenas of less than
  * four default slabs.
  * Errors: FV_ERR_INVALID_ARG for an arena without room for one slab or too large for 32-bit page references;
  *         FV_ERR_NO_MEMORY.
@@ -55,7 +56,7 @@ void fv_kv_pool_destroy(fv_kv_pool_t *pool); /* NULL is fine */
 
 /*
  * The class of a page size, made on first use.
- * Errors: FV_ERR_INVALID_ARG for a size outside the limits or no multiple of FV_PAGE_UNIT;
+ * Errors: FV_ERR_INVALID_ARG for a size outside the limits, larger than a slab, or no multiple of FV_PAGE_UNIT;
  *         FV_ERR_EXHAUSTED when there are FV_KV_POOL_CLASSES_MAX others.
  */
 FV_MUST_CHECK fv_status_t fv_kv_pool_class(fv_kv_pool_t *pool,

@@ -13,7 +13,7 @@
 /* Bytes of the partial states of n rows in a message. */
 static size_t o_bytes(const fv_step_item_t *item, uint64_t n_rows)
 {
-    size_t dv = (size_t)item->session->model->spec.head_dim_v;
+    size_t dv = (size_t)item->share.part.head_dim_v;
 
     return fv_align_up(n_rows * dv * sizeof(float), FV_STEP_ALIGN);
 }
@@ -152,7 +152,7 @@ static fv_status_t fill_empty(fv_worker_t *worker,
                               const fv_partial_dst_t *dst,
                               uint64_t n_rows)
 {
-    size_t dv = (size_t)item->session->model->spec.head_dim_v;
+    size_t dv = (size_t)item->share.part.head_dim_v;
 
     if (is_between_devices(worker)) {
         return worker->config.backend->empty(worker->backend, dst->lse_log2, n_rows);
@@ -168,13 +168,12 @@ static fv_status_t fill_empty(fv_worker_t *worker,
 static fv_merge_item_t make_merge(const fv_step_item_t *item)
 {
     const fv_item_share_t *s = &item->share;
-    const fv_model_spec_t *spec = &item->session->model->spec;
-    size_t q_head = (size_t)s->head_begin * (size_t)fv_model_group(spec);
-    size_t row_bytes = (size_t)spec->head_dim_v * fv_dtype_bytes((fv_dtype_t)item->ctl->dtype);
+    size_t q_head = (size_t)s->part.q_head_begin;
+    size_t row_bytes = (size_t)s->part.head_dim_v * fv_dtype_bytes((fv_dtype_t)item->ctl->dtype);
     fv_merge_item_t m = {
         .n_rows = s->row_end - s->row_begin,
         .n_parts = s->n_parts,
-        .head_dim_v = spec->head_dim_v,
+        .head_dim_v = s->part.head_dim_v,
         .io_dtype = item->ctl->dtype,
         .row_len = (uint64_t)item->n_q_heads,
     };

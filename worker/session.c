@@ -31,9 +31,8 @@ fv_status_t fv_session_create(const fv_worker_model_t *model,
         int32_t hp = cell / placement->n_ctx_parts;
 
         session->cp = cell % placement->n_ctx_parts;
-        session->head_begin = fv_placement_head_begin(placement, model->spec.n_kv_heads, hp);
-        session->n_heads = fv_placement_head_begin(placement, model->spec.n_kv_heads, hp + 1) -
-                           session->head_begin;
+        session->head_begin = fv_placement_head_part(placement, &model->spec, hp).head_begin;
+        session->n_heads = fv_placement_n_heads(placement, &model->spec, hp);
         session->layers = calloc((size_t)model->spec.n_layers, sizeof(*session->layers));
         if (session->layers == NULL) {
             free(session);
@@ -242,9 +241,10 @@ static size_t unshare_last(fv_session_t *session,
             copies[n++] = (fv_page_copy_t){.src = *page,
                                            .dst = own,
                                            .n_tokens = n_filled,
-                                           .head_dim_qk = spec->head_dim_qk,
-                                           .head_dim_v = spec->head_dim_v,
-                                           .kv_dtype = spec->kv_dtype};
+                                           .head_dim_qk = fv_model_stored_dim_qk(spec),
+                                           .head_dim_v = fv_model_stored_dim_v(spec),
+                                           .kv_dtype = spec->kv_dtype,
+                                           .v_in_k = fv_model_is_latent(spec)};
             fv_kv_pool_unref(pool, *page);
             *page = own;
         }

@@ -49,7 +49,7 @@ fv_step_item_make(const fv_worker_t *worker, const fv_ctl_item_t *ctl, fv_step_i
                        worker->config.rank, ctl->session_slot);
     }
     out->layer = &session->layers[ctl->layer];
-    out->n_q_heads = session->n_heads * fv_model_group(spec);
+    out->n_q_heads = out->share.n_q_heads;
     return FV_OK;
 }
 
@@ -69,7 +69,8 @@ static fv_status_t check_item(const fv_step_item_t *item, uint64_t step)
     item->layer->last_step = step;
     if ((io->q == NULL) || ((item->share.out_bytes > 0U) && (io->out == NULL)) ||
         ((item->share.lse_bytes > 0U) && (io->lse == NULL)) ||
-        ((item->share.n_kv_tokens > 0U) && ((io->k == NULL) || (io->v == NULL)))) {
+        ((item->share.n_kv_tokens > 0U) &&
+         ((io->k == NULL) || ((io->v == NULL) && !fv_model_is_latent(&session->model->spec))))) {
         return fv_fail(FV_ERR_PROTOCOL, "step: a tensor of session slot %u is missing",
                        ctl->session_slot);
     }
@@ -138,15 +139,42 @@ static fv_status_t plan(fv_worker_t *worker,
 
 /* ------------------------------------------------------------------ reserve and append */
 
+/* Where a rank's slice begins in a row of the whole item's latents; packed rows hold nothing else. */
+static size_t latent_begin_bytes(const fv_step_item_t *item)
+{
+    return item->io->is_packed ? 0U
+                               : ((size_t)item->share.part.latent_begin *
+                                  fv_dtype_bytes((fv_dtype_t)item->ctl->dtype));
+}
+
+/* Between the slice's end and the RoPE key in such a row. */
+static size_t rope_gap_bytes(const fv_step_item_t *item)
+{
+    const fv_head_part_t *part = &item->share.part;
+    int32_t dims = item->session->model->spec.head_dim_v - part->latent_begin - part->head_dim_v;
+
+    return item->io->is_packed ? 0U : ((size_t)dims * fv_dtype_bytes((fv_dtype_t)item->ctl->dtype));
+}
+
+/* RMS(latent)^2 = alpha / groups * mean(slice^2). */
+static float norm_alpha(const fv_model_spec_t *spec, const fv_head_part_t *part)
+{
+    return (spec->latent_norm.mode == FV_NORM_NONE)
+               ? 0.0F
+               : (spec->latent_norm.alpha[part->slice] / (float)fv_model_groups(spec));
+}
+
 /* One fv_append_item_t for each run of new tokens that is contiguous here. */
 static fv_status_t add_appends(fv_step_work_t *w, const fv_step_item_t *item)
 {
     const fv_session_t *session = item->session;
     const fv_model_spec_t *spec = &session->model->spec;
     const fv_step_io_t *io = item->io;
+    const fv_head_part_t *part = &item->share.part;
     size_t e = fv_dtype_bytes((fv_dtype_t)item->ctl->dtype);
-    size_t head = io->is_packed ? 0U : (size_t)item->share.head_begin;
-    const uint8_t *k = (const uint8_t *)io->k + head * (size_t)spec->head_dim_qk * e;
+    size_t head = io->is_packed ? 0U : (size_t)part->head_begin;
+    const uint8_t *k =
+        (const uint8_t *)io->k + head * (size_t)spec->head_dim_qk * e + latent_begin_bytes(item);
     const uint8_t *v = (const uint8_t *)io->v + head * (size_t)spec->head_dim_v * e;
     uint64_t cursor = 0;
     uint64_t n_done = 0;
@@ -157,20 +185,24 @@ static fv_status_t add_appends(fv_step_work_t *w, const fv_step_item_t *item)
 
         FV_RETURN_IF_ERR(
             fv_array_reserve(&w->appends, w->n_appends + 1U, sizeof(fv_append_item_t)));
-        ((fv_append_item_t *)w->appends.data)[w->n_appends++] =
-            (fv_append_item_t){.n_kv_heads = session->n_heads,
-                               .head_dim_qk = spec->head_dim_qk,
-                               .head_dim_v = spec->head_dim_v,
-                               .src_dtype = item->ctl->dtype,
-                               .kv_dtype = spec->kv_dtype,
-                               .k = k + first * io->k_token_bytes,
-                               .v = v + first * io->v_token_bytes,
-                               .k_token_bytes = io->k_token_bytes,
-                               .v_token_bytes = io->v_token_bytes,
-                               .local_begin = run.local_begin,
-                               .n_tokens = run.n_tokens,
-                               .pages = item->layer->pages,
-                               .pages_head_stride = item->layer->stride};
+        ((fv_append_item_t *)w->appends.data)[w->n_appends++] = (fv_append_item_t){
+            .n_kv_heads = session->n_heads,
+            .head_dim_qk = part->head_dim_qk,
+            .head_dim_v = part->head_dim_v,
+            .src_dtype = item->ctl->dtype,
+            .kv_dtype = spec->kv_dtype,
+            .v_in_k = fv_model_is_latent(spec),
+            .rope_gap_bytes = rope_gap_bytes(item),
+            .norm_alpha = norm_alpha(spec, part),
+            .norm_eps = spec->latent_norm.eps,
+            .k = k + first * io->k_token_bytes,
+            .v = fv_model_is_latent(spec) ? NULL : (v + first * io->v_token_bytes),
+            .k_token_bytes = io->k_token_bytes,
+            .v_token_bytes = io->v_token_bytes,
+            .local_begin = run.local_begin,
+            .n_tokens = run.n_tokens,
+            .pages = item->layer->pages,
+            .pages_head_stride = item->layer->stride};
         n_done += run.n_tokens;
     }
     return FV_OK;
@@ -209,16 +241,18 @@ static fv_attn_item_t make_attend(const fv_step_item_t *item)
     const fv_model_spec_t *spec = &session->model->spec;
     const fv_step_io_t *io = item->io;
     size_t e = fv_dtype_bytes((fv_dtype_t)ctl->dtype);
-    size_t q_head =
-        io->is_packed ? 0U : ((size_t)item->share.head_begin * (size_t)fv_model_group(spec));
+    const fv_head_part_t *part = &item->share.part;
+    size_t q_head = io->is_packed ? 0U : (size_t)part->q_head_begin;
+    size_t latent = latent_begin_bytes(item);
 
     fv_attn_item_t a = {
         .n_tokens = (int32_t)ctl->n_tokens,
         .n_kv_heads = session->n_heads,
-        .group = fv_model_group(spec),
-        .kv_head_begin = item->share.head_begin,
-        .head_dim_qk = spec->head_dim_qk,
-        .head_dim_v = spec->head_dim_v,
+        .group = item->n_q_heads / session->n_heads,
+        .kv_head_begin = part->head_begin,
+        .head_dim_qk = part->head_dim_qk,
+        .head_dim_v = part->head_dim_v,
+        .v_in_k = fv_model_is_latent(spec),
         .io_dtype = ctl->dtype,
         .kv_dtype = spec->kv_dtype,
         .softmax_scale = spec->softmax_scale,
@@ -230,13 +264,21 @@ static fv_attn_item_t make_attend(const fv_step_item_t *item)
                   .part = (uint16_t)session->cp},
         .position = (int64_t)ctl->position,
         .kv_end = (int64_t)ctl->kv_end,
-        .q = (const uint8_t *)io->q + q_head * (size_t)spec->head_dim_qk * e,
+        .q = (const uint8_t *)io->q + q_head * (size_t)spec->head_dim_qk * e + latent,
         .q_token_bytes = io->q_token_bytes,
         .pages = item->layer->pages,
         .pages_head_stride = item->layer->stride,
     };
+    if (spec->sharding.mode == FV_SHARDING_LATENT) {
+        a.latent_mu = spec->sharding.mu[part->slice];
+        if (!io->is_packed) {
+            a.rope_gap_bytes = rope_gap_bytes(item);
+            a.q_head_bytes = (size_t)spec->head_dim_qk * e;
+            a.out_head_bytes = (size_t)spec->head_dim_v * e;
+        }
+    }
     if (item->share.n_parts == 1) { /* whole rows are here: straight to the output */
-        a.out = (uint8_t *)io->out + q_head * (size_t)spec->head_dim_v * e;
+        a.out = (uint8_t *)io->out + q_head * (size_t)spec->head_dim_v * e + latent;
         a.out_token_bytes = io->out_token_bytes;
         a.lse = ((ctl->flags & FV_ITEM_WANT_LSE) != 0) ? (io->lse + q_head) : NULL;
         a.lse_token_stride = io->lse_token_stride;

@@ -9,18 +9,18 @@
 static fv_step_io_t packed_io(const fv_step_item_t *item, const uint8_t **in, uint8_t **out)
 {
     const fv_item_share_t *s = &item->share;
-    const fv_model_spec_t *spec = &item->session->model->spec;
+    const fv_head_part_t *part = &s->part;
     size_t e = fv_dtype_bytes((fv_dtype_t)item->ctl->dtype);
     size_t n_q_heads = (size_t)item->n_q_heads;
     size_t n_heads = (size_t)item->session->n_heads;
     fv_step_io_t io = {
         .q = *in,
         .k = *in + fv_align_up(s->q_bytes, FV_STEP_ALIGN),
-        .q_token_bytes = n_q_heads * (size_t)spec->head_dim_qk * e,
-        .k_token_bytes = n_heads * (size_t)spec->head_dim_qk * e,
-        .v_token_bytes = n_heads * (size_t)spec->head_dim_v * e,
+        .q_token_bytes = n_q_heads * (size_t)part->head_dim_qk * e,
+        .k_token_bytes = n_heads * (size_t)part->head_dim_qk * e,
+        .v_token_bytes = n_heads * (size_t)part->head_dim_v * e,
         .out = *out,
-        .out_token_bytes = n_q_heads * (size_t)spec->head_dim_v * e,
+        .out_token_bytes = n_q_heads * (size_t)part->head_dim_v * e,
         .lse_token_stride = n_q_heads,
         .is_packed = true,
     };

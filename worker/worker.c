@@ -174,6 +174,7 @@ void fv_worker_hello(const fv_worker_t *worker, fv_ctl_hello_t *out)
     memset(out, 0, sizeof(*out));
     out->rank = worker->config.rank;
     out->n_threads = (uint32_t)info.n_threads;
+    out->has_latent = worker->config.backend->has_latent ? 1U : 0U;
     (void)snprintf(out->backend, sizeof(out->backend), "%s", worker->config.backend->name);
     (void)snprintf(out->device, sizeof(out->device), "%s", info.device);
     fv_worker_memory(worker, &out->memory);
@@ -200,6 +201,11 @@ fv_status_t fv_worker_model(fv_worker_t *worker, const fv_ctl_model_t *message)
     }
     model->spec = message->spec;
     fv_status_t status = fv_model_spec_check(&model->spec);
+    if ((status == FV_OK) && fv_model_is_latent(&model->spec) &&
+        !worker->config.backend->has_latent) {
+        status = fv_fail(FV_ERR_UNIMPLEMENTED, "spec.kind: LATENT is not served by the %s backend",
+                         worker->config.backend->name);
+    }
     if (status == FV_OK) {
         status =
             fv_kv_pool_class(worker->pool, fv_model_page_bytes(&model->spec), &model->page_class);
@@ -235,11 +241,13 @@ static fv_status_t
 check_placement(const fv_worker_t *worker, const fv_model_spec_t *spec, const fv_placement_t *p)
 {
     uint32_t n_cells = (uint32_t)p->n_head_parts * p->n_ctx_parts;
+    int32_t groups = fv_model_groups(spec);
+    int32_t n_heads = fv_model_is_latent(spec) ? (groups * spec->n_q_heads) : spec->n_kv_heads;
 
-    if ((n_cells == 0U) || (n_cells > FV_PLACEMENT_RANKS_MAX) ||
-        (p->n_head_parts > spec->n_kv_heads)) {
-        return fv_fail(FV_ERR_PROTOCOL, "placement: %u x %u parts for %d KV heads", p->n_head_parts,
-                       p->n_ctx_parts, spec->n_kv_heads);
+    if ((n_cells == 0U) || (n_cells > FV_PLACEMENT_RANKS_MAX) || (p->n_head_parts > n_heads) ||
+        (p->n_head_parts % groups != 0) || ((groups > 1) && (p->n_ctx_parts > 1U))) {
+        return fv_fail(FV_ERR_PROTOCOL, "placement: %u x %u parts for %d heads, %d groups",
+                       p->n_head_parts, p->n_ctx_parts, n_heads, groups);
     }
     if ((p->shard_tokens == 0U) || (p->shard_tokens % FV_PAGE_TOKENS != 0U)) {
         return fv_fail(FV_ERR_PROTOCOL,

@@ -352,7 +352,7 @@ void fv_scale_step_verify(fv_scale_run_t *run, uint32_t layer)
 
         (void)fv_item_share(&run->model, &run->placement, &run->items[i], (uint32_t)run->r->rank,
                             &share);
-        const uint64_t n_heads = (uint64_t)((share.head_end - share.head_begin) * group);
+        const uint64_t n_heads = (uint64_t)((share.part.head_end - share.part.head_begin) * group);
         const uint64_t n_rows = share.row_end - share.row_begin;
         const uint64_t stride = (n_rows <= VERIFY_ROWS) ? 1U : ((n_rows / VERIFY_ROWS) | 1U);
         for (uint64_t i_row = 0; (i_row < n_rows) && is_looked_at(run, run->item_of[i]);
@@ -360,7 +360,7 @@ void fv_scale_step_verify(fv_scale_run_t *run, uint32_t layer)
             const uint64_t row = share.row_begin + i_row;
 
             verify_row(run, layer, &run->items[i], row / n_heads,
-                       share.head_begin * group + (int32_t)(row % n_heads),
+                       share.part.head_begin * group + (int32_t)(row % n_heads),
                        (const uint16_t *)(const void *)out + i_row * dim);
         }
         out += fv_share_out_bytes(&share);

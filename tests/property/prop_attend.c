@@ -31,6 +31,9 @@ static void one_step(fv_backend_t *backend, fv_rng_t *rng, const char *name)
         fv_attn_spec_t spec = fv_attn_spec_random(rng, MACS);
         fv_attn_spec_maybe_s2(rng, &spec);
 
+        if (fv_rng_range(rng, 0, 2) == 0) {
+            fv_attn_spec_latent(&spec, rng, MACS);
+        }
         if ((spec.kv_end > 0) && (fv_rng_range(rng, 0, 3) == 0)) {
             spec.spoil_token = fv_rng_range(rng, 1, spec.kv_end);
         }

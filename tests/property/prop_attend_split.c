@@ -100,7 +100,11 @@ static void one_split(fv_backend_t *backend, fv_rng_t *rng)
     float *lse = NULL;
 
     memset(&s, 0, sizeof(s));
-    fv_attn_spec_maybe_s2(rng, &spec);
+    if (fv_rng_range(rng, 0, 2) == 0) {
+        fv_attn_spec_latent(&spec, rng, MACS);
+    } else {
+        fv_attn_spec_maybe_s2(rng, &spec);
+    }
     spec.n_parts = (uint16_t)fv_rng_range(rng, 1, PARTS_MAX);
     s.attn = fv_attn_case_create(&spec);
     fv_attn_case_place(s.attn, rng, &next_unit);

@@ -66,6 +66,55 @@ static void test_every_placement_shape(void **state)
     }
 }
 
+/* A LATENT model under one sharding: `groups` slices (0: not by latent), each on n_per_slice ranks; or context parts. */
+static void one_latent(uint32_t n_ranks, int32_t groups, uint32_t n_per_slice, uint32_t n_ctx)
+{
+    fv_rig_t rig;
+
+    fv_rig_create(&rig, n_ranks, ARENA_BYTES, NULL,
+                  seed * 31U + n_ranks * 100U + (uint32_t)groups * 10U + n_per_slice + n_ctx);
+    for (uint32_t slot = 0; slot < 3U; slot++) {
+        fv_model_spec_t spec = fv_rig_random_latent(&rig.random, groups);
+
+        spec.n_q_heads += (int32_t)n_per_slice; /* heads enough for each */
+        uint32_t model = fv_rig_model(&rig, &spec);
+        uint32_t slices = (groups > 0) ? (uint32_t)groups : 1U;
+        const uint32_t sizes[] = {1, 40, 90, 1, 1, 64U * n_ctx + 10U, 1, 130, 1};
+
+        fv_rig_open(&rig, slot, model, (uint16_t)(slices * n_per_slice), (uint16_t)n_ctx, 64);
+        for (size_t i = 0; i < FV_COUNT(sizes); i++) {
+            assert_int_equal(fv_rig_append(&rig, slot, i % 2U, sizes[i]), FV_OK);
+        }
+        if (!fv_rig_is_readable(&rig, slot, UINT32_MAX, 60, 60)) {
+            continue; /* its window has let go of what such a cut would need */
+        }
+        fv_rig_fork(&rig, slot + 3U, slot, 70);
+        fv_rig_truncate(&rig, slot, UINT32_MAX, 60);
+        assert_int_equal(fv_rig_append(&rig, slot, 0, 3), FV_OK);
+        assert_int_equal(fv_rig_append(&rig, slot + 3U, 0, 70), FV_OK);
+    }
+    fv_rig_destroy(&rig);
+}
+
+/* Exact by heads and context, and by latent equal to the oracle of a softmax for each slice. */
+static void test_latent_placements(void **state)
+{
+    static const uint32_t k_ranks[] = {1, 2, 3, 4, 8};
+
+    (void)state;
+    for (size_t i = 0; i < FV_COUNT(k_ranks); i++) {
+        uint32_t n = k_ranks[i];
+
+        one_latent(n, 0, 1, n);
+        one_latent(n, 0, n, 1);
+        one_latent(n, 1, n, 1);
+        for (int32_t groups = 2; groups <= (int32_t)n; groups *= 2) {
+            one_latent(n, groups, n / (uint32_t)groups, 1);
+        }
+    }
+    one_latent(6, 0, 2, 3);
+}
+
 /* ------------------------------------------------------------------ random histories */
 
 static void test_random_histories_equal_the_oracle(void **state)
@@ -77,8 +126,9 @@ static void test_random_histories_equal_the_oracle(void **state)
         static fv_rig_t rig; /* large */
 
         fv_rig_create(&rig, ranks[i], ARENA_BYTES, NULL, seed * 1000U + i);
-        for (uint32_t m = 0; m < 3U; m++) {
-            fv_model_spec_t spec = fv_rig_random_sparse_spec(&rig.random);
+        for (uint32_t m = 0; m < 4U; m++) {
+            fv_model_spec_t spec = (m < 3U) ? fv_rig_random_sparse_spec(&rig.random)
+                                            : fv_rig_random_latent(&rig.random, 0);
 
             (void)fv_rig_model(&rig, &spec);
         }
@@ -162,6 +212,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_placement_shape),
+        cmocka_unit_test(test_latent_placements),
         cmocka_unit_test(test_random_histories_equal_the_oracle),
         cmocka_unit_test(test_a_full_pool_refuses_items_alone),
         cmocka_unit_test(test_windows_equal_the_oracle),

@@ -149,21 +149,48 @@ void fv_attn_spec_maybe_s2(fv_rng_t *rng, fv_attn_spec_t *spec)
     spec->policy = fv_s2_random(rng, n_kv_heads * spec->group, n_kv_heads);
 }
 
+void fv_attn_spec_latent(fv_attn_spec_t *spec, fv_rng_t *rng, int64_t macs)
+{
+    static const int32_t k_latent[] = {512, 256, 64, 1024, 128, 320, 40, 32};
+    static const int32_t k_groups[] = {1, 16, 32, 64, 128, 3, 9, 63, 126};
+    int64_t per_token = 0;
+
+    spec->v_in_k = true;
+    spec->n_kv_heads = (fv_rng_range(rng, 0, 5) == 0) ? 2 : 1;
+    spec->group = k_groups[fv_rng_range(rng, 0, (int64_t)(sizeof(k_groups) / sizeof(int32_t)) - 1)];
+    spec->head_dim_v = k_latent[fv_rng_range(rng, 0, 7)];
+    spec->head_dim_qk =
+        spec->head_dim_v +
+        (int32_t)((fv_rng_range(rng, 0, 1) == 0) ? 64 : 8 * fv_rng_range(rng, 0, 16));
+    spec->n_tokens = (int32_t)((fv_rng_range(rng, 0, 1) == 0) ? 1 : fv_rng_range(rng, 2, 6));
+    spec->softmax_scale = 0.07F;
+    spec->latent_mu = (fv_rng_range(rng, 0, 3) == 0) ? 1.7F : 0.0F;
+    if (fv_rng_range(rng, 0, 3) ==
+        0) { /* in fp32: a value that is rounded the other way is no error */
+        spec->norm_alpha = 0.6F;
+        spec->kv_dtype = FV_DTYPE_F32;
+    }
+    per_token = (int64_t)spec->n_tokens * spec->n_kv_heads * spec->group *
+                (spec->head_dim_qk * 2 + spec->head_dim_v);
+    spec->kv_end = fv_rng_range(rng, 0, fv_max64(70, fv_min64(1500, macs / per_token)));
+    spec->position = fv_max64(0, spec->kv_end - spec->n_tokens);
+}
+
 void fv_attn_spec_print(const fv_attn_spec_t *s)
 {
     (void)printf(
         "  tokens %d position %" PRId64 " kv_end %" PRId64 " heads %dx%d dims %d/%d io %s "
         "kv %s scale %g softcap %g causal %d policy %d window %d sink %d "
         "s2 %d/%d/%d step %d offset %d dense %d homo %d per %d of %d from head %d shard %u parts %u "
-        "amplitude %g spoil %" PRId64 " seed %" PRIu64 "\n",
+        "amplitude %g latent %d mu %g norm %g spoil %" PRId64 " seed %" PRIu64 "\n",
         s->n_tokens, s->position, s->kv_end, s->n_kv_heads, s->group, s->head_dim_qk, s->head_dim_v,
         fv_dtype_str(s->io_dtype), fv_dtype_str(s->kv_dtype), (double)s->softmax_scale,
         (double)s->logit_softcap, s->causal, s->policy.kind, s->policy.window_tokens,
         s->policy.sink_tokens, s->policy.block_tokens, s->policy.local_blocks,
         s->policy.vert_stride, s->policy.head_sliding_step, s->policy.head_sliding_offset,
         s->policy.num_dense_heads, s->policy.homo_head, s->policy.pattern_per, s->policy.n_heads,
-        s->kv_head_begin, s->shard_tokens, s->n_parts, (double)s->q_amplitude, s->spoil_token,
-        s->seed);
+        s->kv_head_begin, s->shard_tokens, s->n_parts, (double)s->q_amplitude, s->v_in_k,
+        (double)s->latent_mu, (double)s->norm_alpha, s->spoil_token, s->seed);
 }
 
 static void fill(void *data, int32_t dtype, size_t n, float amplitude, float mean, fv_rng_t *rng)
@@ -222,6 +249,9 @@ static void poison(fv_attn_case_t *attn)
     }
     if (s->spoil_token > 0) { /* V of head 0, K of the last head */
         size_t j = (size_t)s->spoil_token - 1U;
+        if (s->v_in_k && ((s->seed % 2U) == 0U)) {
+            fv_store_element(attn->k, io, j * k_row + (s->seed % (uint64_t)s->head_dim_v), NAN);
+        }
         fv_store_element(attn->v, io, j * v_row + (s->seed % (uint64_t)s->head_dim_v), NAN);
         fv_store_element(attn->k, io, (j + 1U) * k_row - 1U, NAN);
     }
@@ -255,6 +285,61 @@ static double *widen_stored(const void *src,
         }
     }
     return out;
+}
+
+/* What an append with norm_alpha stores of dims [0, dv) of each row, before it is rounded. */
+static void normalise_rows(void *k, const fv_attn_spec_t *s, size_t n_rows)
+{
+    size_t dk = (size_t)s->head_dim_qk;
+    size_t dv = (size_t)s->head_dim_v;
+    float *rows = k;
+
+    for (size_t r = 0; r < n_rows; r++) {
+        double sum = 0.0;
+        for (size_t d = 0; d < dv; d++) {
+            sum += (double)rows[r * dk + d] * (double)rows[r * dk + d];
+        }
+        for (size_t d = 0; d < dv; d++) {
+            rows[r * dk + d] /=
+                (float)sqrt((double)s->norm_alpha * sum / (double)dv + (double)FV_ATTN_NORM_EPS);
+        }
+    }
+}
+
+/* K as the cache sees it in fp32: normalised if asked for; V is the first dims of each row. */
+static float *latent_rows(fv_attn_case_t *attn, size_t n_rows)
+{
+    const fv_attn_spec_t *s = &attn->spec;
+    size_t dk = (size_t)s->head_dim_qk;
+    float *rows = must_alloc(n_rows * dk, sizeof(*rows));
+
+    fv_load_row(rows, attn->k, (fv_dtype_t)s->io_dtype, n_rows * dk);
+    if (s->norm_alpha > 0.0F) {
+        normalise_rows(rows, s, n_rows);
+    }
+    return rows;
+}
+
+/* k_ref and v_ref of a latent case. */
+static void widen_latent(fv_attn_case_t *attn, size_t n_rows)
+{
+    fv_attn_spec_t s = attn->spec;
+    size_t dk = (size_t)s.head_dim_qk;
+    size_t dv = (size_t)s.head_dim_v;
+    float *rows = latent_rows(attn, n_rows);
+    float *v = must_alloc(n_rows * dv, sizeof(*v));
+
+    for (size_t r = 0; r < n_rows; r++) {
+        memcpy(v + r * dv, rows + r * dk, dv * sizeof(*v));
+    }
+    s.io_dtype = FV_DTYPE_F32;
+    attn->k_ref = widen_stored(rows, &s, n_rows, dk, true, &attn->logit_bound);
+    attn->v_ref = widen_stored(v, &s, n_rows, dv, false, &attn->v_bound);
+    if (s.latent_mu > 1.0F) {
+        attn->logit_bound *= (double)s.latent_mu;
+    }
+    free(rows);
+    free(v);
 }
 
 static double largest_norm(const void *q, int32_t dtype, size_t n_rows, size_t dim)
@@ -299,9 +384,14 @@ fv_attn_case_t *fv_attn_case_create(const fv_attn_spec_t *spec)
     if (!s->tame) {
         poison(attn);
     }
-    attn->k_ref =
-        widen_stored(attn->k, s, n_kv_rows, (size_t)s->head_dim_qk, true, &attn->logit_bound);
-    attn->v_ref = widen_stored(attn->v, s, n_kv_rows, (size_t)s->head_dim_v, false, &attn->v_bound);
+    if (s->v_in_k) {
+        widen_latent(attn, n_kv_rows);
+    } else {
+        attn->k_ref =
+            widen_stored(attn->k, s, n_kv_rows, (size_t)s->head_dim_qk, true, &attn->logit_bound);
+        attn->v_ref =
+            widen_stored(attn->v, s, n_kv_rows, (size_t)s->head_dim_v, false, &attn->v_bound);
+    }
     attn->logit_bound *=
         (double)s->softmax_scale *
         largest_norm(attn->q, s->io_dtype, fv_attn_case_rows(attn), (size_t)s->head_dim_qk);
@@ -348,6 +438,9 @@ void fv_attn_case_solve(fv_attn_case_t *attn)
     q = must_alloc(n_rows * (size_t)s->head_dim_qk, sizeof(*q));
     for (size_t i = 0; i < n_rows * (size_t)s->head_dim_qk; i++) {
         q[i] = (double)fv_load_element(attn->q, (fv_dtype_t)s->io_dtype, i);
+        if ((s->latent_mu != 0.0F) && (i % (size_t)s->head_dim_qk < (size_t)s->head_dim_v)) {
+            q[i] *= (double)s->latent_mu;
+        }
     }
     attn->out_ref = must_alloc(n_rows * (size_t)s->head_dim_v, sizeof(double));
     attn->lse_ref = must_alloc(n_rows, sizeof(double));

@@ -16,6 +16,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#define FV_ATTN_NORM_EPS 1e-6F /* with norm_alpha */
+
 /* splitmix64: small, seedable, the same everywhere. */
 typedef struct fv_rng {
     uint64_t state;
@@ -40,7 +42,10 @@ typedef struct fv_attn_spec {
     uint16_t n_parts;      /* 0 = 1 */
     float q_amplitude;     /* 0 = 1; large = huge logits */
     float v_mean;
-    bool tame; /* no poison, pages in order: for benchmarks */
+    bool v_in_k;      /* LATENT: V is the first dv dims of K */
+    float latent_mu;  /* 0 = 1 */
+    float norm_alpha; /* of the append; 0 = none */
+    bool tame;        /* no poison, pages in order: for benchmarks */
     int64_t
         spoil_token; /* 0 = none; else token spoil_token - 1 gets a NaN in K and in V (each its own dim) */
     uint64_t seed;
@@ -67,6 +72,8 @@ fv_attn_spec_t fv_attn_spec_random(fv_rng_t *rng, int64_t macs);
 fv_policy_t fv_s2_random(fv_rng_t *rng, int32_t n_q_heads, int32_t n_kv_heads);
 /* Every other spec becomes one of S2: causal, with fv_s2_random()'s policy, its heads a slice of a larger model's. */
 void fv_attn_spec_maybe_s2(fv_rng_t *rng, fv_attn_spec_t *spec);
+/* Makes a latent problem of it: one KV head, a slice of a latent and a RoPE key, sometimes weighted or normalised. */
+void fv_attn_spec_latent(fv_attn_spec_t *spec, fv_rng_t *rng, int64_t macs);
 void fv_attn_spec_print(const fv_attn_spec_t *spec);
 
 /* Never fails: a test machine without memory for it aborts. destroy(NULL) is fine. */

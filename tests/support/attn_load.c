@@ -11,7 +11,7 @@
 
 static size_t page_units(const fv_attn_spec_t *s)
 {
-    return (size_t)(s->head_dim_qk + s->head_dim_v) * FV_PAGE_TOKENS *
+    return (size_t)(s->head_dim_qk + (s->v_in_k ? 0 : s->head_dim_v)) * FV_PAGE_TOKENS *
            fv_dtype_bytes((fv_dtype_t)s->kv_dtype) / FV_PAGE_UNIT;
 }
 
@@ -94,6 +94,9 @@ static fv_append_item_t append_item(const fv_attn_case_t *attn, uint16_t part)
     item.head_dim_v = s->head_dim_v;
     item.src_dtype = s->io_dtype;
     item.kv_dtype = s->kv_dtype;
+    item.v_in_k = s->v_in_k;
+    item.norm_alpha = s->norm_alpha;
+    item.norm_eps = FV_ATTN_NORM_EPS;
     item.k_token_bytes = (size_t)s->n_kv_heads * (size_t)s->head_dim_qk * e;
     item.v_token_bytes = (size_t)s->n_kv_heads * (size_t)s->head_dim_v * e;
     item.pages = attn->pages + (size_t)part * (size_t)s->n_kv_heads * attn->pages_stride;
@@ -186,6 +189,8 @@ fv_attn_item_t fv_attn_case_item(const fv_attn_case_t *attn, uint16_t part, void
     item.head_dim_v = s->head_dim_v;
     item.io_dtype = s->io_dtype;
     item.kv_dtype = s->kv_dtype;
+    item.v_in_k = s->v_in_k;
+    item.latent_mu = s->latent_mu;
     item.softmax_scale = s->softmax_scale;
     item.logit_softcap = s->logit_softcap;
     item.causal = s->causal;

@@ -236,14 +236,14 @@ void fv_rig_check_pages(const fv_rig_t *rig)
 
         for (uint32_t r = 0; session->is_open && (r < rig->n_ranks); r++) {
             int32_t cell = fv_placement_cell(p, r);
-            int32_t n_kv_heads = rig->models[session->model].n_kv_heads;
             uint64_t expected = 0;
 
             for (uint32_t l = 0; (cell >= 0) && (l < FV_RIG_LAYERS); l++) {
                 int32_t hp = cell / p->n_ctx_parts;
 
-                for (int32_t h = fv_placement_head_begin(p, n_kv_heads, hp);
-                     h < fv_placement_head_begin(p, n_kv_heads, hp + 1); h++) {
+                fv_head_part_t part = fv_placement_head_part(p, &rig->models[session->model], hp);
+
+                for (int32_t h = part.head_begin; h < part.head_end; h++) {
                     expected += count_pages(rig, session, l, cell % p->n_ctx_parts, h);
                 }
             }
@@ -289,5 +289,36 @@ fv_model_spec_t fv_rig_random_sparse_spec(fv_random_t *r)
     spec.layer_policy[0] = (fv_random_int(r, 0, 2) == 0) ? 2U : 0U;
     spec.layer_policy[1] = (uint8_t)fv_random_int(r, 0, 2);
     assert_int_equal(fv_model_spec_check(&spec), FV_OK); /* resolves the pattern */
+    return spec;
+}
+
+fv_model_spec_t fv_rig_random_latent(fv_random_t *r, int32_t n_groups)
+{
+    fv_model_spec_t spec = fv_rig_random_spec(r);
+
+    spec.kind = FV_MODEL_LATENT;
+    spec.n_kv_heads = 0;
+    spec.n_q_heads = (int32_t)fv_random_int(r, 1, 9);
+    spec.head_dim_qk = 0;
+    spec.head_dim_v = 0;
+    spec.latent_dim = (n_groups > 2) ? 256 : (64 * (int32_t)fv_random_int(r, 1, 3));
+    spec.rope_dim = 8 * (int32_t)fv_random_int(r, 0, 4);
+    spec.softmax_scale = 0.11F;
+    if (fv_random_int(r, 0, 1) == 0) {
+        spec.latent_norm = (fv_latent_norm_t){.mode = FV_NORM_SLICE_RMS, .eps = 1e-6F};
+    }
+    if (n_groups == 0) {
+        return spec;
+    }
+    spec.sharding.mode = FV_SHARDING_LATENT;
+    spec.sharding.groups = n_groups;
+    spec.sharding.n_mu = n_groups;
+    for (int32_t g = 0; g < n_groups; g++) { /* shares 1/2, 1/4 ... : no two slices alike */
+        spec.sharding.mu[g] = 1.0F + 0.25F * (float)g;
+        if (spec.latent_norm.mode != FV_NORM_NONE) {
+            spec.latent_norm.n_alpha = n_groups;
+            spec.latent_norm.alpha[g] = (float)(1 << ((g + 1 < n_groups) ? (g + 1) : g));
+        }
+    }
     return spec;
 }

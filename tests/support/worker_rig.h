@@ -110,6 +110,13 @@ void fv_rig_live(fv_rig_t *rig, int n_ops);
 /* Every rank holds exactly the pages that placements, lengths and policies say. */
 void fv_rig_check_pages(const fv_rig_t *rig);
 
+/* What the cache holds of a row [latent_dim + rope_dim] of a LATENT model (`row` is changed), and its V. */
+void fv_rig_latent_store(const fv_model_spec_t *spec, float *row, double *out_k, double *out_v);
+/* The oracle of a LATENT model: of each slice for itself, the whole RoPE key with each. lse: of the last slice. */
+void fv_rig_latent_ref(const fv_model_spec_t *spec, const fv_attend_ref_params_t *whole);
+/* A random small one: policies as fv_rig_random_spec(); n_groups 0 = not sharded by latent. */
+fv_model_spec_t fv_rig_random_latent(fv_random_t *r, int32_t n_groups);
+
 /* A random small model: GQA, dims, dtypes, softcap, window; and one that may have S2 layers too. */
 fv_model_spec_t fv_rig_random_spec(fv_random_t *r);
 fv_model_spec_t fv_rig_random_sparse_spec(fv_random_t *r);

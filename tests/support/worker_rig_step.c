@@ -47,7 +47,12 @@ static void make_item(fv_rig_t *rig, fv_rig_item_t *item)
     size_t n_kv = (item->flags & FV_ITEM_APPEND) ? (size_t)spec->n_kv_heads : 0U;
     size_t dk = (size_t)spec->head_dim_qk;
     size_t dv = (size_t)spec->head_dim_v;
+    size_t dv_sent = (size_t)fv_model_v_dim_sent(spec);
     size_t n_out = item->n_tokens * n_q * dv * e;
+
+    if (fv_model_groups(spec) > 1) { /* a softmax for each slice: there is no one lse */
+        item->flags &= (uint16_t) ~(unsigned)FV_ITEM_WANT_LSE;
+    }
 
     item->ctl = (fv_ctl_item_t){.session_slot = item->session,
                                 .layer = item->layer,
@@ -59,10 +64,10 @@ static void make_item(fv_rig_t *rig, fv_rig_item_t *item)
     item->full = (fv_step_io_t){
         .q = random_tensor(&rig->random, item->dtype, item->n_tokens * n_q * dk),
         .k = random_tensor(&rig->random, item->dtype, item->n_tokens * n_kv * dk),
-        .v = random_tensor(&rig->random, item->dtype, item->n_tokens * n_kv * dv),
+        .v = random_tensor(&rig->random, item->dtype, item->n_tokens * n_kv * dv_sent),
         .q_token_bytes = n_q * dk * e,
         .k_token_bytes = n_kv * dk * e,
-        .v_token_bytes = n_kv * dv * e,
+        .v_token_bytes = n_kv * dv_sent * e,
         .out = malloc(n_out),
         .out_token_bytes = n_q * dv * e,
         .lse_token_stride = n_q,
@@ -192,6 +197,22 @@ static double *grow(double *data, size_t n)
     return grown;
 }
 
+static void
+append_latent_shadow(const fv_model_spec_t *spec, const fv_rig_item_t *item, fv_rig_layer_t *layer)
+{
+    size_t dk = (size_t)spec->head_dim_qk;
+    float row[FV_DIM_QK_MAX];
+
+    for (size_t t = 0; t < item->n_tokens; t++) {
+        const uint8_t *from = (const uint8_t *)item->full.k + t * item->full.k_token_bytes;
+
+        fv_load_row(row, from, (fv_dtype_t)item->dtype, dk);
+        fv_rig_latent_store(spec, row, layer->k + (item->position + t) * dk,
+                            layer->v + (item->position + t) * (size_t)spec->head_dim_v);
+    }
+    layer->n_tokens = item->kv_end;
+}
+
 /* What the cache holds after the append: the values rounded to its dtype. */
 static void append_shadow(fv_rig_t *rig, const fv_rig_item_t *item)
 {
@@ -204,6 +225,10 @@ static void append_shadow(fv_rig_t *rig, const fv_rig_item_t *item)
     assert_int_equal(layer->n_tokens, item->position);
     layer->k = grow(layer->k, item->kv_end * k_len);
     layer->v = grow(layer->v, item->kv_end * v_len);
+    if (fv_model_is_latent(spec)) {
+        append_latent_shadow(spec, item, layer);
+        return;
+    }
     for (size_t i = 0; i < item->n_tokens * k_len; i++) {
         fv_store_element(&stored, (fv_dtype_t)spec->kv_dtype, 0,
                          fv_load_element(item->full.k, (fv_dtype_t)item->dtype, i));
@@ -244,7 +269,7 @@ static void check_token(const fv_rig_t *rig, const fv_rig_item_t *item, size_t t
     for (size_t i = 0; i < n_q; i++) {
         q[i] = (double)fv_load_element(item->full.q, (fv_dtype_t)item->dtype, t * n_q + i);
     }
-    fv_attend_ref(&(fv_attend_ref_params_t){
+    const fv_attend_ref_params_t params = {
         .n_tokens = 1,
         .position = (int64_t)(item->position + t),
         .kv_end = (int64_t)item->kv_end,
@@ -261,7 +286,12 @@ static void check_token(const fv_rig_t *rig, const fv_rig_item_t *item, size_t t
         .v = layer->v,
         .out = out,
         .lse = lse,
-    });
+    };
+    if (fv_model_is_latent(spec)) {
+        fv_rig_latent_ref(spec, &params);
+    } else {
+        fv_attend_ref(&params);
+    }
     for (size_t i = 0; i < n_out; i++) {
         assert_near((double)fv_load_element(item->full.out, (fv_dtype_t)item->dtype, t * n_out + i),
                     out[i], tolerances[item->dtype]);

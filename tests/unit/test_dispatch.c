@@ -76,10 +76,10 @@ static void cover_own_rows(const fv_case_request_t *r, size_t row_bytes, uint8_t
         fv_item_share_t s;
         if (fv_item_share(r->request.spec, &r->sessions[i]->placement, &r->ctl_items[i], OWN_RANK,
                           &s)) {
-            uint64_t n_local = (uint64_t)(s.head_end - s.head_begin) * group;
+            uint64_t n_local = (uint64_t)(s.part.head_end - s.part.head_begin) * group;
             for (uint64_t row = s.row_begin; row < s.row_end; row++) {
-                uint64_t at = (token_begin + row / n_local) * hq + (uint64_t)s.head_begin * group +
-                              row % n_local;
+                uint64_t at = (token_begin + row / n_local) * hq +
+                              (uint64_t)s.part.head_begin * group + row % n_local;
                 for (size_t b = 0; b < row_bytes; b++) {
                     count[at * row_bytes + b]++;
                 }

@@ -130,7 +130,7 @@ static void test_each_bad_field_is_refused_by_name(void **state)
         {"softmax_scale", infinite_scale, FV_ERR_INVALID_ARG},
         {"logit_softcap", negative_softcap, FV_ERR_INVALID_ARG},
         {"logit_softcap", nan_softcap, FV_ERR_INVALID_ARG},
-        {"kind", latent, FV_ERR_UNIMPLEMENTED},
+        {"latent_dim", latent, FV_ERR_INVALID_ARG},
         {"kind", unknown_kind, FV_ERR_INVALID_ARG},
         {"block_tokens: given 48", s2_block_48, FV_ERR_INVALID_ARG},
         {"block_tokens: given 8", s2_block_8, FV_ERR_INVALID_ARG},
@@ -151,7 +151,7 @@ static void test_each_bad_field_is_refused_by_name(void **state)
         {"shard_tokens", odd_shard, FV_ERR_INVALID_ARG},
         {"shard_tokens", negative_shard, FV_ERR_INVALID_ARG},
         {"mode", bad_mode, FV_ERR_INVALID_ARG},
-        {"mode", latent_mode, FV_ERR_UNIMPLEMENTED},
+        {"mode", latent_mode, FV_ERR_INVALID_ARG},
         {"max_ranks", negative_ranks, FV_ERR_INVALID_ARG},
     };
     fv_model_spec_t spec;

@@ -424,7 +424,7 @@ static void test_bad_sharding(void **state)
 
     refuse(planner, (fv_sharding_t){.mode = 9}, 2048, FV_ERR_INVALID_ARG, "sharding.mode: 9");
     refuse(planner, (fv_sharding_t){.mode = -1}, 2048, FV_ERR_INVALID_ARG, "sharding.mode: -1");
-    refuse(planner, (fv_sharding_t){.mode = FV_SHARDING_LATENT}, 2048, FV_ERR_UNIMPLEMENTED,
+    refuse(planner, (fv_sharding_t){.mode = FV_SHARDING_LATENT}, 2048, FV_ERR_INVALID_ARG,
            "sharding.mode: LATENT");
     refuse(planner, (fv_sharding_t){.shard_tokens = 100}, 2048, FV_ERR_INVALID_ARG,
            "sharding.shard_tokens: 100 given, expected 0 or a positive multiple of 64");

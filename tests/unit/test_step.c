@@ -178,7 +178,7 @@ static void add_share(const fv_model_spec_t *spec,
     if (!fv_item_share(spec, p, item, rank, &s)) {
         return;
     }
-    uint64_t n_heads = (uint64_t)(s.head_end - s.head_begin);
+    uint64_t n_heads = (uint64_t)(s.part.head_end - s.part.head_begin);
     uint64_t n_q_local = n_heads * (uint64_t)group;
     assert_int_equal(mark_runs(p, &s, item, seen), s.n_kv_tokens);
     assert_int_equal(s.n_rows, item->n_tokens * n_q_local);
@@ -192,7 +192,7 @@ static void add_share(const fv_model_spec_t *spec,
     t->out_bytes += s.out_bytes;
     t->lse_bytes += s.lse_bytes;
     for (uint64_t r = s.row_begin; r < s.row_end; r++) {
-        uint64_t q_head = ((uint64_t)s.head_begin * (uint64_t)group) + (r % n_q_local);
+        uint64_t q_head = ((uint64_t)s.part.head_begin * (uint64_t)group) + (r % n_q_local);
 
         t->rows[((r / n_q_local) * (uint64_t)spec->n_q_heads) + q_head]++;
     }

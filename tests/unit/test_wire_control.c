@@ -279,26 +279,59 @@ static void test_s2(void **state)
     assert_says(decode_spec(&spec), FV_ERR_INVALID_ARG, "expected phi3-small");
 }
 
-/* What this version does not serve is understood, and refused as such. */
-static void test_later_features_are_unimplemented(void **state)
+static void test_latent(void **state)
 {
     Fovea__V1__ModelSpec spec = good_spec();
     Fovea__V1__Sharding sharding = FOVEA__V1__SHARDING__INIT;
     Fovea__V1__LatentNorm norm = FOVEA__V1__LATENT_NORM__INIT;
+    float alpha[9] = {1.25F, 5.0F};
+    float mu[2] = {1.0F, 1.5F};
+    static fv_model_spec_t again;
+    fv_bytes_t bytes = {0};
 
     (void)state;
     spec.kind = FOVEA__V1__MODEL_SPEC__KIND__LATENT;
+    spec.n_kv_heads = 0;
+    spec.head_dim_qk = 0;
+    spec.head_dim_v = 0;
     spec.latent_dim = 512;
     spec.rope_dim = 64;
+    spec.softmax_scale = 0.1F;
     spec.latent_norm = &norm;
-    assert_int_equal(decode_spec(&spec), FV_OK);
-    assert_says(fv_model_spec_check(&g_spec), FV_ERR_UNIMPLEMENTED, "LATENT");
-    spec = good_spec();
+    norm.mode = FOVEA__V1__LATENT_NORM__MODE__SLICE_RMS;
+    norm.alpha = alpha;
+    norm.n_alpha = 2;
+    norm.eps = 1e-5F;
     sharding.mode = FOVEA__V1__SHARDING__MODE__LATENT;
     sharding.groups = 2;
+    sharding.mu = mu;
+    sharding.n_mu = 2;
     spec.sharding = &sharding;
     assert_int_equal(decode_spec(&spec), FV_OK);
-    assert_says(fv_model_spec_check(&g_spec), FV_ERR_UNIMPLEMENTED, "LATENT");
+    assert_int_equal(g_spec.latent_dim, 512);
+    assert_int_equal(g_spec.rope_dim, 64);
+    assert_int_equal(g_spec.latent_norm.mode, FV_NORM_SLICE_RMS);
+    assert_true((g_spec.latent_norm.n_alpha == 2) && (g_spec.latent_norm.alpha[1] == 5.0F) &&
+                (g_spec.latent_norm.eps == 1e-5F));
+    assert_true((g_spec.sharding.groups == 2) && (g_spec.sharding.n_mu == 2) &&
+                (g_spec.sharding.mu[1] == 1.5F));
+    assert_int_equal(fv_wire_register_request_encode(&g_spec, &bytes), FV_OK);
+    assert_int_equal(fv_wire_register_request_decode(
+                         (fv_span_t){.data = bytes.data, .n_bytes = bytes.n_bytes}, &again),
+                     FV_OK);
+    assert_memory_equal(&again, &g_spec, sizeof(again));
+    fv_bytes_free(&bytes);
+    assert_int_equal(fv_model_spec_check(&g_spec), FV_OK);
+    norm.n_alpha = 9;
+    assert_says(decode_spec(&spec), FV_ERR_INVALID_ARG, "latent_norm.alpha");
+    norm.mode = FOVEA__V1__LATENT_NORM__MODE__NONE;
+    norm.n_alpha = 2;
+    assert_says(decode_spec(&spec), FV_ERR_INVALID_ARG, "latent_norm.alpha, eps");
+    norm.mode = (Fovea__V1__LatentNorm__Mode)7;
+    assert_says(decode_spec(&spec), FV_ERR_INVALID_ARG, "latent_norm.mode: given 7");
+    spec.latent_norm = NULL;
+    spec.rope_dim = UINT32_MAX;
+    assert_says(decode_spec(&spec), FV_ERR_INVALID_ARG, "spec.rope_dim: given 4294967295");
 }
 
 /* ------------------------------------------------------------------ the others */
@@ -329,8 +362,10 @@ static void test_bad_opens_are_refused(void **state)
     assert_says(status, FV_ERR_INVALID_ARG, "sharding.shard_tokens: given 4294967295");
     sharding.shard_tokens = 0;
     sharding.mode = FOVEA__V1__SHARDING__MODE__LATENT;
+    sharding.groups = 4; /* whether the model is cut into four is not known here */
     DECODE(open_request, m, &out, &status);
-    assert_says(status, FV_ERR_UNIMPLEMENTED, "LATENT");
+    assert_int_equal(status, FV_OK);
+    assert_true((out.sharding.mode == FV_SHARDING_LATENT) && (out.sharding.groups == 4));
 }
 
 static void test_bad_session_ids_are_refused(void **state)
@@ -454,7 +489,7 @@ int main(void)
         cmocka_unit_test(test_distinct_policies_are_bounded),
         cmocka_unit_test(test_bad_models_are_refused),
         cmocka_unit_test(test_s2),
-        cmocka_unit_test(test_later_features_are_unimplemented),
+        cmocka_unit_test(test_latent),
         cmocka_unit_test(test_bad_opens_are_refused),
         cmocka_unit_test(test_bad_session_ids_are_refused),
         cmocka_unit_test(test_absent_and_zero_fork_positions_differ),

@@ -382,7 +382,7 @@ static void test_a_lost_exchange_leaves_the_length(void **state)
     fv_ctl_model_t model = {.spec = make_spec()};
     fv_ctl_open_t open = {
         .placement = {.n_head_parts = 1, .n_ctx_parts = 2, .shard_tokens = 64, .ranks = {0, 1}}};
-    fv_rig_t rig = {0};
+    static fv_rig_t rig; /* large */
     fv_error_t error;
 
     (void)state;

@@ -411,7 +411,7 @@ class TokenRange(_message.Message):
     def __init__(self, begin: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class PlacementShare(_message.Message):
-    __slots__ = ("rank", "kv_head_begin", "kv_head_end", "q_head_begin", "q_head_end", "ranges", "n_tokens", "kv_bytes", "freed_bytes", "truncated")
+    __slots__ = ("rank", "kv_head_begin", "kv_head_end", "q_head_begin", "q_head_end", "ranges", "n_tokens", "kv_bytes", "freed_bytes", "truncated", "latent_begin", "latent_end")
     RANK_FIELD_NUMBER: _ClassVar[int]
     KV_HEAD_BEGIN_FIELD_NUMBER: _ClassVar[int]
     KV_HEAD_END_FIELD_NUMBER: _ClassVar[int]
@@ -422,6 +422,8 @@ class PlacementShare(_message.Message):
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     FREED_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    LATENT_BEGIN_FIELD_NUMBER: _ClassVar[int]
+    LATENT_END_FIELD_NUMBER: _ClassVar[int]
     rank: int
     kv_head_begin: int
     kv_head_end: int
@@ -432,10 +434,12 @@ class PlacementShare(_message.Message):
     kv_bytes: int
     freed_bytes: int
     truncated: bool
-    def __init__(self, rank: _Optional[int] = ..., kv_head_begin: _Optional[int] = ..., kv_head_end: _Optional[int] = ..., q_head_begin: _Optional[int] = ..., q_head_end: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[TokenRange, _Mapping]]] = ..., n_tokens: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., freed_bytes: _Optional[int] = ..., truncated: bool = ...) -> None: ...
+    latent_begin: int
+    latent_end: int
+    def __init__(self, rank: _Optional[int] = ..., kv_head_begin: _Optional[int] = ..., kv_head_end: _Optional[int] = ..., q_head_begin: _Optional[int] = ..., q_head_end: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[TokenRange, _Mapping]]] = ..., n_tokens: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., freed_bytes: _Optional[int] = ..., truncated: bool = ..., latent_begin: _Optional[int] = ..., latent_end: _Optional[int] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("session_id", "model_id", "mode", "n_head_parts", "n_ctx_parts", "shard_tokens", "shares", "reason", "n_tokens", "patterns", "n_q_heads", "n_kv_heads")
+    __slots__ = ("session_id", "model_id", "mode", "n_head_parts", "n_ctx_parts", "shard_tokens", "shares", "reason", "n_tokens", "patterns", "n_q_heads", "n_kv_heads", "n_latent_parts", "approximate")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -448,6 +452,8 @@ class Placement(_message.Message):
     PATTERNS_FIELD_NUMBER: _ClassVar[int]
     N_Q_HEADS_FIELD_NUMBER: _ClassVar[int]
     N_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    N_LATENT_PARTS_FIELD_NUMBER: _ClassVar[int]
+    APPROXIMATE_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     model_id: str
     mode: str
@@ -460,7 +466,9 @@ class Placement(_message.Message):
     patterns: _containers.RepeatedCompositeFieldContainer[PlacementPattern]
     n_q_heads: int
     n_kv_heads: int
-    def __init__(self, session_id: _Optional[str] = ..., model_id: _Optional[str] = ..., mode: _Optional[str] = ..., n_head_parts: _Optional[int] = ..., n_ctx_parts: _Optional[int] = ..., shard_tokens: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[PlacementShare, _Mapping]]] = ..., reason: _Optional[str] = ..., n_tokens: _Optional[int] = ..., patterns: _Optional[_Iterable[_Union[PlacementPattern, _Mapping]]] = ..., n_q_heads: _Optional[int] = ..., n_kv_heads: _Optional[int] = ...) -> None: ...
+    n_latent_parts: int
+    approximate: bool
+    def __init__(self, session_id: _Optional[str] = ..., model_id: _Optional[str] = ..., mode: _Optional[str] = ..., n_head_parts: _Optional[int] = ..., n_ctx_parts: _Optional[int] = ..., shard_tokens: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[PlacementShare, _Mapping]]] = ..., reason: _Optional[str] = ..., n_tokens: _Optional[int] = ..., patterns: _Optional[_Iterable[_Union[PlacementPattern, _Mapping]]] = ..., n_q_heads: _Optional[int] = ..., n_kv_heads: _Optional[int] = ..., n_latent_parts: _Optional[int] = ..., approximate: bool = ...) -> None: ...
 
 class PlacementPattern(_message.Message):
     __slots__ = ("policy", "n_tokens", "floor", "kv_bytes", "freed_bytes")
