@@ -401,6 +401,17 @@ static double time_case(bench_t *b)
     return time_graph(b, graph) / (double)(rounds * b->n_sets);
 }
 
+/* What bench/peers gives the others, too. */
+static void print_shape(const bench_t *b, const bench_case_t *c)
+{
+    (void)fprintf(b->json, "\"kv_heads\":%d,\"group\":%d,\"head_dim\":%d,\"lengths\":[",
+                  c->n_kv_heads, c->group, HEAD_DIM);
+    for (int32_t i = 0; i < c->n_items; i++) {
+        (void)fprintf(b->json, "%s%lld", (i == 0) ? "" : ",", (long long)b->kv_end[i]);
+    }
+    (void)fprintf(b->json, "]}\n");
+}
+
 static void run_case(bench_t *b, const bench_case_t *c)
 {
     double error = 0.0;
@@ -426,9 +437,10 @@ static void run_case(bench_t *b, const bench_case_t *c)
         (void)fprintf(
             b->json,
             "{\"case\":\"%s\",\"bytes\":%.0f,\"us\":%.2f,\"gbps\":%.1f,\"floor_us\":%.2f,\"ratio\":%.4f,"
-            "\"peer_us\":%.1f,\"sets\":%zu,\"row_error\":%.2e,\"read_gbps\":%.1f}\n",
+            "\"peer_us\":%.1f,\"sets\":%zu,\"row_error\":%.2e,\"read_gbps\":%.1f,",
             c->name, b->bytes, us, b->bytes / us * 1e-3, floor_us, us / floor_us, c->peer_us,
             b->n_sets, error, b->read_gbps);
+        print_shape(b, c);
     }
 #if defined(FV_LEAN_TRACE)
     print_trace(b);
