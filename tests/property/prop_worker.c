@@ -85,7 +85,8 @@ static void one_latent(uint32_t n_ranks, int32_t groups, uint32_t n_per_slice, u
         for (size_t i = 0; i < FV_COUNT(sizes); i++) {
             assert_int_equal(fv_rig_append(&rig, slot, i % 2U, sizes[i]), FV_OK);
         }
-        if (!fv_rig_is_readable(&rig, slot, UINT32_MAX, 60, 60)) {
+        if (!fv_rig_is_readable(&rig, slot, UINT32_MAX, 60, 60) ||
+            !fv_rig_is_readable(&rig, slot, UINT32_MAX, 70, 70)) {
             continue; /* its window has let go of what such a cut would need */
         }
         fv_rig_fork(&rig, slot + 3U, slot, 70);
