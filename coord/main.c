@@ -353,10 +353,21 @@ static void print_banner(const fv_process_t *p, const fv_rpc_t *rpc)
     }
 }
 
+static fv_unix_peers_t unix_peers(const char *who)
+{
+    if (strcmp(who, "any") == 0) {
+        return FV_UNIX_PEERS_ANY;
+    }
+    return (strcmp(who, "group") == 0) ? FV_UNIX_PEERS_GROUP : FV_UNIX_PEERS_USER;
+}
+
 static fv_rpc_config_t rpc_config(const fv_config_t *config, fv_auth_t *auth)
 {
     fv_rpc_config_t rpc = {
         .calls_max = config->calls_max,
+        .connections_max = config->connections_max,
+        .unix_mode = (int32_t)strtol(config->unix_mode, NULL, 8), /* "auto": 0 */
+        .unix_peers = unix_peers(config->unix_peers),
         .metadata_bytes_max = config->metadata_max,
         .tls_cert = config->tls_cert,
         .tls_key = config->tls_key,

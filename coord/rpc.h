@@ -51,6 +51,13 @@ typedef enum fv_method {
 
 #define FV_LISTEN_MAX 8
 
+/* Whose processes may connect to unix sockets. */
+typedef enum fv_unix_peers {
+    FV_UNIX_PEERS_ANY = 0, /* whom the file mode lets */
+    FV_UNIX_PEERS_USER,    /* our user's, and root's */
+    FV_UNIX_PEERS_GROUP,   /* and those in our group */
+} fv_unix_peers_t;
+
 typedef struct fv_rpc_config {
     const char *listen[FV_LISTEN_MAX]; /* "host:port", port 0 = any free; "unix:/path" */
     int32_t n_listen;
@@ -59,6 +66,9 @@ typedef struct fv_rpc_config {
     int32_t connection_streams_max; /* concurrent calls per connection */
     size_t memory_bytes_max;        /* gRPC resource quota */
     int32_t calls_max;              /* open at once, over it: RESOURCE_EXHAUSTED; 0 = no limit */
+    int32_t connections_max;        /* open at once; a further one is closed; 0 = 4096 */
+    int32_t unix_mode;              /* file mode of unix sockets; 0 = as the umask has it */
+    fv_unix_peers_t unix_peers;
     size_t metadata_bytes_max;      /* of one call; over it: RESOURCE_EXHAUSTED; 0 = gRPC's 8 KiB */
     const char *tls_cert, *tls_key; /* PEM files: TLS on every TCP address; NULL or "" = none */
     const char *tls_client_ca;      /* PEM file: client certificates are required */

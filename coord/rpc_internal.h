@@ -9,6 +9,7 @@
  *   rpc_message.c     byte buffers <-> spans and reply pieces
  *   rpc_method.c      the table of methods
  *   rpc_listen.c      addresses, and the lock beside a unix socket
+ *   rpc_accept.c      connections of plain addresses: counted, peers looked at
  *   rpc_health.c      grpc.health.v1
  *   rpc_reflection.c  server reflection
  *   rpc_pb.c          protobuf's wire form for the two
@@ -93,13 +94,18 @@ void fv_reflection_message(fv_call_t *call, fv_span_t request);
 
 /* ------------------------------------------------------------------ addresses */
 
-#define FV_ADDRESS_BYTES 256
+#define FV_ADDRESS_BYTES       256
+#define FV_LISTEN_FDS_MAX      8
+#define FV_CONNECTIONS_DEFAULT 4096
 
 typedef struct fv_listen {
     char address[FV_ADDRESS_BYTES]; /* as given, then as bound */
     bool is_unix;
     int lock_fd; /* unix: held while the server lives; -1 otherwise */
     char lock_path[FV_ADDRESS_BYTES];
+    int fds
+        [FV_LISTEN_FDS_MAX]; /* [n_fds] ours, not gRPC's: one for each address that the host's name has */
+    int n_fds;
 } fv_listen_t;
 
 /*
@@ -111,7 +117,24 @@ FV_MUST_CHECK fv_status_t fv_listen_prepare(const char *address, fv_listen_t *ou
 bool fv_listen_is_local(const fv_listen_t *listen);
 /* After the bind: puts the port in place of 0. */
 void fv_listen_set_port(fv_listen_t *listen, int port);
+/* Closes its sockets and removes a unix socket: nobody connects any more. The lock stays. */
+void fv_listen_close(fv_listen_t *listen);
+/* That, and gives up the lock. */
 void fv_listen_release(fv_listen_t *listen);
+
+/* Binds and listens at a prepared plain address; the port in place of 0. Errors: FV_ERR_UNAVAILABLE. */
+FV_MUST_CHECK fv_status_t fv_listen_bind(fv_listen_t *listen, int32_t unix_mode);
+
+typedef struct fv_acceptor fv_acceptor_t;
+
+/* Starts the thread that accepts at whatever of `listen` is bound (borrowed), and hands connections to the server. */
+FV_MUST_CHECK fv_status_t fv_acceptor_start(const fv_rpc_config_t *config,
+                                            fv_listen_t *listen,
+                                            int32_t n_listen,
+                                            struct grpc_server *server,
+                                            fv_acceptor_t **out);
+/* Accepts no more. Before the server is shut down. NULL is fine. */
+void fv_acceptor_stop(fv_acceptor_t *acceptor);
 
 /* ------------------------------------------------------------------ TLS */
 

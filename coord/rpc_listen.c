@@ -187,8 +187,20 @@ void fv_listen_set_port(fv_listen_t *listen, int port)
     }
 }
 
+void fv_listen_close(fv_listen_t *listen)
+{
+    for (int i = 0; i < listen->n_fds; i++) {
+        (void)close(listen->fds[i]);
+    }
+    if (listen->is_unix && (listen->n_fds > 0)) {
+        (void)unlink(listen->address + strlen(UNIX_PREFIX)); /* ours: the lock is still held */
+    }
+    listen->n_fds = 0;
+}
+
 void fv_listen_release(fv_listen_t *listen)
 {
+    fv_listen_close(listen);
     if (listen->lock_fd >= 0) { /* removed while held, so that nobody locks a file without a name */
         (void)unlink(listen->lock_path);
         (void)close(listen->lock_fd);

@@ -40,6 +40,7 @@ struct fv_rpc {
     pthread_t thread;
     bool is_running;
     fv_tls_t *tls[FV_LISTEN_MAX]; /* of each address; NULL: plain */
+    fv_acceptor_t *acceptor;
     int32_t n_listen;
     fv_listen_t listen[FV_LISTEN_MAX];
 };
@@ -176,17 +177,15 @@ static fv_status_t check_exposure(const fv_listen_t *listen, const fv_rpc_config
 static fv_status_t bind_one(fv_rpc_t *rpc, const fv_rpc_config_t *config, int32_t i)
 {
     fv_listen_t *listen = &rpc->listen[i];
-    grpc_server_credentials *credentials = NULL;
 
     FV_RETURN_IF_ERR(fv_listen_prepare(config->listen[i], listen));
     rpc->n_listen++;
     FV_RETURN_IF_ERR(check_exposure(listen, config));
-    if (has_tls(config) && !listen->is_unix) {
-        FV_RETURN_IF_ERR(fv_tls_create(config, &rpc->tls[i]));
-        credentials = fv_tls_credentials(rpc->tls[i]);
-    } else {
-        credentials = grpc_insecure_server_credentials_create();
+    if (!has_tls(config) || listen->is_unix) {
+        return fv_listen_bind(listen, config->unix_mode);
     }
+    FV_RETURN_IF_ERR(fv_tls_create(config, &rpc->tls[i]));
+    grpc_server_credentials *credentials = fv_tls_credentials(rpc->tls[i]);
     int port = grpc_server_add_http2_port(rpc->server, listen->address, credentials);
     grpc_server_credentials_release(credentials);
     if (port <= 0) {
@@ -293,6 +292,13 @@ static fv_status_t start(fv_rpc_t *rpc, const fv_rpc_config_t *config)
         rpc->calls.n_requests = 1; /* given up by fv_calls_begin(): a stop waits for it */
         if (pthread_create(&rpc->thread, NULL, run, rpc) == 0) {
             rpc->is_running = true;
+            status =
+                fv_acceptor_start(config, rpc->listen, rpc->n_listen, rpc->server, &rpc->acceptor);
+            if (status != FV_OK) {
+                fv_error_t error = fv_error_capture(status);
+                fv_rpc_stop(rpc, 0);
+                return fv_fail(status, "%s", error.text);
+            }
             return FV_OK;
         }
         rpc->calls.n_requests = 0;
@@ -395,6 +401,11 @@ void fv_rpc_stop(fv_rpc_t *rpc, uint32_t grace_ms)
         return;
     }
     fv_health_set_serving(&rpc->health, false);
+    fv_acceptor_stop(rpc->acceptor);
+    rpc->acceptor = NULL;
+    for (int32_t i = 0; i < rpc->n_listen; i++) {
+        fv_listen_close(&rpc->listen[i]);
+    }
     fv_calls_stop(&rpc->calls);
     grpc_server_shutdown_and_notify(rpc->server, rpc->stop_queue, rpc);
     if (!wait_for_shutdown(rpc, deadline)) {
