@@ -12,3 +12,11 @@ target_include_directories(bench_kernels_cuda PRIVATE ${PROJECT_SOURCE_DIR})
 target_compile_definitions(bench_kernels_cuda PRIVATE _DEFAULT_SOURCE)
 target_link_libraries(bench_kernels_cuda PRIVATE fv_cuda_peak fv_kernels CUDA::cudart_static m)
 fv_target_defaults(bench_kernels_cuda)
+
+if(TARGET fv_worker_cuda) # with NCCL
+    add_executable(bench_exchange_nccl bench_exchange_nccl.c)
+    target_include_directories(bench_exchange_nccl PRIVATE ${PROJECT_SOURCE_DIR})
+    target_compile_definitions(bench_exchange_nccl PRIVATE _DEFAULT_SOURCE)
+    target_link_libraries(bench_exchange_nccl PRIVATE fv_worker CUDA::cudart_static MPI::MPI_C m)
+    fv_target_defaults(bench_exchange_nccl)
+endif()

@@ -58,6 +58,21 @@ static size_t span(size_t token_bytes, size_t row_bytes, uint64_t n_tokens)
     return (size_t)(n_tokens - 1U) * token_bytes + row_bytes;
 }
 
+/* Are all tokens that the item writes to, whole, where the device reaches them? */
+static bool is_out_direct(const fv_backend_t *backend,
+                          const fv_merge_item_t *item,
+                          const void *dst,
+                          size_t token_bytes,
+                          size_t row_bytes)
+{
+    const uint64_t first = item->row_base / item->row_len;
+    const uint64_t last = (item->row_base + item->n_rows - 1U) / item->row_len;
+
+    return fv_cuda_is_pinned(
+        backend, (const uint8_t *)dst + first * token_bytes,
+        span(token_bytes, (size_t)item->row_len * row_bytes, last - first + 1U));
+}
+
 /*
  * Results that the device does not reach are written to a buffer of the whole item's shape and copied out row by row:
  * the first and last token may be partial.
@@ -71,13 +86,10 @@ static fv_status_t stage_rows_out(fv_backend_t *backend,
 {
     const uint64_t first = item->row_base / item->row_len;
     const uint64_t last = (item->row_base + item->n_rows - 1U) / item->row_len;
-    uint8_t *const begin = (uint8_t *)dst + first * token_bytes;
     uint8_t *staged = NULL;
 
     *out = dst;
-    if (fv_cuda_is_pinned(
-            backend, begin,
-            span(token_bytes, (size_t)item->row_len * row_bytes, last - first + 1U))) {
+    if (is_out_direct(backend, item, dst, token_bytes, row_bytes)) {
         return FV_OK;
     }
     staged = backend->staging_host + fv_cuda_stage(backend, (size_t)(last - first + 1U) *
@@ -133,13 +145,21 @@ stage_results(fv_backend_t *backend, const fv_merge_item_t *item, fv_merge_unit_
     return FV_OK;
 }
 
-static size_t item_out_bytes(const fv_merge_item_t *item)
+static size_t item_out_bytes(const fv_backend_t *backend, const fv_merge_item_t *item)
 {
-    const uint64_t n_tokens = item->n_rows / item->row_len + 2U;
+    const size_t row_bytes = (size_t)item->head_dim_v * fv_dtype_bytes((fv_dtype_t)item->io_dtype);
+    const size_t n_rows = (size_t)((item->n_rows / item->row_len + 2U) * item->row_len);
+    size_t n_bytes = 0;
 
-    return FV_CUDA_STAGE_BYTES((size_t)n_tokens * (size_t)item->row_len * (size_t)item->head_dim_v *
-                               4U) +
-           FV_CUDA_STAGE_BYTES((size_t)n_tokens * (size_t)item->row_len * sizeof(float));
+    if (!is_out_direct(backend, item, item->out, item->out_token_bytes, row_bytes)) {
+        n_bytes += FV_CUDA_STAGE_BYTES(n_rows * row_bytes);
+    }
+    if ((item->lse != NULL) &&
+        !is_out_direct(backend, item, item->lse, item->lse_token_stride * sizeof(float),
+                       sizeof(float))) {
+        n_bytes += FV_CUDA_STAGE_BYTES(n_rows * sizeof(float));
+    }
+    return n_bytes;
 }
 
 static fv_status_t make_unit(fv_backend_t *backend,
@@ -177,7 +197,8 @@ static fv_status_t make_plan(const fv_backend_t *backend,
     for (size_t i = 0; i < n_items; i++) {
         FV_RETURN_IF_ERR(fv_cpu_check_merge(&items[i]));
         if (items[i].n_rows > 0) {
-            plan->stage_bytes += item_stage_bytes(backend, &items[i]) + item_out_bytes(&items[i]);
+            plan->stage_bytes +=
+                item_stage_bytes(backend, &items[i]) + item_out_bytes(backend, &items[i]);
             plan->n_units++;
             plan->n_parts += (size_t)items[i].n_parts;
             plan->n_rows += items[i].n_rows;

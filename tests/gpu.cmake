@@ -3,3 +3,10 @@ if(FV_WITH_CUDA)
     fv_add_test(test_cuda_attend gpu SOURCES gpu/test_cuda_attend.c LIBS fv_attn_case fv_kernels TIMEOUT 300)
     fv_add_test(test_cuda_pages gpu SOURCES gpu/test_cuda_pages.c LIBS fv_attn_case fv_kernels TIMEOUT 300)
 endif()
+if(FV_WITH_CUDA AND TARGET fv_worker_cuda) # several GPUs, with NCCL
+    find_package(CUDAToolkit REQUIRED)
+    fv_add_test(test_exchange_cuda gpu
+                SOURCES gpu/test_exchange_cuda.c support/worker_rig.c support/worker_rig_step.c support/worker_rig_life.c
+                        support/step_pack.c support/local_exchange.c
+                LIBS fv_worker CUDA::cudart_static Threads::Threads m TIMEOUT 300)
+endif()
