@@ -72,14 +72,18 @@ fv_status_t
 fv_nccl_settle(const fv_exchange_nccl_t *exchange, ncclResult_t result, const char *call)
 {
     int64_t begin_us = fv_clock_us();
+    ncclResult_t state = ncclInProgress;
 
-    while (result == ncclInProgress) {
-        FV_RETURN_IF_ERR(fv_nccl_check(ncclCommGetAsyncError(exchange->comm, &result), call));
-        if (result == ncclInProgress) {
-            FV_RETURN_IF_ERR(keep_waiting(exchange, begin_us, call));
-        }
+    if (result != ncclInProgress) {
+        FV_RETURN_IF_ERR(fv_nccl_check(result, call));
     }
-    return fv_nccl_check(result, call);
+    for (;;) { /* some calls answer "success" and are under way all the same */
+        FV_RETURN_IF_ERR(fv_nccl_check(ncclCommGetAsyncError(exchange->comm, &state), call));
+        if (state != ncclInProgress) {
+            return fv_nccl_check(state, call);
+        }
+        FV_RETURN_IF_ERR(keep_waiting(exchange, begin_us, call));
+    }
 }
 
 static fv_status_t settle_stream(const fv_exchange_nccl_t *exchange, const char *what)

@@ -83,6 +83,10 @@ lose() { # SIGNAL OPTION...
     grep -qi unavailable "$work/bench" || fail "$what: the client was not told UNAVAILABLE"
     [[ $(cat "$work/exit" 2>/dev/null) == 3 ]] || fail "$what: rank 0 ended with $(cat "$work/exit" 2>&1), expected 3"
     for pid in $pids; do
+        for ((; i < LIMIT_S * 10; i++)); do # the driver takes its time to clear up after a process
+            [[ -d /proc/$pid ]] || break
+            sleep 0.1
+        done
         [[ ! -d /proc/$pid ]] || fail "$what: process $pid is still there"
     done
     echo "$what: over after $((SECONDS - begin)) s: $(grep -hE 'the service ends|exit 3' "$work/log" | tail -n 1)"
