@@ -174,6 +174,8 @@ enum {
     OPT_SHARDING,
     OPT_SHARD_TOKENS,
     OPT_MAX_RANKS,
+    OPT_S2,
+    OPT_S2_LAYERS,
 };
 
 static const struct argp_option k_spec_options[] = {
@@ -189,6 +191,10 @@ static const struct argp_option k_spec_options[] = {
     {"softcap", OPT_SOFTCAP, "C", 0, "Logits become C*tanh(logit/C) (default: off)", 0},
     {"window", OPT_WINDOW, "N", 0, "A query sees the last N tokens only", 0},
     {"sinks", OPT_SINKS, "N", 0, "... and the first N (with --window)", 0},
+    {"s2", OPT_S2, "PATTERN", 0,
+     "S2-Attention: phi3-small, s2-4..64, or block=B,local=L,stride=V[,step=,offset=,dense=,homo,per=q]",
+     0},
+    {"s2-layers", OPT_S2_LAYERS, "LIST", 0, "... in these layers (even, odd, 0-30:2,31)", 0},
     {"sharding", OPT_SHARDING, "auto|heads|context", 0, "How sessions spread over ranks", 0},
     {"shard-tokens", OPT_SHARD_TOKENS, "N", 0, "Tokens per turn of a sharded context", 0},
     {"max-ranks", OPT_MAX_RANKS, "N", 0, "Use at most N ranks per session", 0},
@@ -225,9 +231,9 @@ static uint32_t *count_of(fv_spec_options_t *o, int key)
     case OPT_HEAD_DIM_V:
         return &o->spec.head_dim_v;
     case OPT_WINDOW:
-        return &o->window.window_tokens;
+        return &o->window_tokens;
     case OPT_SINKS:
-        return &o->window.sink_tokens;
+        return &o->sink_tokens;
     case OPT_SHARD_TOKENS:
         return &o->spec.sharding.shard_tokens;
     case OPT_MAX_RANKS:
@@ -235,6 +241,33 @@ static uint32_t *count_of(fv_spec_options_t *o, int key)
     default:
         return NULL;
     }
+}
+
+/* A later policy wins, so S2 in some layers leaves the window to the others. */
+static void set_policies(struct argp_state *state, fv_spec_options_t *o)
+{
+    uint32_t n = 0;
+
+    if (o->window_tokens > 0) {
+        o->policies[n++] = (fovea_policy_t){.kind = FOVEA_POLICY_WINDOW,
+                                            .window_tokens = o->window_tokens,
+                                            .sink_tokens = o->sink_tokens};
+    } else if (o->sink_tokens > 0) {
+        argp_error(state, "--sinks: given without --window");
+    }
+    if (o->has_s2) {
+        o->policies[n] = (fovea_policy_t){.kind = FOVEA_POLICY_S2, .s2 = o->s2};
+        if (o->s2_layers != NULL) {
+            o->policies[n].n_layers =
+                fv_cli_layers(state, o->s2_layers, o->spec.n_layers, o->layers);
+            o->policies[n].layers = o->layers;
+        }
+        n++;
+    } else if (o->s2_layers != NULL) {
+        argp_error(state, "--s2-layers: given without --s2");
+    }
+    o->spec.policies = o->policies;
+    o->spec.n_policies = n;
 }
 
 static error_t parse_spec(int key, char *arg, struct argp_state *state)
@@ -263,13 +296,16 @@ static error_t parse_spec(int key, char *arg, struct argp_state *state)
     case OPT_SHARDING:
         o->spec.sharding.mode = parse_sharding(state, arg);
         break;
+    case OPT_S2:
+        o->s2 = fv_cli_s2(state, arg);
+        o->has_s2 = true;
+        break;
+    case OPT_S2_LAYERS:
+        o->s2_layers = arg;
+        break;
     case ARGP_KEY_END:
-        if ((o != NULL) && (o->window.window_tokens > 0)) {
-            o->window.kind = FOVEA_POLICY_WINDOW;
-            o->spec.policies = &o->window;
-            o->spec.n_policies = 1;
-        } else if ((o != NULL) && (o->window.sink_tokens > 0)) {
-            argp_error(state, "--sinks: given without --window");
+        if (o != NULL) {
+            set_policies(state, o);
         }
         return ARGP_ERR_UNKNOWN; /* the parent's to see as well */
     default:

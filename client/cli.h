@@ -75,10 +75,28 @@ fovea_session_id_t fv_cli_session(struct argp_state *state, const char *text);
 /* A model spec given by options (child parser `fv_spec_argp`, whose input this is). */
 typedef struct fv_spec_options {
     fovea_model_spec_t spec;
-    fovea_policy_t window; /* spec.policies points here when a window was asked for */
-    bool has_spec;         /* at least one of the options was given */
+    fovea_policy_t policies[2]; /* spec.policies points here: the window, then S2 */
+    uint32_t window_tokens, sink_tokens;
+    fovea_s2_t s2;
+    const char *s2_layers; /* as given; NULL: every layer */
+    uint32_t layers[1024]; /* those that s2_layers names */
+    bool has_s2;
+    bool has_spec; /* at least one of the options was given */
 } fv_spec_options_t;
 
 extern const struct argp fv_spec_argp;
+
+/* "s2-16", or "block=64,local=8,stride=16" with any of step=, offset=, dense=, homo, per=q. Points into `text`. */
+fovea_s2_t fv_cli_s2(struct argp_state *state, char *text);
+/* "0-30:2,31", "even", "odd" of n_layers: how many, written to out[1024]. */
+uint32_t
+fv_cli_layers(struct argp_state *state, const char *text, uint32_t n_layers, uint32_t *out);
+
+/* ------------------------------------------------------------------ patterns of a placement */
+
+/* What each policy keeps and has freed, and which blocks each head reads. */
+void fv_cli_print_patterns(const fovea_placement_t *placement);
+/* The same as a picture. False, with errno, when the file can not be written. */
+bool fv_cli_draw_patterns(const fovea_placement_t *placement, const char *path);
 
 #endif /* FV_CLIENT_CLI_H */

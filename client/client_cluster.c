@@ -2,6 +2,7 @@
  * client_cluster.c - status, watching it, placement, drain.
  */
 #include "client/client_internal.h"
+#include "client/client_policy.h"
 
 #include <stdlib.h>
 
@@ -211,12 +212,43 @@ static void copy_share(const fv_placement_share_t *in, fovea_placement_share_t *
     out->freed_bytes = in->freed_bytes;
 }
 
+/* One block of memory: the patterns, then the layers of all of them. */
+static fovea_placement_pattern_t *copy_patterns(const fv_placement_info_t *in)
+{
+    size_t n_layers = 0;
+
+    for (uint32_t i = 0; i < in->n_patterns; i++) {
+        n_layers += in->patterns[i].n_layers;
+    }
+    fovea_placement_pattern_t *patterns =
+        calloc(1, ((size_t)in->n_patterns + 1U) * sizeof(*patterns) + n_layers * sizeof(uint32_t));
+    uint32_t *layers = (patterns == NULL) ? NULL : (void *)(patterns + in->n_patterns);
+    for (uint32_t i = 0; (patterns != NULL) && (i < in->n_patterns); i++) {
+        const fv_placement_pattern_t *from = &in->patterns[i];
+        fovea_placement_pattern_t *to = &patterns[i];
+
+        to->policy = fv_client_policy_out(&from->policy);
+        memcpy(layers, from->layers, from->n_layers * sizeof(*layers));
+        to->policy.layers = layers;
+        to->policy.n_layers = from->n_layers;
+        layers += from->n_layers;
+        to->n_tokens = from->n_tokens;
+        to->floor = from->floor;
+        to->kv_bytes = from->kv_bytes;
+        to->freed_bytes = from->freed_bytes;
+    }
+    return patterns;
+}
+
 static fovea_code_t
 copy_placement(const fv_placement_info_t *in, fovea_placement_t *out, fovea_error_t *error)
 {
     fovea_placement_share_t *shares = calloc((size_t)in->n_shares + 1, sizeof(*shares));
+    fovea_placement_pattern_t *patterns = copy_patterns(in);
 
-    if (shares == NULL) {
+    if ((shares == NULL) || (patterns == NULL)) {
+        free(shares);
+        free(patterns);
         return fv_client_fail(error, FOVEA_RESOURCE_EXHAUSTED, "out of host memory");
     }
     memset(out, 0, sizeof(*out));
@@ -233,6 +265,10 @@ copy_placement(const fv_placement_info_t *in, fovea_placement_t *out, fovea_erro
     out->n_ctx_parts = in->n_ctx_parts;
     out->shard_tokens = in->shard_tokens;
     out->n_tokens = in->n_tokens;
+    out->n_q_heads = in->n_q_heads;
+    out->n_kv_heads = in->n_kv_heads;
+    out->patterns = patterns;
+    out->n_patterns = in->n_patterns;
     return FOVEA_OK;
 }
 
@@ -270,8 +306,11 @@ void fovea_placement_free(fovea_placement_t *placement)
 {
     if (placement != NULL) {
         free(placement->shares);
+        free(placement->patterns);
         placement->shares = NULL;
+        placement->patterns = NULL;
         placement->n_shares = 0;
+        placement->n_patterns = 0;
     }
 }
 

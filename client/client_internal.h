@@ -57,6 +57,12 @@ fv_client_call(fovea_client_t *client, const fv_client_call_t *call, fovea_error
         return fv_wire_##name##_decode(in, (type *)out);      \
     }
 
+/* An unsigned field to the wire struct's int32_t; what does not fit becomes INT32_MAX, which the service refuses by name. */
+static inline int32_t fv_client_i32(uint32_t value)
+{
+    return (value > (uint32_t)INT32_MAX) ? INT32_MAX : (int32_t)value;
+}
+
 static inline fv_session_id_t fv_client_session(const fovea_session_id_t *id)
 {
     fv_session_id_t out;

@@ -2,6 +2,7 @@
  * client_session.c - models and sessions: fovea_ structs to and from those of the wire.
  */
 #include "client/client_internal.h"
+#include "client/client_policy.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -31,18 +32,11 @@ copy_text(const char *field, const char *text, char *out, size_t out_bytes, fove
     return FOVEA_OK;
 }
 
-/* An unsigned field to the wire struct's int32_t; what does not fit becomes INT32_MAX, which the
- * service refuses by name. */
-static int32_t clamp(uint32_t value)
-{
-    return (value > (uint32_t)INT32_MAX) ? INT32_MAX : (int32_t)value;
-}
-
 static fv_sharding_t sharding_of(const fovea_sharding_t *sharding)
 {
     return (fv_sharding_t){.mode = (int32_t)sharding->mode,
-                           .shard_tokens = clamp(sharding->shard_tokens),
-                           .max_ranks = clamp(sharding->max_ranks),
+                           .shard_tokens = fv_client_i32(sharding->shard_tokens),
+                           .max_ranks = fv_client_i32(sharding->max_ranks),
                            .is_set = 1};
 }
 
@@ -50,9 +44,11 @@ static fv_sharding_t sharding_of(const fovea_sharding_t *sharding)
 static fovea_code_t
 set_policy(fv_model_spec_t *out, const fovea_policy_t *policy, uint32_t i, fovea_error_t *error)
 {
-    out->policies[i + 1] = (fv_policy_t){.kind = (int32_t)policy->kind,
-                                         .window_tokens = clamp(policy->window_tokens),
-                                         .sink_tokens = clamp(policy->sink_tokens)};
+    fovea_code_t code = fv_client_policy_in(policy, i, &out->policies[i + 1], error);
+
+    if (code != FOVEA_OK) {
+        return code;
+    }
     if (policy->n_layers == 0) {
         memset(out->layer_policy, (int)(i + 1), (size_t)out->n_layers);
         return FOVEA_OK;
@@ -94,10 +90,10 @@ spec_of(const fovea_model_spec_t *spec, fv_model_spec_t *out, fovea_error_t *err
                               FV_LAYERS_MAX);
     }
     out->n_layers = (int32_t)spec->n_layers;
-    out->n_q_heads = clamp(spec->n_q_heads);
-    out->n_kv_heads = clamp(spec->n_kv_heads);
-    out->head_dim_qk = clamp(spec->head_dim_qk);
-    out->head_dim_v = clamp(spec->head_dim_v);
+    out->n_q_heads = fv_client_i32(spec->n_q_heads);
+    out->n_kv_heads = fv_client_i32(spec->n_kv_heads);
+    out->head_dim_qk = fv_client_i32(spec->head_dim_qk);
+    out->head_dim_v = fv_client_i32(spec->head_dim_v);
     out->kv_dtype = (int32_t)spec->kv_dtype;
     out->softmax_scale = spec->softmax_scale;
     out->logit_softcap = spec->logit_softcap;

@@ -11,6 +11,7 @@
  */
 #include "client/cli.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,10 +23,12 @@ typedef struct fv_placement_args {
     fovea_session_id_t session;
     bool has_session, is_json;
     uint32_t columns_max;
+    const char *svg; /* NULL: no picture */
 } fv_placement_args_t;
 
 static const struct argp_option k_options[] = {
     {"json", 'j', 0, 0, "One JSON object", 0},
+    {"svg", 's', "FILE", 0, "Write which blocks each head reads to FILE, as a picture", 0},
     {"columns", 'c', "N", 0, "Draw at most N token ranges (default 8)", 0},
     {0},
 };
@@ -40,6 +43,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case 'c':
         a->columns_max = (uint32_t)fv_cli_u64(state, "--columns", arg, 1000000);
+        return 0;
+    case 's':
+        a->svg = arg;
         return 0;
     case ARGP_KEY_ARG:
         if (a->has_session) {
@@ -90,11 +96,44 @@ static cJSON *share_json(const fovea_placement_share_t *s)
     return json;
 }
 
+static cJSON *pattern_json(const fovea_placement_pattern_t *p)
+{
+    const fovea_s2_t *s2 = &p->policy.s2;
+    cJSON *json = cJSON_CreateObject();
+    cJSON *layers = cJSON_AddArrayToObject(json, "layers");
+
+    for (uint32_t i = 0; i < p->policy.n_layers; i++) {
+        (void)cJSON_AddItemToArray(layers, cJSON_CreateNumber((double)p->policy.layers[i]));
+    }
+    fv_json_u64(json, "n_tokens", p->n_tokens);
+    fv_json_u64(json, "floor", p->floor);
+    fv_json_u64(json, "kv_bytes", p->kv_bytes);
+    fv_json_u64(json, "freed_bytes", p->freed_bytes);
+    if (p->policy.kind == FOVEA_POLICY_WINDOW) {
+        fv_json_text(json, "policy", "window");
+        fv_json_u64(json, "window_tokens", p->policy.window_tokens);
+        fv_json_u64(json, "sink_tokens", p->policy.sink_tokens);
+        return json;
+    }
+    fv_json_text(json, "policy", "s2");
+    fv_json_u64(json, "block_tokens", s2->block_tokens);
+    fv_json_u64(json, "local_blocks", s2->local_blocks);
+    fv_json_u64(json, "vert_stride", s2->vert_stride);
+    fv_json_real(json, "head_sliding_step", (double)s2->head_sliding_step);
+    fv_json_real(json, "head_sliding_offset", (double)s2->head_sliding_offset);
+    fv_json_u64(json, "num_dense_heads", s2->num_dense_heads);
+    fv_json_bool(json, "homo_head", s2->homo_head);
+    fv_json_text(json, "pattern_per",
+                 (s2->pattern_per == FOVEA_PATTERN_Q_HEAD) ? "q_head" : "kv_head");
+    return json;
+}
+
 static cJSON *placement_json(const fovea_placement_t *p)
 {
     char text[FOVEA_SESSION_TEXT_BYTES];
     cJSON *json = cJSON_CreateObject();
     cJSON *shares = NULL;
+    cJSON *patterns = NULL;
 
     fovea_session_id_format(&p->session, text);
     fv_json_text(json, "session_id", text);
@@ -108,6 +147,12 @@ static cJSON *placement_json(const fovea_placement_t *p)
     shares = cJSON_AddArrayToObject(json, "shares");
     for (uint32_t i = 0; i < p->n_shares; i++) {
         (void)cJSON_AddItemToArray(shares, share_json(&p->shares[i]));
+    }
+    fv_json_u64(json, "n_q_heads", p->n_q_heads);
+    fv_json_u64(json, "n_kv_heads", p->n_kv_heads);
+    patterns = cJSON_AddArrayToObject(json, "patterns");
+    for (uint32_t i = 0; i < p->n_patterns; i++) {
+        (void)cJSON_AddItemToArray(patterns, pattern_json(&p->patterns[i]));
     }
     return json;
 }
@@ -286,6 +331,7 @@ static int print_placement(const fovea_placement_t *p, uint32_t columns_max)
                      fv_cli_bytes(s->freed_bytes, freed),
                      s->truncated ? "  (only its first token ranges are drawn)" : "");
     }
+    fv_cli_print_patterns(p);
     return rc;
 }
 
@@ -307,6 +353,10 @@ int fv_cmd_placement(const fv_cli_t *cli, int argc, char **argv)
     } else {
         rc = a.is_json ? fv_cli_print_json(placement_json(&placement), true)
                        : print_placement(&placement, a.columns_max);
+        if ((a.svg != NULL) && !fv_cli_draw_patterns(&placement, a.svg)) {
+            (void)fprintf(stderr, "fovea: %s: %s\n", a.svg, strerror(errno));
+            rc = FV_EXIT_SERVICE;
+        }
         fovea_placement_free(&placement);
     }
     fovea_close(client);

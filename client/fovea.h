@@ -141,8 +141,27 @@ FOVEA_API size_t fovea_dtype_bytes(fovea_dtype_t dtype);
 
 typedef enum fovea_policy_kind {
     FOVEA_POLICY_DENSE = 0,
-    FOVEA_POLICY_WINDOW = 1
+    FOVEA_POLICY_WINDOW = 1,
+    FOVEA_POLICY_S2 = 2
 } fovea_policy_kind_t;
+
+typedef enum fovea_pattern_per {
+    FOVEA_PATTERN_KV_HEAD = 0, /* the query heads of a KV head share a pattern */
+    FOVEA_PATTERN_Q_HEAD = 1   /* each query head has its own */
+} fovea_pattern_per_t;
+
+/* S2-Attention: local blocks, and a strided rest that differs from head to head; proto/attention.proto defines it. */
+typedef struct fovea_s2 {
+    const char *preset; /* "phi3-small", "s2-16", ...: then all else is 0; NULL: by the numbers */
+    uint32_t block_tokens;     /* 16, 32, 64, 128 or 256 */
+    uint32_t local_blocks;     /* >= 1, counts the query's own */
+    uint32_t vert_stride;      /* >= 1 blocks */
+    int32_t head_sliding_step; /* 0 = max(1, vert_stride / n_q_heads) */
+    int32_t head_sliding_offset;
+    uint32_t num_dense_heads; /* the last ones */
+    bool homo_head;           /* every head as head 0 */
+    fovea_pattern_per_t pattern_per;
+} fovea_s2_t;
 
 /* Which tokens a query may read in some layers. Layers no entry names are dense; a later entry wins. */
 typedef struct fovea_policy {
@@ -151,6 +170,7 @@ typedef struct fovea_policy {
     uint32_t sink_tokens;   /* WINDOW: the first tokens of the sequence, always visible */
     const uint32_t *layers; /* [n_layers] layer indices; NULL with n_layers = 0: every layer */
     uint32_t n_layers;
+    fovea_s2_t s2; /* S2 */
 } fovea_policy_t;
 
 typedef enum fovea_sharding_mode {
@@ -521,6 +541,14 @@ typedef struct fovea_placement_share {
     uint64_t freed_bytes; /* given back because no query can read it any more */
 } fovea_placement_share_t;
 
+/* What the layers of one policy hold, over all ranks. */
+typedef struct fovea_placement_pattern {
+    fovea_policy_t policy; /* nothing left open; its layers belong to the placement */
+    uint64_t n_tokens;     /* of the longest of them */
+    uint64_t floor;        /* that layer's last append: queries from here on are possible */
+    uint64_t kv_bytes, freed_bytes;
+} fovea_placement_pattern_t;
+
 typedef struct fovea_placement {
     fovea_session_id_t session;
     char model_id[FOVEA_MODEL_ID_BYTES];
@@ -530,6 +558,9 @@ typedef struct fovea_placement {
     uint64_t n_tokens; /* of the longest layer */
     uint32_t n_shares;
     fovea_placement_share_t *shares; /* [n_shares], owned */
+    uint32_t n_q_heads, n_kv_heads;
+    uint32_t n_patterns;
+    fovea_placement_pattern_t *patterns; /* [n_patterns], owned: of the layers that are not dense */
 } fovea_placement_t;
 
 /* Which rank holds which heads and tokens of a session. Errors: NOT_FOUND. */

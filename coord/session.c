@@ -314,6 +314,15 @@ fv_status_t fv_layer_fork(fv_layer_t *parent, uint64_t at, fv_layer_t *child)
     return FV_OK;
 }
 
+uint64_t fv_session_layer_freed(const fv_session_t *session,
+                                const fv_model_spec_t *spec,
+                                int32_t cell,
+                                int32_t layer)
+{
+    return fv_reduce_freed_before(spec, &spec->policies[spec->layer_policy[layer]],
+                                  &session->placement, cell, session->layers[layer].floor);
+}
+
 uint64_t fv_session_layer_pages(const fv_session_t *session,
                                 const fv_model_spec_t *spec,
                                 int32_t cell,
@@ -325,8 +334,7 @@ uint64_t fv_session_layer_pages(const fv_session_t *session,
     uint64_t n_heads = (uint64_t)fv_placement_n_heads(p, spec, hp);
 
     return fv_placement_pages(p, cell % p->n_ctx_parts, l->n_tokens) * n_heads -
-           fv_reduce_freed_before(spec, &spec->policies[spec->layer_policy[layer]], p, cell,
-                                  l->floor);
+           fv_session_layer_freed(session, spec, cell, layer);
 }
 
 uint64_t

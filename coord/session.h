@@ -111,6 +111,12 @@ uint64_t fv_session_layer_pages(const fv_session_t *session,
                                 int32_t cell,
                                 int32_t layer);
 
+/* And those it has given back, of the tokens that it has. */
+uint64_t fv_session_layer_freed(const fv_session_t *session,
+                                const fv_model_spec_t *spec,
+                                int32_t cell,
+                                int32_t layer);
+
 /* Bytes of whole pages that the session holds on one cell of its placement: what no query can read any more is not. */
 uint64_t
 fv_session_cell_bytes(const fv_session_t *session, const fv_model_spec_t *spec, int32_t cell);

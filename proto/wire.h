@@ -234,6 +234,14 @@ typedef struct fv_placement_share {
     bool truncated;
 } fv_placement_share_t;
 
+/* What the layers of one policy hold. policy.n_heads is left to the reader: it follows from the heads below. */
+typedef struct fv_placement_pattern {
+    fv_policy_t policy;
+    uint32_t n_layers;
+    uint32_t layers[FV_LAYERS_MAX];
+    uint64_t n_tokens, floor, kv_bytes, freed_bytes;
+} fv_placement_pattern_t;
+
 typedef struct fv_placement_info {
     fv_session_id_t session;
     char model_id[FV_MODEL_ID_BYTES];
@@ -244,6 +252,9 @@ typedef struct fv_placement_info {
     uint64_t n_tokens;
     uint32_t n_shares;
     fv_placement_share_t *shares; /* owned */
+    uint32_t n_q_heads, n_kv_heads;
+    uint32_t n_patterns;
+    fv_placement_pattern_t *patterns; /* owned */
 } fv_placement_info_t;
 
 typedef struct fv_drain_response {

@@ -1,5 +1,5 @@
 /*
- * wire_cluster.c - the messages of service Cluster: status, placement, watch and drain.
+ * wire_cluster.c - the messages of service Cluster: status, watch and drain.
  */
 #include "proto/wire_message.h"
 #include "proto/wire_text.h"
@@ -9,7 +9,6 @@
 
 #define RANKS_MAX       65536
 #define INTERVAL_MS_MIN 50
-#define SHARES_MAX      1024
 
 void fv_cluster_status_free(fv_cluster_status_t *status)
 {
@@ -154,156 +153,6 @@ fv_status_t fv_wire_cluster_status_encode(const fv_cluster_status_t *in, fv_byte
     message.ranks = list;
     fv_status_t status = fv_message_pack(&message.base, out);
     free(ranks);
-    return status;
-}
-
-void fv_placement_info_free(fv_placement_info_t *placement)
-{
-    free(placement->shares);
-    *placement = (fv_placement_info_t){0};
-}
-
-static fv_status_t share_decode(const Fovea__V1__PlacementShare *in, fv_placement_share_t *out)
-{
-    FV_RETURN_IF_ERR(fv_message_count("shares.ranges", in->n_ranges, FV_SHARE_RANGES_MAX));
-    for (size_t i = 0; i < in->n_ranges; i++) {
-        out->ranges[i] =
-            (fv_token_range_t){.begin = in->ranges[i]->begin, .end = in->ranges[i]->end};
-    }
-    out->n_ranges = (uint32_t)in->n_ranges;
-    out->rank = in->rank;
-    out->kv_head_begin = in->kv_head_begin;
-    out->kv_head_end = in->kv_head_end;
-    out->q_head_begin = in->q_head_begin;
-    out->q_head_end = in->q_head_end;
-    out->n_tokens = in->n_tokens;
-    out->kv_bytes = in->kv_bytes;
-    out->freed_bytes = in->freed_bytes;
-    out->latent_begin = in->latent_begin;
-    out->latent_end = in->latent_end;
-    out->truncated = in->truncated != 0;
-    return FV_OK;
-}
-
-/* On failure the caller frees `out`. */
-static fv_status_t placement_decode(const Fovea__V1__Placement *in, fv_placement_info_t *out)
-{
-    FV_RETURN_IF_ERR(fv_message_session("session_id", in->session_id, &out->session));
-    FV_RETURN_IF_ERR(
-        fv_message_text("model_id", in->model_id, out->model_id, sizeof(out->model_id)));
-    FV_RETURN_IF_ERR(fv_message_text("mode", in->mode, out->mode, sizeof(out->mode)));
-    FV_RETURN_IF_ERR(fv_message_text("reason", in->reason, out->reason, sizeof(out->reason)));
-    out->n_head_parts = in->n_head_parts;
-    out->n_latent_parts = in->n_latent_parts;
-    out->is_approximate = in->approximate != 0;
-    out->n_ctx_parts = in->n_ctx_parts;
-    out->shard_tokens = in->shard_tokens;
-    out->n_tokens = in->n_tokens;
-    FV_RETURN_IF_ERR(fv_message_count("shares", in->n_shares, SHARES_MAX));
-    out->shares = fv_message_alloc(in->n_shares, sizeof(*out->shares));
-    if (out->shares == NULL) {
-        return FV_ERR_NO_MEMORY;
-    }
-    out->n_shares = (uint32_t)in->n_shares;
-    for (uint32_t i = 0; i < out->n_shares; i++) {
-        FV_RETURN_IF_ERR(share_decode(in->shares[i], &out->shares[i]));
-    }
-    return FV_OK;
-}
-
-fv_status_t fv_wire_placement_decode(fv_span_t in, fv_placement_info_t *out)
-{
-    ProtobufCMessage *message = NULL;
-
-    *out = (fv_placement_info_t){0};
-    FV_RETURN_IF_ERR(
-        fv_message_unpack(&fovea__v1__placement__descriptor, in, FV_WIRE_RESPONSE_MAX, &message));
-    fv_status_t status = placement_decode((Fovea__V1__Placement *)message, out);
-    if (status != FV_OK) {
-        fv_placement_info_free(out);
-    }
-    fv_message_free(message);
-    return status;
-}
-
-/* A share and the memory of its ranges. */
-typedef struct share_out {
-    Fovea__V1__PlacementShare message;
-    Fovea__V1__TokenRange *list[FV_SHARE_RANGES_MAX];
-    Fovea__V1__TokenRange ranges[FV_SHARE_RANGES_MAX];
-} share_out_t;
-
-static void share_encode(const fv_placement_share_t *in, share_out_t *out)
-{
-    Fovea__V1__PlacementShare *m = &out->message;
-
-    *m = (Fovea__V1__PlacementShare)FOVEA__V1__PLACEMENT_SHARE__INIT;
-    for (uint32_t i = 0; i < in->n_ranges; i++) {
-        out->ranges[i] = (Fovea__V1__TokenRange)FOVEA__V1__TOKEN_RANGE__INIT;
-        out->ranges[i].begin = in->ranges[i].begin;
-        out->ranges[i].end = in->ranges[i].end;
-        out->list[i] = &out->ranges[i];
-    }
-    m->n_ranges = in->n_ranges;
-    m->ranges = out->list;
-    m->rank = in->rank;
-    m->kv_head_begin = in->kv_head_begin;
-    m->kv_head_end = in->kv_head_end;
-    m->q_head_begin = in->q_head_begin;
-    m->q_head_end = in->q_head_end;
-    m->n_tokens = in->n_tokens;
-    m->kv_bytes = in->kv_bytes;
-    m->freed_bytes = in->freed_bytes;
-    m->latent_begin = in->latent_begin;
-    m->latent_end = in->latent_end;
-    m->truncated = in->truncated ? 1 : 0;
-}
-
-/* Checked before anything is allocated: share_encode() relies on it. */
-static fv_status_t check_shares(const fv_placement_info_t *in)
-{
-    FV_RETURN_IF_ERR(fv_message_count("shares", in->n_shares, SHARES_MAX));
-    for (uint32_t i = 0; i < in->n_shares; i++) {
-        FV_RETURN_IF_ERR(
-            fv_message_count("shares.ranges", in->shares[i].n_ranges, FV_SHARE_RANGES_MAX));
-    }
-    return FV_OK;
-}
-
-fv_status_t fv_wire_placement_encode(const fv_placement_info_t *in, fv_bytes_t *out)
-{
-    Fovea__V1__Placement message = FOVEA__V1__PLACEMENT__INIT;
-    char reason[sizeof(in->reason)];
-    char session[FV_SESSION_ID_CHARS + 1];
-
-    FV_RETURN_IF_ERR(check_shares(in));
-    /* one block: the messages, then the pointers to them */
-    share_out_t *shares =
-        fv_message_alloc(in->n_shares, sizeof(share_out_t) + sizeof(Fovea__V1__PlacementShare *));
-    if (shares == NULL) {
-        return FV_ERR_NO_MEMORY;
-    }
-    Fovea__V1__PlacementShare **list = (void *)(shares + in->n_shares);
-    for (uint32_t i = 0; i < in->n_shares; i++) {
-        share_encode(&in->shares[i], &shares[i]);
-        list[i] = &shares[i].message;
-    }
-    fv_session_id_format(&in->session, session);
-    (void)fv_utf8_copy(reason, sizeof(reason), in->reason, strlen(in->reason));
-    message.session_id = session;
-    message.model_id = fv_message_borrow(in->model_id);
-    message.mode = fv_message_borrow(in->mode);
-    message.reason = reason;
-    message.n_head_parts = in->n_head_parts;
-    message.n_latent_parts = in->n_latent_parts;
-    message.approximate = in->is_approximate ? 1 : 0;
-    message.n_ctx_parts = in->n_ctx_parts;
-    message.shard_tokens = in->shard_tokens;
-    message.n_tokens = in->n_tokens;
-    message.n_shares = in->n_shares;
-    message.shares = list;
-    fv_status_t status = fv_message_pack(&message.base, out);
-    free(shares);
     return status;
 }
 

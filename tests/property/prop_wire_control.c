@@ -392,9 +392,41 @@ static void random_share(fv_placement_share_t *share)
     share->truncated = fv_random_below(&g_random, 2) != 0;
 }
 
+static void random_policy(fv_policy_t *out)
+{
+    *out = (fv_policy_t){
+        .kind = FV_POLICY_WINDOW, .window_tokens = random_i31(), .sink_tokens = random_i31()};
+    if (fv_random_below(&g_random, 2) == 0) {
+        *out = (fv_policy_t){.kind = FV_POLICY_S2,
+                             .block_tokens = random_i31(),
+                             .local_blocks = random_i31(),
+                             .vert_stride = random_i31(),
+                             .head_sliding_step = -random_i31(),
+                             .head_sliding_offset = random_i31(),
+                             .num_dense_heads = random_i31(),
+                             .homo_head = (int32_t)fv_random_below(&g_random, 2),
+                             .pattern_per = (int32_t)fv_random_below(&g_random, 2)};
+    }
+}
+
+static void random_pattern(fv_placement_pattern_t *pattern)
+{
+    memset(pattern, 0, sizeof(*pattern));
+    random_policy(&pattern->policy);
+    pattern->n_layers = (uint32_t)fv_random_below(&g_random, FV_LAYERS_MAX + 1U);
+    for (uint32_t i = 0; i < pattern->n_layers; i++) {
+        pattern->layers[i] = random_u32();
+    }
+    pattern->n_tokens = fv_random_wide(&g_random);
+    pattern->floor = fv_random_wide(&g_random);
+    pattern->kv_bytes = fv_random_wide(&g_random);
+    pattern->freed_bytes = fv_random_wide(&g_random);
+}
+
 static void test_placements(void **state)
 {
     static fv_placement_share_t shares[6];
+    static fv_placement_pattern_t patterns[3];
 
     (void)state;
     for (int i = 0; i < N_CASES; i++) {
@@ -416,15 +448,29 @@ static void test_placements(void **state)
         for (uint32_t j = 0; j < in.n_shares; j++) {
             random_share(&shares[j]);
         }
+        in.n_q_heads = random_u32();
+        in.n_kv_heads = random_u32();
+        in.n_patterns = (uint32_t)fv_random_below(&g_random, 4);
+        in.patterns = patterns;
+        for (uint32_t j = 0; j < in.n_patterns; j++) {
+            random_pattern(&patterns[j]);
+        }
         ROUND_TRIP(placement, &in, &back, &scratch, fv_placement_info_free);
+        for (uint32_t j = 0; j < in.n_patterns; j++) {
+            assert_memory_equal(&back.patterns[j], &patterns[j], sizeof(patterns[j]));
+        }
         for (uint32_t j = 0; j < in.n_shares; j++) {
             assert_memory_equal(&back.shares[j], &shares[j], sizeof(shares[j]));
         }
         fv_placement_share_t *owned = back.shares;
+        fv_placement_pattern_t *owned_patterns = back.patterns;
         back.shares = NULL;
         in.shares = NULL;
+        back.patterns = NULL;
+        in.patterns = NULL;
         assert_memory_equal(&back, &in, sizeof(in));
         back.shares = owned;
+        back.patterns = owned_patterns;
         fv_placement_info_free(&back);
     }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -117,8 +118,13 @@ class Client:
     # ------------------------------------------------------------------ models, sessions
 
     def register_model(self, spec: ModelSpec) -> str:
-        """The model's id. Idempotent: the same spec always gives the same id."""
+        """The model's id. Idempotent: the same spec always gives the same id.
+
+        What the service accepts but advises against comes as Python warnings.
+        """
         reply = self._call("RegisterModel", pb.RegisterModelRequest(spec=spec.to_pb()))
+        for text in reply.warnings:
+            warnings.warn(text, stacklevel=2)
         return str(reply.model_id)
 
     def open_session(
