@@ -14,6 +14,7 @@
 #
 # NCCL is never carried: gpu_run.sh chooses there, by the version of the build's headers. --tar packs all into BUNDLE_DIR/bundle.tar.xz, beside gpu_run.sh,
 # which unpacks it. RACE=1 adds race_cuda_attend, the test in the form that racecheck follows (docs/gpu.md).
+# FV_FLASHINFER=DIR adds what bench/peers/flashinfer_build.sh made.
 set -euo pipefail
 
 with_tar=false
@@ -105,7 +106,8 @@ copy_bench() {
     for part in peers scale; do
         [[ ! -d $root/bench/$part ]] || cp -r "$root/bench/$part" "$bundle/bench/"
     done
-    find "$bundle/bench" \( -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name __pycache__ \) -prune -exec rm -r {} +
+    find "$bundle/bench" \( -name '*.[ch]' -o -name '*.cu' -o -name CMakeLists.txt -o -name __pycache__ \) -prune -exec rm -r {} +
+    [[ -z ${FV_FLASHINFER:-} ]] || cp -r "$FV_FLASHINFER" "$bundle/bench/peers/flashinfer"
 }
 
 configure "$build"
