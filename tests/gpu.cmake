@@ -5,8 +5,8 @@ if(FV_WITH_CUDA)
 endif()
 if(FV_WITH_CUDA AND TARGET fv_worker_cuda) # several GPUs, with NCCL
     find_package(CUDAToolkit REQUIRED)
+    file(GLOB _gpu_rig CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/support/worker_rig*.c)
     fv_add_test(test_exchange_cuda gpu
-                SOURCES gpu/test_exchange_cuda.c support/worker_rig.c support/worker_rig_step.c support/worker_rig_life.c
-                        support/step_pack.c support/local_exchange.c
+                SOURCES gpu/test_exchange_cuda.c ${_gpu_rig} support/step_pack.c support/local_exchange.c
                 LIBS fv_worker CUDA::cudart_static Threads::Threads m TIMEOUT 300)
 endif()
