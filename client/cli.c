@@ -171,6 +171,9 @@ enum {
     OPT_SOFTCAP,
     OPT_WINDOW,
     OPT_SINKS,
+    OPT_LATENT_DIM,
+    OPT_ROPE_DIM,
+    OPT_GROUPS,
     OPT_SHARDING,
     OPT_SHARD_TOKENS,
     OPT_MAX_RANKS,
@@ -195,7 +198,12 @@ static const struct argp_option k_spec_options[] = {
      "S2-Attention: phi3-small, s2-4..64, or block=B,local=L,stride=V[,step=,offset=,dense=,homo,per=q]",
      0},
     {"s2-layers", OPT_S2_LAYERS, "LIST", 0, "... in these layers (even, odd, 0-30:2,31)", 0},
-    {"sharding", OPT_SHARDING, "auto|heads|context", 0, "How sessions spread over ranks", 0},
+    {"latent-dim", OPT_LATENT_DIM, "N", 0,
+     "A latent (MLA) model of this many dims, in place of KV heads; needs --scale", 0},
+    {"rope-dim", OPT_ROPE_DIM, "N", 0, "... and its RoPE key's", 0},
+    {"sharding", OPT_SHARDING, "auto|heads|context|latent", 0,
+     "How sessions spread over ranks; latent (approximate) cuts the latent", 0},
+    {"groups", OPT_GROUPS, "N", 0, "Slices of the latent (with --sharding latent)", 0},
     {"shard-tokens", OPT_SHARD_TOKENS, "N", 0, "Tokens per turn of a sharded context", 0},
     {"max-ranks", OPT_MAX_RANKS, "N", 0, "Use at most N ranks per session", 0},
     {0, 0, 0, 0, "Other:", -1},
@@ -210,8 +218,12 @@ static fovea_sharding_mode_t parse_sharding(struct argp_state *state, const char
     if (strcmp(text, "heads") == 0) {
         return FOVEA_SHARDING_HEADS;
     }
+    if (strcmp(text, "latent") == 0) {
+        return FOVEA_SHARDING_LATENT;
+    }
     if (strcmp(text, "context") != 0) {
-        argp_error(state, "--sharding: given \"%s\", expected auto, heads or context", text);
+        argp_error(state, "--sharding: given \"%s\", expected auto, heads, context or latent",
+                   text);
     }
     return FOVEA_SHARDING_CONTEXT;
 }
@@ -234,6 +246,12 @@ static uint32_t *count_of(fv_spec_options_t *o, int key)
         return &o->window_tokens;
     case OPT_SINKS:
         return &o->sink_tokens;
+    case OPT_LATENT_DIM:
+        return &o->spec.latent_dim;
+    case OPT_ROPE_DIM:
+        return &o->spec.rope_dim;
+    case OPT_GROUPS:
+        return &o->spec.sharding.groups;
     case OPT_SHARD_TOKENS:
         return &o->spec.sharding.shard_tokens;
     case OPT_MAX_RANKS:
@@ -304,6 +322,12 @@ static error_t parse_spec(int key, char *arg, struct argp_state *state)
         o->s2_layers = arg;
         break;
     case ARGP_KEY_END:
+        if ((o != NULL) && (o->spec.latent_dim > 0)) {
+            o->spec.kind = FOVEA_KIND_LATENT;
+            o->spec.n_kv_heads = 0;
+            o->spec.head_dim_qk = 0;
+            o->spec.head_dim_v = 0;
+        }
         if (o != NULL) {
             set_policies(state, o);
         }

@@ -201,6 +201,8 @@ static void copy_share(const fv_placement_share_t *in, fovea_placement_share_t *
     out->kv_head_end = in->kv_head_end;
     out->q_head_begin = in->q_head_begin;
     out->q_head_end = in->q_head_end;
+    out->latent_begin = in->latent_begin;
+    out->latent_end = in->latent_end;
     out->n_ranges = in->n_ranges;
     for (uint32_t i = 0; i < in->n_ranges; i++) {
         out->ranges[i].begin = in->ranges[i].begin;
@@ -262,6 +264,8 @@ copy_placement(const fv_placement_info_t *in, fovea_placement_t *out, fovea_erro
     memcpy(out->mode, in->mode, sizeof(out->mode));
     memcpy(out->reason, in->reason, sizeof(out->reason));
     out->n_head_parts = in->n_head_parts;
+    out->n_latent_parts = in->n_latent_parts;
+    out->is_approximate = in->is_approximate;
     out->n_ctx_parts = in->n_ctx_parts;
     out->shard_tokens = in->shard_tokens;
     out->n_tokens = in->n_tokens;

@@ -32,12 +32,41 @@ copy_text(const char *field, const char *text, char *out, size_t out_bytes, fove
     return FOVEA_OK;
 }
 
+/* As many as there are slices, and as fit: other counts the service refuses by name. */
+static int32_t copy_factors(const float *from, uint32_t groups, float to[FV_GROUPS_MAX])
+{
+    uint32_t n = (groups > FV_GROUPS_MAX) ? FV_GROUPS_MAX : groups;
+
+    if (from == NULL) {
+        return 0;
+    }
+    memcpy(to, from, n * sizeof(*from));
+    return (int32_t)n;
+}
+
 static fv_sharding_t sharding_of(const fovea_sharding_t *sharding)
 {
-    return (fv_sharding_t){.mode = (int32_t)sharding->mode,
-                           .shard_tokens = fv_client_i32(sharding->shard_tokens),
-                           .max_ranks = fv_client_i32(sharding->max_ranks),
-                           .is_set = 1};
+    fv_sharding_t out = {.mode = (int32_t)sharding->mode,
+                         .shard_tokens = fv_client_i32(sharding->shard_tokens),
+                         .max_ranks = fv_client_i32(sharding->max_ranks),
+                         .groups = fv_client_i32(sharding->groups),
+                         .is_set = 1};
+
+    out.n_mu = copy_factors(sharding->mu, sharding->groups, out.mu);
+    return out;
+}
+
+static fv_latent_norm_t norm_of(const fovea_model_spec_t *spec)
+{
+    uint32_t groups = (spec->sharding.groups > 0) ? spec->sharding.groups : 1U;
+    fv_latent_norm_t out = {0};
+
+    if (spec->norm_slices) {
+        out.mode = FV_NORM_SLICE_RMS;
+        out.eps = spec->norm_eps;
+        out.n_alpha = copy_factors(spec->norm_alpha, groups, out.alpha);
+    }
+    return out;
 }
 
 /* Policy i of the caller becomes policies[i + 1] and is written over the layers it names. */
@@ -97,7 +126,10 @@ spec_of(const fovea_model_spec_t *spec, fv_model_spec_t *out, fovea_error_t *err
     out->kv_dtype = (int32_t)spec->kv_dtype;
     out->softmax_scale = spec->softmax_scale;
     out->logit_softcap = spec->logit_softcap;
-    out->kind = FV_MODEL_KV;
+    out->kind = (int32_t)spec->kind;
+    out->latent_dim = fv_client_i32(spec->latent_dim);
+    out->rope_dim = fv_client_i32(spec->rope_dim);
+    out->latent_norm = norm_of(spec);
     out->n_policies = (int32_t)spec->n_policies + 1; /* [0] is dense */
     out->sharding = sharding_of(&spec->sharding);
     for (uint32_t i = 0; (i < spec->n_policies) && (code == FOVEA_OK); i++) {

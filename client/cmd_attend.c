@@ -119,8 +119,10 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         if (a->q_path == NULL) {
             argp_error(state, "--query is required");
         }
-        if ((a->k_path == NULL) != (a->v_path == NULL)) {
-            argp_error(state, "--key and --value go together");
+        if ((a->spec.spec.latent_dim > 0) ? (a->v_path != NULL)
+                                          : ((a->k_path == NULL) != (a->v_path == NULL))) {
+            argp_error(state,
+                       "--key and --value go together; with --latent-dim there is no --value");
         }
         if ((a->k_path == NULL) && !a->has_session) {
             argp_error(state, "without --key and --value there must be a --session to read");
@@ -217,16 +219,19 @@ static int load(const fv_attend_args_t *a, fv_attend_job_t *job)
     job->n_q_heads = (uint32_t)job->q.shape[1];
     job->head_dim_qk = (uint32_t)job->q.shape[2];
     job->head_dim_v = (a->spec.spec.head_dim_v != 0) ? a->spec.spec.head_dim_v : job->head_dim_qk;
+    if (a->spec.spec.latent_dim > 0) {
+        job->head_dim_v = a->spec.spec.latent_dim;
+    }
     if (a->k_path != NULL) {
         rc = read_tensor(a->k_path, job, &job->k);
-        if (rc == FV_EXIT_OK) {
+        if ((rc == FV_EXIT_OK) && (a->v_path != NULL)) {
             rc = read_tensor(a->v_path, job, &job->v);
         }
         if (rc != FV_EXIT_OK) {
             return rc;
         }
         job->n_kv_heads = (uint32_t)job->k.shape[1];
-        job->head_dim_v = (uint32_t)job->v.shape[2];
+        job->head_dim_v = (a->v_path != NULL) ? (uint32_t)job->v.shape[2] : job->head_dim_v;
     }
     return alloc_results(a, job);
 }

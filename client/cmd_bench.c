@@ -393,14 +393,34 @@ static double quantile(const fv_bench_t *b, double p)
     return b->samples_us[(size_t)(p * (double)(b->n_samples - 1))];
 }
 
+/* What a token brings and what is stored of it: elements of each tensor's token. */
+typedef struct fv_bench_dims {
+    uint32_t qk, v;     /* of a head; LATENT: v is part of k */
+    uint32_t k, v_sent; /* of a token, all KV heads */
+} fv_bench_dims_t;
+
+static fv_bench_dims_t dims_of(const fovea_model_spec_t *s)
+{
+    uint32_t v = (s->head_dim_v == 0) ? s->head_dim_qk : s->head_dim_v;
+    uint32_t latent = s->latent_dim + s->rope_dim;
+
+    if (s->kind == FOVEA_KIND_LATENT) {
+        return (fv_bench_dims_t){.qk = latent, .v = s->latent_dim, .k = latent};
+    }
+    return (fv_bench_dims_t){.qk = s->head_dim_qk,
+                             .v = v,
+                             .k = s->n_kv_heads * s->head_dim_qk,
+                             .v_sent = s->n_kv_heads * v};
+}
+
 static int report(fv_bench_t *b)
 {
     const fovea_model_spec_t *s = &b->args.spec.spec;
+    fv_bench_dims_t dims = dims_of(s);
     double seconds = b->args.duration_s;
     double tokens_s = (double)b->n_requests * b->args.batch / seconds;
-    uint32_t dim_v = (s->head_dim_v == 0) ? s->head_dim_qk : s->head_dim_v;
-    double kv_bytes = (double)b->tokens_read * b->args.batch * s->n_kv_heads *
-                      (s->head_dim_qk + dim_v) * (double)fovea_dtype_bytes(s->kv_dtype);
+    double kv_bytes = (double)b->tokens_read * b->args.batch * (dims.k + dims.v_sent) *
+                      (double)fovea_dtype_bytes(s->kv_dtype);
 
     if (b->n_samples == 0) {
         (void)fprintf(stderr, "fovea: no request finished within --duration\n");
@@ -420,8 +440,9 @@ static int report(fv_bench_t *b)
         return fv_cli_print_json(json, true);
     }
     (void)printf("model %u/%u heads, dim %u/%u; batch %u, context %u, in flight %u, %s\n",
-                 s->n_q_heads, s->n_kv_heads, s->head_dim_qk, dim_v, b->args.batch, b->args.context,
-                 b->args.n_lanes, b->args.is_query_only ? "query only" : "decode");
+                 s->n_q_heads, (s->kind == FOVEA_KIND_LATENT) ? 1U : s->n_kv_heads, dims.qk, dims.v,
+                 b->args.batch, b->args.context, b->args.n_lanes,
+                 b->args.is_query_only ? "query only" : "decode");
     (void)printf(
         "latency   p50 %.0f us   p99 %.0f us   max %.0f us   (in the service: mean %.0f us)\n",
         quantile(b, 0.50), quantile(b, 0.99), quantile(b, 1.0),
@@ -435,12 +456,12 @@ static void token_sizes(fv_bench_t *b)
 {
     const fovea_model_spec_t *s = &b->args.spec.spec;
     size_t element = fovea_dtype_bytes(b->args.dtype);
-    size_t dim_v = (s->head_dim_v == 0) ? s->head_dim_qk : s->head_dim_v;
+    fv_bench_dims_t dims = dims_of(s);
 
-    b->q_token = element * s->n_q_heads * s->head_dim_qk;
-    b->k_token = element * s->n_kv_heads * s->head_dim_qk;
-    b->v_token = element * s->n_kv_heads * dim_v;
-    b->out_token = element * s->n_q_heads * dim_v;
+    b->q_token = element * s->n_q_heads * dims.qk;
+    b->k_token = element * dims.k;
+    b->v_token = element * dims.v_sent;
+    b->out_token = element * s->n_q_heads * dims.v;
 }
 
 int fv_cmd_bench(const fv_cli_t *cli, int argc, char **argv)

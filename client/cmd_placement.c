@@ -82,6 +82,8 @@ static cJSON *share_json(const fovea_placement_share_t *s)
     fv_json_u64(json, "kv_head_end", s->kv_head_end);
     fv_json_u64(json, "q_head_begin", s->q_head_begin);
     fv_json_u64(json, "q_head_end", s->q_head_end);
+    fv_json_u64(json, "latent_begin", s->latent_begin);
+    fv_json_u64(json, "latent_end", s->latent_end);
     ranges = cJSON_AddArrayToObject(json, "tokens");
     for (uint32_t i = 0; i < s->n_ranges; i++) {
         cJSON *range = cJSON_CreateArray();
@@ -142,6 +144,8 @@ static cJSON *placement_json(const fovea_placement_t *p)
     fv_json_text(json, "reason", p->reason);
     fv_json_u64(json, "n_head_parts", p->n_head_parts);
     fv_json_u64(json, "n_ctx_parts", p->n_ctx_parts);
+    fv_json_u64(json, "n_latent_parts", p->n_latent_parts);
+    fv_json_bool(json, "approximate", p->is_approximate);
     fv_json_u64(json, "shard_tokens", p->shard_tokens);
     fv_json_u64(json, "n_tokens", p->n_tokens);
     shares = cJSON_AddArrayToObject(json, "shares");
@@ -186,7 +190,24 @@ static void sort_distinct(fv_edges_t *e)
     e->n_values = n;
 }
 
-/* Every place where a column (tokens) or a row (KV heads) begins or ends. */
+/* The rows of a share: KV heads; where ranks hold the one latent for some heads or in slices, query heads or its dims. */
+typedef struct fv_rows_of {
+    const char *title;
+    uint64_t begin, end;
+} fv_rows_of_t;
+
+static fv_rows_of_t rows_of(const fovea_placement_t *p, const fovea_placement_share_t *s)
+{
+    if (p->n_latent_parts > 1) {
+        return (fv_rows_of_t){"latent", s->latent_begin, s->latent_end};
+    }
+    if (s->latent_end > 0) {
+        return (fv_rows_of_t){"Q heads", s->q_head_begin, s->q_head_end};
+    }
+    return (fv_rows_of_t){"KV heads", s->kv_head_begin, s->kv_head_end};
+}
+
+/* Every place where a column (tokens) or a row (rows_of()) begins or ends. */
 static bool edges_of(const fovea_placement_t *p, bool is_tokens, fv_edges_t *out)
 {
     size_t cap = 2U * (size_t)p->n_shares * FOVEA_RANGES_MAX;
@@ -199,8 +220,8 @@ static bool edges_of(const fovea_placement_t *p, bool is_tokens, fv_edges_t *out
     for (uint32_t i = 0; i < p->n_shares; i++) {
         const fovea_placement_share_t *s = &p->shares[i];
         if (!is_tokens) {
-            out->values[out->n_values++] = s->kv_head_begin;
-            out->values[out->n_values++] = s->kv_head_end;
+            out->values[out->n_values++] = rows_of(p, s).begin;
+            out->values[out->n_values++] = rows_of(p, s).end;
         }
         for (uint32_t j = 0; is_tokens && (j < s->n_ranges); j++) {
             out->values[out->n_values++] = s->ranges[j].begin;
@@ -211,13 +232,13 @@ static bool edges_of(const fovea_placement_t *p, bool is_tokens, fv_edges_t *out
     return true;
 }
 
-/* The share that holds (head, token), NULL for none that the answer names. */
+/* The share that holds (row, token), NULL for none that the answer names. */
 static const fovea_placement_share_t *
-owner(const fovea_placement_t *p, uint64_t head, uint64_t token)
+owner(const fovea_placement_t *p, uint64_t row, uint64_t token)
 {
     for (uint32_t i = 0; i < p->n_shares; i++) {
         const fovea_placement_share_t *s = &p->shares[i];
-        if ((head < s->kv_head_begin) || (head >= s->kv_head_end)) {
+        if ((row < rows_of(p, s).begin) || (row >= rows_of(p, s).end)) {
             continue;
         }
         for (uint32_t j = 0; j < s->n_ranges; j++) {
@@ -229,7 +250,10 @@ owner(const fovea_placement_t *p, uint64_t head, uint64_t token)
     return NULL;
 }
 
-static void print_cell(const fovea_placement_share_t *s, uint64_t n_heads, uint64_t n_tokens)
+static void print_cell(const fovea_placement_t *p,
+                       const fovea_placement_share_t *s,
+                       uint64_t n_rows,
+                       uint64_t n_tokens)
 {
     char bytes[FV_CLI_TEXT_BYTES];
     char cell[CELL_BYTES + FV_CLI_TEXT_BYTES];
@@ -239,9 +263,10 @@ static void print_cell(const fovea_placement_share_t *s, uint64_t n_heads, uint6
         (void)printf(" %18s", "-");
         return;
     }
-    if ((s->n_tokens > 0) && (s->kv_head_end > s->kv_head_begin)) {
+    fv_rows_of_t rows = rows_of(p, s);
+    if ((s->n_tokens > 0) && (rows.end > rows.begin)) {
         part = ((double)n_tokens / (double)s->n_tokens) *
-               ((double)n_heads / (double)(s->kv_head_end - s->kv_head_begin));
+               ((double)n_rows / (double)(rows.end - rows.begin));
     }
     (void)snprintf(cell, sizeof(cell), "r%u %9s", s->rank,
                    fv_cli_bytes((uint64_t)((double)s->kv_bytes * part), bytes));
@@ -257,7 +282,7 @@ static void print_grid(const fovea_placement_t *p,
     size_t n_drawn = (n_columns < columns_max) ? n_columns : columns_max;
     char text[48];
 
-    (void)printf("%-9s|", "KV heads");
+    (void)printf("%-9s|", rows_of(p, &p->shares[0]).title);
     for (size_t c = 0; c < n_drawn; c++) {
         (void)snprintf(text, sizeof(text), "%llu..%llu", (unsigned long long)columns->values[c],
                        (unsigned long long)columns->values[c + 1] - 1);
@@ -273,7 +298,7 @@ static void print_grid(const fovea_placement_t *p,
                        (unsigned long long)rows->values[r + 1] - 1);
         (void)printf("%-9s|", text);
         for (size_t c = 0; c < n_drawn; c++) {
-            print_cell(owner(p, rows->values[r], columns->values[c]),
+            print_cell(p, owner(p, rows->values[r], columns->values[c]),
                        rows->values[r + 1] - rows->values[r],
                        columns->values[c + 1] - columns->values[c]);
         }
@@ -316,7 +341,12 @@ static int print_placement(const fovea_placement_t *p, uint32_t columns_max)
     (void)printf("placement: %s (%u head part%s x %u context part%s, %u tokens per turn)\n",
                  p->mode, p->n_head_parts, (p->n_head_parts == 1) ? "" : "s", p->n_ctx_parts,
                  (p->n_ctx_parts == 1) ? "" : "s", p->shard_tokens);
-    (void)printf("because: %s\n\n", p->reason);
+    (void)printf("because: %s\n", p->reason);
+    if (p->is_approximate) {
+        (void)printf("approximation: each of %u slices of the latent has a softmax of its own\n",
+                     p->n_latent_parts);
+    }
+    (void)printf("\n");
     rc = draw(p, columns_max);
     (void)printf("\n%4s  %10s  %10s  %10s  %10s  %10s\n", "rank", "KV heads", "Q heads", "tokens",
                  "KV memory", "freed");

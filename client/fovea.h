@@ -177,7 +177,8 @@ typedef enum fovea_sharding_mode {
     FOVEA_SHARDING_AUTO = 0,    /* the planner decides, per session */
     FOVEA_SHARDING_HEADS = 1,   /* KV heads over ranks: nothing is exchanged */
     FOVEA_SHARDING_CONTEXT = 2, /* token blocks over ranks: partial results are merged */
-    FOVEA_SHARDING_LATENT = 3   /* latent models only */
+    FOVEA_SHARDING_LATENT = 3 /* latent models only: slices of the latent, a softmax each (TPLA). An
+                                 approximation of the model; CONTEXT is exact */
 } fovea_sharding_mode_t;
 
 typedef struct fovea_sharding {
@@ -185,7 +186,14 @@ typedef struct fovea_sharding {
     uint32_t
         shard_tokens; /* tokens per turn of the block-cyclic context, a multiple of 64; 0 = server's */
     uint32_t max_ranks; /* 0 = all */
+    uint32_t groups;    /* LATENT: slices, 1, 2, 4 or 8; a model's, not a session's */
+    const float *mu;    /* LATENT: [groups] factors of each slice's latent scores; NULL = 1 */
 } fovea_sharding_t;
+
+typedef enum fovea_model_kind {
+    FOVEA_KIND_KV = 0,
+    FOVEA_KIND_LATENT = 1 /* MLA: one latent and one RoPE key a token, for all heads */
+} fovea_model_kind_t;
 
 #define FOVEA_POLICIES_MAX 15
 
@@ -202,6 +210,18 @@ typedef struct fovea_model_spec {
     const fovea_policy_t *policies; /* [n_policies]; may be NULL when n_policies is 0 */
     uint32_t n_policies;            /* 0..FOVEA_POLICIES_MAX */
     fovea_sharding_t sharding;
+    /*
+     * LATENT: n_kv_heads and the head dims are left 0, softmax_scale is explicit. Requests bring q [T, Hq, latent_dim +
+     * rope_dim] in absorbed form, k [T, latent_dim + rope_dim] and no v (NULL, 0 bytes); out is [T, Hq, latent_dim].
+     */
+    fovea_model_kind_t kind;
+    uint32_t latent_dim; /* 64..1024, a multiple of 64 */
+    uint32_t rope_dim;   /* 0..128, a multiple of 8 */
+    bool norm_slices;    /* latents arrive raw: each slice c is stored as c / sqrt(alpha / groups *
+                            mean(c^2) + norm_eps) */
+    float norm_eps;
+    const float *
+        norm_alpha; /* [groups] reciprocals of the slices' shares of the squared norm; NULL: one slice */
 } fovea_model_spec_t;
 
 #define FOVEA_MODEL_ID_BYTES 40
@@ -534,6 +554,7 @@ typedef struct fovea_placement_share {
     uint32_t rank;
     uint32_t kv_head_begin, kv_head_end; /* [begin, end) */
     uint32_t q_head_begin, q_head_end;   /* [begin, end) */
+    uint32_t latent_begin, latent_end; /* [begin, end) of the latent's dims; 0, 0 of other models */
     uint32_t n_ranges;
     fovea_token_range_t ranges[FOVEA_RANGES_MAX]; /* of the longest layer */
     bool truncated;                               /* there are more ranges */
@@ -552,10 +573,13 @@ typedef struct fovea_placement_pattern {
 typedef struct fovea_placement {
     fovea_session_id_t session;
     char model_id[FOVEA_MODEL_ID_BYTES];
-    char mode[32];    /* "one rank", "heads", "context", "heads x context" */
+    char mode
+        [32]; /* "one rank", "heads", "context", "heads x context", "latent", "latent x heads" */
     char reason[256]; /* why the planner chose it */
     uint32_t n_head_parts, n_ctx_parts, shard_tokens;
-    uint64_t n_tokens; /* of the longest layer */
+    uint32_t n_latent_parts; /* slices of the latent; 1 unless sharded by latent */
+    bool is_approximate;     /* sharded by latent: each slice has a softmax of its own */
+    uint64_t n_tokens;       /* of the longest layer */
     uint32_t n_shares;
     fovea_placement_share_t *shares; /* [n_shares], owned */
     uint32_t n_q_heads, n_kv_heads;

@@ -139,6 +139,7 @@ run_python() {
         FOVEAD=$fovead FV_TEST_RANKS=$ranks .venv/bin/python -m pytest -q tests/python/test_attend.py \
             -k "sharding or ragged or random_traffic" || code=1
     done
+    FOVEAD=$fovead FV_TEST_RANKS=4 .venv/bin/python -m pytest -q tests/python/test_latent.py || code=1
     return $code
 }
 

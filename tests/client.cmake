@@ -27,6 +27,7 @@ endif()
 fv_add_test(test_client_fake unit SOURCES client/test_client_fake.c client/fake_service.c
             LIBS fv_client fv_rpc TIMEOUT 60)
 fv_add_e2e_test(test_e2e_attend RANKS)
+fv_add_e2e_test(test_e2e_latent RANKS)
 fv_add_e2e_test(test_e2e_session RANKS)
 fv_add_e2e_test(test_e2e_stream RANKS)
 pkg_check_modules(CJSON REQUIRED IMPORTED_TARGET libcjson)

@@ -61,6 +61,14 @@ def test_arrays_that_can_not_be_sent(change, error):
         encode(*change(*arrays()))
 
 
+def test_latents_are_k_alone():
+    """[T, dim] or [T, 1, dim], the same bytes; K of several heads is no latent."""
+    q, k, _ = arrays()
+    assert encode(q, k[:, 0], None).payload == encode(q, k[:, :1], None).payload
+    with pytest.raises(ValueError, match="k, v"):
+        encode(q, k, None)
+
+
 def test_query_only_takes_no_kv():
     q, k, v = arrays()
     with pytest.raises(ValueError, match="append=False"):

@@ -30,7 +30,7 @@ from fovea.errors import (
     Unavailable,
     Unimplemented,
 )
-from fovea.model import S2, Dense, LayerPolicy, ModelSpec, Sharding, Window
+from fovea.model import S2, Dense, LayerPolicy, ModelSpec, Sharding, SliceRms, Window
 from fovea.placement import format_placement
 from fovea.session import Session
 from fovea.stream import AttendStream
@@ -56,6 +56,7 @@ __all__ = [
     "ResourceExhausted",
     "Session",
     "Sharding",
+    "SliceRms",
     "Timings",
     "Unauthenticated",
     "Unavailable",

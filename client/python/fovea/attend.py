@@ -75,8 +75,10 @@ def encode(
 ) -> AttendCall:
     """Checks the arrays' form (what only the service knows, it checks itself) and serializes."""
     tensors = {"q": q, "k": k, "v": v}
-    if append and (k is None or v is None):
-        raise ValueError("k, v: needed unless append=False")
+    if append and (k is None or (v is None and not _is_latent(k))):
+        raise ValueError("k, v: needed unless append=False (latents: k alone)")
+    if k is not None and v is None and k.ndim == 2:
+        k = tensors["k"] = k[:, None]
     if not append and not (k is None and v is None):
         raise ValueError("k, v: must be None with append=False")
     n_tokens = sum(item.n_tokens for item in items)
@@ -107,6 +109,11 @@ def encode(
             view = to_wire(array)
             pieces += [tag, _varint(view.nbytes), view]
     return AttendCall(b"".join(pieces), request_id, n_tokens, q.shape[1], little_endian(q.dtype))
+
+
+def _is_latent(k: Array) -> bool:
+    """k [T, latent_dim + rope_dim], for all heads: its first dims are v."""
+    return k.ndim == 2 or (k.ndim == 3 and k.shape[1] == 1)
 
 
 def decode(call: AttendCall, reply: pb.AttendResponse) -> AttendResult:

@@ -12,7 +12,10 @@ _MODES = {
     "auto": pb.Sharding.AUTO,
     "heads": pb.Sharding.HEADS,
     "context": pb.Sharding.CONTEXT,
+    "latent": pb.Sharding.LATENT,
 }
+
+_KINDS = {"kv": pb.ModelSpec.KV, "latent": pb.ModelSpec.LATENT}
 
 _PATTERNS = {"kv_head": pb.S2.KV_HEAD, "q_head": pb.S2.Q_HEAD}
 
@@ -32,8 +35,9 @@ class Window:
 
 @dataclass(frozen=True)
 class S2:
-    """S2-Attention: the last local_blocks blocks, and every vert_stride-th block before them, a different one for
-    each head. Which ones exactly: proto/attention.proto. A preset ("phi3-small", "s2-16", ...) stands for all numbers.
+    """S2-Attention: the last local_blocks blocks, and every vert_stride-th block before them, a different one
+    for each head. Which ones exactly: proto/attention.proto. A preset ("phi3-small", "s2-16", ...) stands for
+    all numbers.
     """
 
     block_tokens: int = 0  # 16, 32, 64, 128 or 256
@@ -76,26 +80,55 @@ class LayerPolicy:
 class Sharding:
     """How a session is spread over ranks.
 
-    mode:          "auto" (the cost model decides), "heads" or "context".
+    mode:          "auto" (the cost model decides), "heads", "context", or "latent".
     shard_tokens:  tokens per turn of the block-cyclic context; 0 = the server's default.
     max_ranks:     0 = all.
+
+    "latent" (TPLA, a model's only, not a session's): each of `groups` slices of the latent lives on ranks of
+    its own and has a softmax of its own. That is an approximation of the model; "context" is exact.
+
+    mu:            one factor for each slice's latent scores; empty = 1.
     """
 
     mode: str = "auto"
     shard_tokens: int = 0
     max_ranks: int = 0
+    groups: int = 0  # 1, 2, 4 or 8
+    mu: Sequence[float] = ()
 
     def to_pb(self) -> pb.Sharding:
         mode = _MODES.get(self.mode)
         if mode is None:
             raise ValueError(f'sharding: given "{self.mode}", expected one of {", ".join(_MODES)}')
-        return pb.Sharding(mode=mode, shard_tokens=self.shard_tokens, max_ranks=self.max_ranks)
+        return pb.Sharding(
+            mode=mode,
+            shard_tokens=self.shard_tokens,
+            max_ranks=self.max_ranks,
+            groups=self.groups,
+            mu=self.mu,
+        )
+
+
+@dataclass(frozen=True)
+class SliceRms:
+    """Latents arrive raw: each slice c is stored as c / sqrt(alpha / groups * mean(c^2) + eps).
+
+    alpha:  one for each slice of Sharding("latent"): the reciprocal of its share of the squared norm
+            (fovea.mla.alpha_of); empty where the latent is not sliced.
+    """
+
+    eps: float
+    alpha: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """A model's attention. Shape letters used everywhere: T tokens, Hq n_q_heads, Hkv n_kv_heads,
     dk head_dim_qk, dv head_dim_v.
+
+    kind "latent" (MLA): latent_dim and rope_dim in place of n_kv_heads and the head dims; softmax_scale is
+    explicit. q [T, Hq, latent_dim + rope_dim] in absorbed form (fovea.mla), k [T, latent_dim + rope_dim], no
+    v, and the answer is [T, Hq, latent_dim].
 
     kv_dtype:       how K and V are stored: "f32", "f16" or "bf16".
     softmax_scale:  0 = 1/sqrt(dk).
@@ -105,16 +138,23 @@ class ModelSpec:
     name: str
     n_layers: int
     n_q_heads: int
-    n_kv_heads: int
-    head_dim_qk: int
+    n_kv_heads: int = 0  # not given with kind "latent"
+    head_dim_qk: int = 0  # likewise
     head_dim_v: int = 0  # 0 = head_dim_qk
     kv_dtype: str = "bf16"
     softmax_scale: float = 0.0
     logit_softcap: float = 0.0
     policies: Sequence[LayerPolicy] = field(default=())
     sharding: Sharding | None = None
+    kind: str = "kv"  # or "latent"
+    latent_dim: int = 0  # 64..1024, a multiple of 64
+    rope_dim: int = 0  # 0..128, a multiple of 8
+    latent_norm: SliceRms | None = None
 
     def to_pb(self) -> pb.ModelSpec:
+        kind = _KINDS.get(self.kind)
+        if kind is None:
+            raise ValueError(f'kind: given "{self.kind}", expected {" or ".join(_KINDS)}')
         spec = pb.ModelSpec(
             name=self.name,
             n_layers=self.n_layers,
@@ -125,7 +165,14 @@ class ModelSpec:
             kv_dtype=wire_dtype(self.kv_dtype),
             softmax_scale=self.softmax_scale,
             logit_softcap=self.logit_softcap,
+            kind=kind,
+            latent_dim=self.latent_dim,
+            rope_dim=self.rope_dim,
         )
+        if self.latent_norm is not None:
+            spec.latent_norm.mode = pb.LatentNorm.SLICE_RMS
+            spec.latent_norm.eps = self.latent_norm.eps
+            spec.latent_norm.alpha.extend(self.latent_norm.alpha)
         for entry in self.policies:
             added = spec.policies.add(layers=entry.layers)
             if isinstance(entry.policy, Window):

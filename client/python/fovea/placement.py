@@ -12,10 +12,14 @@ def format_placement(placement: pb.Placement) -> str:
     lines = [
         f"session {placement.session_id}: {placement.mode}, {placement.n_tokens} tokens",
     ]
+    if placement.approximate:
+        lines.append("  an approximation: each slice of the latent has a softmax of its own")
     if placement.reason:
         lines.append(f"  why: {placement.reason}")
     for share in placement.shares:
         heads = f"KV heads {share.kv_head_begin}-{share.kv_head_end - 1}"
+        if share.latent_end > 0:
+            heads = f"latent {share.latent_begin}-{share.latent_end - 1}"
         q_heads = f"q heads {share.q_head_begin}-{share.q_head_end - 1}"
         lines.append(
             f"  rank {share.rank:<3} {heads:<14} {q_heads:<14} |{_bar(placement, share)}| "
