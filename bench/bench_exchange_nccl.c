@@ -46,8 +46,9 @@ typedef struct workload {
     int batch;
     int64_t context; /* tokens of each rank */
     fv_page_ref_t *pages;
-    uint8_t *q, *out; /* pinned */
-    float *home;      /* device: states that do not travel */
+    uint8_t *q, *out;    /* pinned */
+    float *home;         /* device: states that do not travel */
+    uint8_t *device_out; /* device: results of the second table, which is not about the bus */
     fv_attn_item_t items[BATCH_MAX];
     fv_partial_dst_t dsts[BATCH_MAX][RANKS_MAX];
     fv_merge_item_t merges[BATCH_MAX];
@@ -56,9 +57,17 @@ typedef struct workload {
 
 static workload_t s_work;
 
-/* NULL exchange: states stay at home. */
+/* What a step does with its states. */
+typedef enum what {
+    STAY, /* they stay at home */
+    ANSWER, /* no states: all rows of the rank are final and go to the host, as if no other rank held any */
+    WRITE,   /* they are written to the peers, and nobody waits */
+    MERGE,   /* the whole exchange; `exchange` says which way */
+    AT_HOME, /* states at home are merged there: no peer */
+} what_t;
+
 typedef struct way {
-    const char *name;
+    what_t what;
     fv_exchange_nccl_t *exchange;
 } way_t;
 
@@ -157,8 +166,13 @@ static size_t chunk_bytes(int rows)
 }
 
 /* rows of each item, dealt out over the ranks; the messages of the step are bound to items and merges. */
-static size_t
-bind(workload_t *w, int n_items, int rows, uint8_t *const *send, uint8_t *const *recv, uint8_t *own)
+static size_t bind(workload_t *w,
+                   int n_items,
+                   int rows,
+                   uint8_t *const *send,
+                   uint8_t *const *recv,
+                   uint8_t *own,
+                   uint8_t *out)
 {
     size_t at[RANKS_MAX] = {0};
     size_t own_at = 0;
@@ -188,7 +202,7 @@ bind(workload_t *w, int n_items, int rows, uint8_t *const *send, uint8_t *const 
             .o = w->parts[i][0],
             .lse_log2 = w->parts[i][1],
             .row_len = (uint64_t)mine,
-            .out = w->out + (size_t)i * (size_t)rows * DIM * 2U,
+            .out = out + (size_t)i * (size_t)rows * DIM * 2U,
             .out_token_bytes = (size_t)mine * DIM * 2U,
         };
     }
@@ -228,12 +242,19 @@ static void enqueue(workload_t *w, const way_t *way, int n_items, int rows, bool
             recv[d] = send[d];
         }
     }
-    (void)bind(w, n_items, rows, send, recv, own);
+    (void)bind(w, n_items, rows, send, recv, own, with_attend ? w->out : w->device_out);
+    for (int i = 0; i < n_items; i++) {
+        w->items[i].n_dst = (way->what == ANSWER) ? 0 : s_n;
+        w->items[i].out = w->out + (size_t)i * HEADS * DIM * 2U;
+        w->items[i].out_token_bytes = (size_t)HEADS * DIM * 2U;
+    }
     if (with_attend) {
         MUST(k_ops->attend(s_backend, w->items, (size_t)n_items));
     }
-    if (way->exchange != NULL) {
+    if (way->what == MERGE) {
         MUST(fv_exchange_nccl_ops.run(way->exchange, peers, n, &sync));
+    }
+    if ((way->what == MERGE) || (way->what == AT_HOME)) {
         MUST(k_ops->merge(s_backend, w->merges, (size_t)n_items, sync));
     }
 }
@@ -307,7 +328,7 @@ static double time_steps(workload_t *w, const way_t *way)
 static double time_ends(workload_t *w, const way_t *way, int rows)
 {
     cudaStream_t stream = fv_backend_cuda_stream(s_backend);
-    const way_t home = {.name = "home"};
+    const way_t home = {.what = STAY};
     cudaEvent_t events[2];
     double samples[SAMPLES];
 
@@ -362,20 +383,21 @@ static void table_of_steps(workload_t *w, const way_t *ways)
 
     if (s_rank == 0) {
         (void)printf(
-            "\n| batch x tokens a rank | attention alone, us | direct | + | send and receive | + |\n"
-            "|---|---|---|---|---|---|\n");
+            "\n| batch x tokens a rank | states stay | no states, answers to the host | states "
+            "written to peers | direct | + | send and receive | + |\n"
+            "|---|---|---|---|---|---|---|---|\n");
     }
     for (size_t i = 0; i < sizeof(k_cases) / sizeof(k_cases[0]); i++) {
-        double us[3];
+        double us[5];
 
         make_workload(w, k_cases[i].batch, k_cases[i].context);
-        for (int m = 0; m < 3; m++) {
+        for (int m = 0; m < 5; m++) {
             us[m] = time_steps(w, &ways[m]);
         }
         if (s_rank == 0) {
-            (void)printf("| %d x %lld | %.2f | %.2f | %.2f | %.2f | %.2f |\n", k_cases[i].batch,
-                         (long long)k_cases[i].context, us[0], us[1], us[1] - us[0], us[2],
-                         us[2] - us[0]);
+            (void)printf("| %d x %lld | %.2f | %.2f | %.2f | %.2f | %.2f | %.2f | %.2f |\n",
+                         k_cases[i].batch, (long long)k_cases[i].context, us[0], us[1], us[2],
+                         us[3], us[3] - us[0], us[4], us[4] - us[0]);
             (void)fflush(stdout);
         }
     }
@@ -384,15 +406,18 @@ static void table_of_steps(workload_t *w, const way_t *ways)
 static void table_of_ends(workload_t *w, const way_t *ways)
 {
     if (s_rank == 0) {
-        (void)printf("\n| bytes to each rank | rows | direct, us | send and receive, us |\n"
-                     "|---|---|---|---|\n");
+        (void)printf("\n| bytes to each rank | rows | merge alone | direct | send and receive |\n"
+                     "|---|---|---|---|---|\n");
     }
     for (int rows = 2; rows <= ROWS_MAX; rows *= 4) {
-        const double direct = time_ends(w, &ways[1], rows * s_n);
-        const double rest = time_ends(w, &ways[2], rows * s_n);
+        const way_t home = {.what = AT_HOME};
+        const double alone = time_ends(w, &home, rows * s_n);
+        const double direct = time_ends(w, &ways[3], rows * s_n);
+        const double rest = time_ends(w, &ways[4], rows * s_n);
 
         if (s_rank == 0) {
-            (void)printf("| %zu | %d | %.2f | %.2f |\n", chunk_bytes(rows), rows, direct, rest);
+            (void)printf("| %zu | %d | %.2f | %.2f | %.2f |\n", chunk_bytes(rows), rows, alone,
+                         direct, rest);
             (void)fflush(stdout);
         }
     }
@@ -400,9 +425,10 @@ static void table_of_ends(workload_t *w, const way_t *ways)
 
 int main(int argc, char **argv)
 {
-    way_t ways[3] = {{.name = "alone"}, {.name = "direct"}, {.name = "send and receive"}};
-    const size_t home_bytes =
-        chunk_bytes(HEADS) * BATCH_MAX * (RANKS_MAX + 1U); /* and more than a message */
+    way_t ways[5] = {
+        {.what = STAY}, {.what = ANSWER}, {.what = WRITE}, {.what = MERGE}, {.what = MERGE}};
+    const size_t home_bytes = chunk_bytes(ROWS_MAX) * RANKS_MAX * (RANKS_MAX + 1U);
+    const size_t out_bytes = (size_t)ROWS_MAX * RANKS_MAX * DIM * 2U;
     fv_backend_config_t config = {.kv_arena_bytes = ARENA};
 
     MPI_Init(&argc, &argv);
@@ -413,24 +439,28 @@ int main(int argc, char **argv)
         MPI_Finalize();
         return 77;
     }
-    ways[1].exchange = open_exchange(false);
-    ways[2].exchange = open_exchange(true);
+    ways[3].exchange = open_exchange(false);
+    ways[4].exchange = open_exchange(true);
+    ways[2].exchange = ways[3].exchange;
     config.device = s_rank % fv_backend_cuda_count();
     MUST(k_ops->create(&config, &s_backend));
-    MUST(fv_exchange_nccl_ops.attach(ways[1].exchange, s_backend));
-    MUST(fv_exchange_nccl_ops.attach(ways[2].exchange, s_backend));
+    MUST(fv_exchange_nccl_ops.attach(ways[3].exchange, s_backend));
+    MUST(fv_exchange_nccl_ops.attach(ways[4].exchange, s_backend));
     s_work.q = pinned((size_t)BATCH_MAX * HEADS * DIM * 2U);
-    s_work.out = pinned((size_t)ROWS_MAX * RANKS_MAX * DIM * 2U);
-    if (cudaMalloc((void **)&s_work.home, home_bytes) != cudaSuccess) {
+    s_work.out = pinned((size_t)BATCH_MAX * HEADS * DIM * 2U);
+    if ((cudaMalloc((void **)&s_work.home, home_bytes) != cudaSuccess) ||
+        (cudaMalloc((void **)&s_work.device_out, out_bytes) != cudaSuccess)) {
         MPI_Abort(MPI_COMM_WORLD, 1);
     }
+    (void)cudaMemset(s_work.home, 0, home_bytes);
     MUST(fv_backend_cuda_reach(s_backend, s_work.home, home_bytes));
+    MUST(fv_backend_cuda_reach(s_backend, s_work.device_out, out_bytes));
     table_of_steps(&s_work, ways);
     table_of_ends(&s_work, ways);
     MPI_Barrier(MPI_COMM_WORLD);
     k_ops->destroy(s_backend);
-    fv_exchange_nccl_destroy(ways[1].exchange);
-    fv_exchange_nccl_destroy(ways[2].exchange);
+    fv_exchange_nccl_destroy(ways[3].exchange);
+    fv_exchange_nccl_destroy(ways[4].exchange);
     MPI_Finalize();
     return 0;
 }

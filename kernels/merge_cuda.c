@@ -263,6 +263,7 @@ static fv_status_t send_blob(fv_backend_t *backend, fv_merge_launch_t *launch)
     at = fv_cuda_stage(backend, (size_t)launch->blob_bytes);
     memcpy(fv_cuda_on_host(backend, at), backend->merge_blob, (size_t)launch->blob_bytes);
     launch->blob = fv_cuda_on_device(backend, at);
+    launch->is_staged = 1;
     return fv_cuda_stage_send(backend, at);
 }
 

@@ -20,7 +20,7 @@
 #define WARPS      4U
 #define THREADS    (WARPS * 32U)
 #define BLOCKS_MAX 1056U /* 8 for each SM; more rows go round */
-#define AT_ONCE    4     /* parts whose rows are read together */
+#define AT_ONCE    4U    /* parts whose rows are read together */
 #define COLS       2U    /* float4 of each lane: head_dim_v <= 256 */
 #define POLLS      256U  /* between looks at clock and abort word */
 #define LN2        0.69314718055994530942F
@@ -147,91 +147,144 @@ static __device__ void store4(uint8_t *at, int32_t dtype, float4 x)
     ((uint16_t *)at)[3] = (uint16_t)(high >> 16U);
 }
 
+/* What a warp needs of a row to merge it. Worked out before waiting, for the warp's first row. */
+typedef struct job {
+    const fv_merge_part_t *parts;
+    uint8_t *out; /* of the row */
+    float *lse;   /* of the row, or NULL */
+    uint64_t i;   /* row of the parts */
+    uint32_t n_parts, dv;
+    int32_t io_dtype;
+} job_t;
+
+static __device__ __forceinline__ job_t make_job(const fv_merge_unit_t *units,
+                                                 uint32_t n_units,
+                                                 const fv_merge_part_t *parts,
+                                                 uint64_t row)
+{
+    const fv_merge_unit_t *u = find_unit(units, n_units, row);
+    const uint64_t i = row - u->row_begin;
+    const uint64_t at = u->row_base + i;
+    const bool is_small = (at >> 32U) == 0 && (u->row_len >> 32U) == 0; /* division is dear */
+    const uint64_t t =
+        is_small ? (uint64_t)((uint32_t)at / (uint32_t)u->row_len) : (at / u->row_len);
+    const uint64_t h = at - t * u->row_len;
+    const uint64_t e = (u->io_dtype == FV_DTYPE_F32) ? 4U : 2U;
+    job_t job;
+
+    job.parts = parts + u->part_begin;
+    job.out = u->out + (t - u->out_first) * u->out_token_bytes + h * (uint64_t)u->head_dim_v * e;
+    job.lse = (u->lse == NULL) ? NULL : (u->lse + (t - u->lse_first) * u->lse_token_stride + h);
+    job.i = i;
+    job.n_parts = u->n_parts;
+    job.dv = (uint32_t)u->head_dim_v;
+    job.io_dtype = u->io_dtype;
+    return job;
+}
+
+/* Up to AT_ONCE parts of a row, their loads under way together. This lane's columns. */
+typedef struct batch {
+    float4 o[AT_ONCE][COLS];
+    float lse[AT_ONCE];
+} batch_t;
+
+static __device__ __forceinline__ void load_batch(batch_t *b, const job_t &job, uint32_t first)
+{
+    const uint32_t lane = threadIdx.x & 31U;
+
+#pragma unroll
+    for (uint32_t i = 0; i < AT_ONCE; i++) {
+        const fv_merge_part_t part = job.parts[min(first + i, job.n_parts - 1U)];
+
+        b->lse[i] = __ldcg(part.lse_log2 + job.i);
+#pragma unroll
+        for (uint32_t c = 0; c < COLS; c++) {
+            const uint32_t col = min((c * 32U + lane) * 4U, job.dv - 4U);
+
+            if (c * 128U < job.dv) {
+                b->o[i][c] = __ldcg((const float4 *)(part.o + job.i * job.dv + col));
+            }
+        }
+    }
+}
+
 /* The sum so far of a row, this lane's columns. */
 typedef struct row_sum {
     float4 o[COLS];
     float weight;
 } row_sum_t;
 
-/* AT_ONCE parts: their loads are under way together; an empty part's o may be anything and is not multiplied. */
-static __device__ __forceinline__ void add_parts(row_sum_t *sum,
-                                                 const fv_merge_part_t *parts,
-                                                 uint32_t n_parts,
-                                                 uint64_t row,
-                                                 uint32_t dv,
-                                                 float top)
+/* An empty part's o may be anything and is not multiplied. */
+static __device__ __forceinline__ void
+add_batch(row_sum_t *sum, const batch_t &b, const job_t &job, uint32_t first, float top)
 {
-    const uint32_t lane = threadIdx.x & 31U;
-    float4 o[AT_ONCE][COLS];
-    float lse[AT_ONCE];
-
 #pragma unroll
     for (uint32_t i = 0; i < AT_ONCE; i++) {
-        const fv_merge_part_t part = parts[min(i, n_parts - 1U)];
-
-        lse[i] = __ldcg(part.lse_log2 + row);
-#pragma unroll
-        for (uint32_t c = 0; c < COLS; c++) {
-            const uint32_t col = min((c * 32U + lane) * 4U, dv - 4U);
-
-            o[i][c] = __ldcg((const float4 *)(part.o + row * dv + col));
-        }
-    }
-#pragma unroll
-    for (uint32_t i = 0; i < AT_ONCE; i++) {
-        if ((i < n_parts) && (lse[i] != -INFINITY)) {
-            const float w = exp2f(lse[i] - top);
+        if ((first + i < job.n_parts) && (b.lse[i] != -INFINITY)) {
+            const float w = exp2f(b.lse[i] - top);
 
             sum->weight += w;
 #pragma unroll
             for (uint32_t c = 0; c < COLS; c++) {
-                sum->o[c].x += w * o[i][c].x;
-                sum->o[c].y += w * o[i][c].y;
-                sum->o[c].z += w * o[i][c].z;
-                sum->o[c].w += w * o[i][c].w;
+                sum->o[c].x += w * b.o[i][c].x;
+                sum->o[c].y += w * b.o[i][c].y;
+                sum->o[c].z += w * b.o[i][c].z;
+                sum->o[c].w += w * b.o[i][c].w;
             }
         }
     }
 }
 
-/* One row by one warp. A NaN lse may be dropped by the maximum; its weight is NaN and takes the row with it. */
-static __device__ void merge_row(const fv_merge_unit_t &u, const fv_merge_part_t *parts, uint64_t i)
+static __device__ __forceinline__ void store_row(const job_t &job, const row_sum_t &sum, float top)
 {
     const uint32_t lane = threadIdx.x & 31U;
-    const uint64_t row = u.row_base + i;
-    const uint64_t t = row / u.row_len;
-    const uint64_t h = row - t * u.row_len;
-    const uint32_t dv = (uint32_t)u.head_dim_v;
-    const uint32_t e = (u.io_dtype == FV_DTYPE_F32) ? 4U : 2U;
-    uint8_t *out = u.out + (t - u.out_first) * u.out_token_bytes + h * (uint64_t)dv * e;
-    row_sum_t sum = {};
-    float top = -INFINITY;
+    const uint64_t e = (job.io_dtype == FV_DTYPE_F32) ? 4U : 2U;
+    const float w = sum.weight;
+    const bool is_empty = w == 0.0F;
 
-    parts += u.part_begin;
-    for (uint32_t part = 0; part < u.n_parts; part++) {
-        const float lse = __ldcg(parts[part].lse_log2 + i);
-
-        top = (lse > top) ? lse : top;
-    }
-    for (uint32_t part = 0; part < u.n_parts; part += AT_ONCE) {
-        add_parts(&sum, parts + part, u.n_parts - part, i, dv, top);
-    }
 #pragma unroll
     for (uint32_t c = 0; c < COLS; c++) {
         const uint32_t col = (c * 32U + lane) * 4U;
-        const float w = sum.weight;
-        const bool is_empty = w == 0.0F;
 
-        if (col < dv) {
-            store4(out + (uint64_t)col * e, u.io_dtype,
+        if (col < job.dv) {
+            store4(job.out + col * e, job.io_dtype,
                    make_float4(
                        is_empty ? 0.0F : (sum.o[c].x / w), is_empty ? 0.0F : (sum.o[c].y / w),
                        is_empty ? 0.0F : (sum.o[c].z / w), is_empty ? 0.0F : (sum.o[c].w / w)));
         }
     }
-    if ((lane == 0) && (u.lse != NULL)) {
-        u.lse[(t - u.lse_first) * u.lse_token_stride + h] = (top + log2f(sum.weight)) * LN2;
+    if ((lane == 0) && (job.lse != NULL)) {
+        *job.lse = (top + log2f(w)) * LN2;
     }
+}
+
+/* One row by one warp. A NaN lse may be dropped by the maximum; its weight is NaN and takes the row with it. */
+static __device__ __forceinline__ void merge_row(const job_t &job)
+{
+    row_sum_t sum = {};
+    float top = -INFINITY;
+    batch_t b;
+
+    load_batch(&b, job, 0);
+    if (job.n_parts <= AT_ONCE) { /* one round of loads */
+#pragma unroll
+        for (uint32_t i = 0; i < AT_ONCE; i++) { /* the last part again and again does no harm */
+            top = (b.lse[i] > top) ? b.lse[i] : top;
+        }
+        add_batch(&sum, b, job, 0, top);
+        store_row(job, sum, top);
+        return;
+    }
+    for (uint32_t part = 0; part < job.n_parts; part++) {
+        const float lse = __ldcg(job.parts[part].lse_log2 + job.i);
+
+        top = (lse > top) ? lse : top;
+    }
+    for (uint32_t first = 0; first < job.n_parts; first += AT_ONCE) {
+        load_batch(&b, job, first);
+        add_batch(&sum, b, job, first, top);
+    }
+    store_row(job, sum, top);
 }
 
 static __device__ __forceinline__ void merge(const fv_merge_launch_t &p, const uint8_t *blob)
@@ -240,16 +293,26 @@ static __device__ __forceinline__ void merge(const fv_merge_launch_t &p, const u
     const fv_merge_unit_t *units = (const fv_merge_unit_t *)(blob + fv_merge_units_at(p.n_pairs));
     const fv_merge_part_t *parts =
         (const fv_merge_part_t *)(blob + fv_merge_parts_at(p.n_pairs, p.n_units));
+    const uint64_t stride = (uint64_t)gridDim.x * WARPS;
+    uint64_t row = (uint64_t)blockIdx.x * WARPS + (threadIdx.x >> 5U);
+    job_t job = {};
 
+    if (p.is_staged != 0) { /* the blob itself comes by what stands before on the stream */
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+    }
+    if (row < p.n_rows) {
+        job = make_job(units, p.n_units, parts, row);
+    }
     asm volatile("griddepcontrol.wait;" ::: "memory");
     if (!meet(p, pairs)) {
         return;
     }
-    for (uint64_t row = (uint64_t)blockIdx.x * WARPS + (threadIdx.x >> 5U); row < p.n_rows;
-         row += (uint64_t)gridDim.x * WARPS) {
-        const fv_merge_unit_t *u = find_unit(units, p.n_units, row);
-
-        merge_row(*u, parts, row - u->row_begin);
+    while (row < p.n_rows) {
+        merge_row(job);
+        row += stride;
+        if (row < p.n_rows) {
+            job = make_job(units, p.n_units, parts, row);
+        }
     }
 }
 

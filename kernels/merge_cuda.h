@@ -47,6 +47,8 @@ typedef struct fv_merge_launch {
     const volatile uint32_t *abort; /* mapped host memory; NULL when there are no pairs */
     volatile uint32_t *gave_up;     /* alike */
     uint32_t n_pairs, n_units;
+    uint32_t is_staged; /* the blob lies in device memory */
+    uint32_t reserved;
 } fv_merge_launch_t;
 
 /* Where units and parts begin in the blob. */
