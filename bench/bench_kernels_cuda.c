@@ -237,7 +237,7 @@ static fv_page_ref_t place(const bench_t *b, placement_t placement, size_t i)
 static void plan_sets(bench_t *b, const bench_case_t *c)
 {
     const size_t n_heads = (size_t)(c->n_kv_heads * c->group);
-    fv_attn_item_t items[ITEMS_MAX];
+    static fv_attn_item_t items[ITEMS_MAX];
     size_t used = 0;
 
     if (b->n_sets * b->set_pages > b->tables_max) {

@@ -20,3 +20,10 @@ if(TARGET fv_worker_cuda) # with NCCL
     target_link_libraries(bench_exchange_nccl PRIVATE fv_worker CUDA::cudart_static MPI::MPI_C m)
     fv_target_defaults(bench_exchange_nccl)
 endif()
+
+# The step of one rank on the GPU, without gRPC.
+add_executable(bench_step_cuda bench_step_cuda.c)
+target_include_directories(bench_step_cuda PRIVATE ${PROJECT_SOURCE_DIR})
+target_compile_definitions(bench_step_cuda PRIVATE _DEFAULT_SOURCE)
+target_link_libraries(bench_step_cuda PRIVATE fv_worker fv_kernels CUDA::cudart_static)
+fv_target_defaults(bench_step_cuda)

@@ -1,7 +1,7 @@
 /*
  * append_cuda.c - new K and V into pages on the GPU, and whole pages for copy on write.
  *
- * Decode path: station 6 of 10. Before: worker/step.c. After: page_cuda.cu, then attend_cuda.c.
+ * Decode path: station 6 of 10. Before: worker/step.c. After: pull_cuda.cu, then attend_cuda.c.
  *
  * The source is read once, so the kernel reads it where it is when it came from host_alloc(), and from the staging area's
  * host side otherwise: a copy to the device first would only add its latency.
@@ -50,6 +50,27 @@ static fv_status_t check_pages(const fv_backend_t *backend, const fv_append_item
     return FV_OK;
 }
 
+static bool reaches(const fv_backend_t *backend,
+                    const void *src,
+                    size_t row_bytes,
+                    size_t n_rows,
+                    size_t token_bytes)
+{
+    return fv_cuda_is_pinned(backend, src, (n_rows - 1U) * token_bytes + row_bytes);
+}
+
+/* Staging bytes of one tensor. */
+static size_t rows_bytes(const fv_backend_t *backend,
+                         const void *src,
+                         size_t row_bytes,
+                         size_t n_rows,
+                         size_t token_bytes)
+{
+    return ((n_rows == 0U) || reaches(backend, src, row_bytes, n_rows, token_bytes))
+               ? 0U
+               : FV_CUDA_STAGE_BYTES(row_bytes * n_rows);
+}
+
 /* Rows of one tensor, where the device reaches them; *token_bytes becomes their distance there. */
 static const uint8_t *stage_rows(fv_backend_t *backend,
                                  const void *src,
@@ -59,10 +80,10 @@ static const uint8_t *stage_rows(fv_backend_t *backend,
 {
     uint8_t *staged = NULL;
 
-    if (fv_cuda_is_pinned(backend, src, (n_rows - 1U) * *token_bytes + row_bytes)) {
+    if (reaches(backend, src, row_bytes, n_rows, *token_bytes)) {
         return src;
     }
-    staged = backend->staging_host + fv_cuda_stage(backend, row_bytes * n_rows);
+    staged = backend->staging_host + fv_cuda_stage_still(backend, row_bytes * n_rows);
     for (size_t t = 0; t < n_rows; t++) {
         memcpy(staged + t * row_bytes, (const uint8_t *)src + t * *token_bytes, row_bytes);
     }
@@ -70,50 +91,68 @@ static const uint8_t *stage_rows(fv_backend_t *backend,
     return staged;
 }
 
-static uint32_t make_units(const fv_append_item_t *item,
-                           const uint8_t *k,
-                           const uint8_t *v,
-                           size_t k_stride,
-                           size_t v_stride,
-                           fv_append_unit_t *units)
+/* One unit for each stretch of tokens in a local page and some heads: about as many rows in each. */
+static fv_status_t send_units(fv_backend_t *backend,
+                              const fv_append_item_t *item,
+                              const fv_pull_unit_t *first,
+                              uint64_t local,
+                              int32_t n_tokens)
 {
     const size_t e = fv_dtype_bytes((fv_dtype_t)item->src_dtype);
-    uint32_t n_units = 0;
+    const int32_t heads_max = (n_tokens >= FV_PULL_HEADS) ? 1 : (FV_PULL_HEADS / n_tokens);
+    const fv_page_ref_t *pages = item->pages + local / FV_PAGE_TOKENS;
+    fv_pull_unit_t unit = *first;
 
-    for (int32_t h = 0; h < item->n_kv_heads; h++) {
-        uint64_t done = 0;
+    unit.slot = (uint16_t)(local % FV_PAGE_TOKENS);
+    unit.n_tokens = (uint16_t)n_tokens;
+    for (int32_t h = 0; h < item->n_kv_heads; h += heads_max) {
+        const int32_t left = item->n_kv_heads - h;
 
-        while (done < item->n_tokens) {
-            const uint64_t local = item->local_begin + done;
-            const uint64_t slot = local % FV_PAGE_TOKENS;
-            const uint64_t left = item->n_tokens - done;
-            const uint64_t n = (FV_PAGE_TOKENS - slot < left) ? (FV_PAGE_TOKENS - slot) : left;
-            fv_append_unit_t *u = &units[n_units++];
-
-            memset(u, 0, sizeof(*u));
-            u->k = k + done * k_stride + (size_t)h * (size_t)item->head_dim_qk * e;
-            u->v = v + done * v_stride + (size_t)h * (size_t)item->head_dim_v * e;
-            u->k_token_bytes = k_stride;
-            u->v_token_bytes = v_stride;
-            u->page = item->pages[(size_t)h * item->pages_head_stride + local / FV_PAGE_TOKENS];
-            u->slot = (int32_t)slot;
-            u->n_tokens = (int32_t)n;
-            u->head_dim_qk = item->head_dim_qk;
-            u->head_dim_v = item->head_dim_v;
-            u->src_dtype = item->src_dtype;
-            u->kv_dtype = item->kv_dtype;
-            done += n;
+        unit.n_heads = (uint8_t)((left < heads_max) ? left : heads_max);
+        unit.k = first->k + (size_t)h * (size_t)item->head_dim_qk * e;
+        unit.v = first->v + (size_t)h * (size_t)item->head_dim_v * e;
+        for (int32_t i = 0; i < unit.n_heads; i++) {
+            unit.pages[i] = pages[(size_t)(h + i) * item->pages_head_stride];
         }
+        FV_RETURN_IF_ERR(fv_cuda_send_unit(backend, &unit));
     }
-    return n_units;
+    return FV_OK;
+}
+
+static fv_status_t append_item(fv_backend_t *backend, const fv_append_item_t *item)
+{
+    size_t k_stride = item->k_token_bytes;
+    size_t v_stride = item->v_token_bytes;
+    const uint8_t *k = stage_rows(backend, item->k, head_bytes(item, item->head_dim_qk),
+                                  (size_t)item->n_tokens, &k_stride);
+    const uint8_t *v = stage_rows(backend, item->v, head_bytes(item, item->head_dim_v),
+                                  (size_t)item->n_tokens, &v_stride);
+    fv_pull_unit_t unit = {.kind = FV_PULL_APPEND,
+                           .k_token_bytes = k_stride,
+                           .v_token_bytes = v_stride,
+                           .src_dtype = (uint8_t)item->src_dtype,
+                           .kv_dtype = (uint8_t)item->kv_dtype,
+                           .head_dim_qk = (uint16_t)item->head_dim_qk,
+                           .head_dim_v = (uint16_t)item->head_dim_v};
+    uint64_t done = 0;
+
+    while (done < item->n_tokens) {
+        const uint64_t local = item->local_begin + done;
+        const uint64_t left = item->n_tokens - done;
+        const uint64_t room = FV_PAGE_TOKENS - local % FV_PAGE_TOKENS;
+        const uint64_t n = (room < left) ? room : left;
+
+        unit.k = k + done * k_stride;
+        unit.v = v + done * v_stride;
+        FV_RETURN_IF_ERR(send_units(backend, item, &unit, local, (int32_t)n));
+        done += n;
+    }
+    return FV_OK;
 }
 
 fv_status_t fv_cuda_append(fv_backend_t *backend, const fv_append_item_t *items, size_t n_items)
 {
     size_t n_bytes = 0;
-    size_t n_units_max = 0;
-    size_t offset = 0;
-    uint32_t n_units = 0;
 
     for (size_t i = 0; i < n_items; i++) {
         const fv_append_item_t *item = &items[i];
@@ -121,37 +160,22 @@ fv_status_t fv_cuda_append(fv_backend_t *backend, const fv_append_item_t *items,
         FV_RETURN_IF_ERR(fv_cpu_check_append(item));
         FV_RETURN_IF_ERR(fv_cuda_check_latent(item->v_in_k));
         FV_RETURN_IF_ERR(check_pages(backend, item));
-        n_units_max += (size_t)item_pages(item) * (size_t)item->n_kv_heads;
-        n_bytes += FV_CUDA_STAGE_BYTES(item->n_tokens * head_bytes(item, item->head_dim_qk)) +
-                   FV_CUDA_STAGE_BYTES(item->n_tokens * head_bytes(item, item->head_dim_v));
+        n_bytes += rows_bytes(backend, item->k, head_bytes(item, item->head_dim_qk),
+                              (size_t)item->n_tokens, item->k_token_bytes) +
+                   rows_bytes(backend, item->v, head_bytes(item, item->head_dim_v),
+                              (size_t)item->n_tokens, item->v_token_bytes);
     }
-    if (n_units_max == 0) {
-        return FV_OK;
+    FV_RETURN_IF_ERR(fv_cuda_reserve(backend, n_bytes));
+    if (backend->outbox.has_appends) { /* blocks of one launch have no order, two calls do */
+        FV_RETURN_IF_ERR(fv_cuda_flush(backend));
     }
-    FV_RETURN_IF_ERR(fv_cuda_reserve(
-        backend, n_bytes + FV_CUDA_STAGE_BYTES(n_units_max * sizeof(fv_append_unit_t))));
-    offset = fv_cuda_stage(backend, n_units_max * sizeof(fv_append_unit_t));
+    backend->outbox.has_appends = true;
     for (size_t i = 0; i < n_items; i++) {
-        const fv_append_item_t *item = &items[i];
-        size_t k_stride = item->k_token_bytes;
-        size_t v_stride = item->v_token_bytes;
-
-        if (item->n_tokens > 0) {
-            const uint8_t *k = stage_rows(backend, item->k, head_bytes(item, item->head_dim_qk),
-                                          (size_t)item->n_tokens, &k_stride);
-            const uint8_t *v = stage_rows(backend, item->v, head_bytes(item, item->head_dim_v),
-                                          (size_t)item->n_tokens, &v_stride);
-
-            n_units += make_units(item, k, v, k_stride, v_stride,
-                                  (fv_append_unit_t *)fv_cuda_on_host(backend, offset) + n_units);
+        if (items[i].n_tokens > 0) {
+            FV_RETURN_IF_ERR(append_item(backend, &items[i]));
         }
     }
-    FV_RETURN_IF_ERR(fv_cuda_clock_mark(backend, FV_CUDA_BEGIN));
-    FV_RETURN_IF_ERR(FV_CUDA(cudaMemcpyAsync(
-        backend->staging_device + offset, backend->staging_host + offset,
-        n_units * sizeof(fv_append_unit_t), cudaMemcpyHostToDevice, backend->stream)));
-    return FV_CUDA(fv_page_append_launch(backend->arena, fv_cuda_on_device(backend, offset),
-                                         n_units, backend->stream));
+    return FV_OK;
 }
 
 fv_status_t fv_cuda_copy_pages(fv_backend_t *backend, const fv_page_copy_t *copies, size_t n_copies)
@@ -177,7 +201,7 @@ fv_status_t fv_cuda_copy_pages(fv_backend_t *backend, const fv_page_copy_t *copi
     }
     FV_RETURN_IF_ERR(
         fv_cuda_reserve(backend, FV_CUDA_STAGE_BYTES(n_copies * sizeof(fv_copy_unit_t))));
-    offset = fv_cuda_stage(backend, n_copies * sizeof(fv_copy_unit_t));
+    offset = fv_cuda_stage_still(backend, n_copies * sizeof(fv_copy_unit_t));
     for (size_t i = 0; i < n_copies; i++) {
         const fv_page_copy_t *c = &copies[i];
         const uint32_t e = (uint32_t)fv_dtype_bytes((fv_dtype_t)c->kv_dtype);
@@ -190,7 +214,8 @@ fv_status_t fv_cuda_copy_pages(fv_backend_t *backend, const fv_page_copy_t *copi
             .v_offset = FV_PAGE_TOKENS * (uint32_t)c->head_dim_qk * e,
         };
     }
-    FV_RETURN_IF_ERR(fv_cuda_stage_send(backend, offset));
-    return FV_CUDA(fv_page_copy_launch(backend->arena, fv_cuda_on_device(backend, offset),
+    /* at once, so that appends noted before and after keep their order; its units are read over the bus */
+    FV_RETURN_IF_ERR(fv_cuda_flush(backend));
+    return FV_CUDA(fv_page_copy_launch(backend->arena, fv_cuda_on_host(backend, offset),
                                        (uint32_t)n_copies, backend->stream));
 }

@@ -7,9 +7,9 @@
  * geometry (how K and V are stored, head dims, how many rows a KV head has) share a launch, so a step of one model is
  * one launch for decode and one for prefill.
  */
-#include "kernels/backend_cuda.h"
 #include "kernels/lean_cuda_launch.h"
 #include "kernels/lean_plan_cuda.h"
+#include "kernels/stage_cuda.h"
 
 #include <math.h>
 #include <string.h>
@@ -80,157 +80,6 @@ static fv_tile_list_t item_pages(const fv_attn_item_t *item)
     return fv_tiles_make(&query);
 }
 
-/* Staging bytes of everything an item needs beside its launch. */
-static size_t item_stage_bytes(const fv_attn_item_t *item)
-{
-    fv_tile_list_t pages = item_pages(item);
-    size_t n_rows = (size_t)item->n_tokens * (size_t)(item->n_kv_heads * item->group);
-    size_t row = (size_t)item->head_dim_v * 4U;
-
-    return FV_CUDA_STAGE_BYTES((size_t)fv_tiles_count(&pages) * (size_t)item->n_kv_heads *
-                               sizeof(fv_page_ref_t)) +
-           FV_CUDA_STAGE_BYTES(n_rows * (size_t)item->head_dim_qk * 4U) +
-           FV_CUDA_STAGE_BYTES((size_t)item->n_dst * sizeof(fv_lean_dst_t)) +
-           FV_CUDA_STAGE_BYTES(n_rows * row) + FV_CUDA_STAGE_BYTES(n_rows * sizeof(float)) +
-           (size_t)item->n_dst * 2U * FV_CUDA_STAGE_BYTES(1) +
-           item_runs(item) * sizeof(fv_lean_run_t);
-}
-
-/* Copies the item's page references, closed up, and checks each. */
-static fv_status_t
-stage_pages(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_run_t *run)
-{
-    const fv_tile_list_t list = item_pages(item);
-    const size_t n_a = (size_t)(list.a_end - list.a_begin);
-    const size_t n_b = (size_t)(list.b_end - list.b_begin);
-    const size_t page_bytes =
-        fv_cuda_page_bytes(item->kv_dtype, item->head_dim_qk, item->head_dim_v);
-    size_t offset = 0;
-
-    run->pages_stride = (int32_t)(n_a + n_b);
-    run->gap_begin = list.b_begin;
-    run->gap_pages = list.b_begin - (int32_t)n_a;
-    if (n_a + n_b == 0) {
-        return FV_OK;
-    }
-    if (item->pages == NULL) {
-        return fv_fail(FV_ERR_INVALID_ARG,
-                       "kernels: pages: given none, expected %d of each KV head",
-                       run->pages_stride);
-    }
-    offset = fv_cuda_stage(backend, (n_a + n_b) * (size_t)item->n_kv_heads * sizeof(fv_page_ref_t));
-    run->pages = fv_cuda_on_device(backend, offset);
-    for (int32_t h = 0; h < item->n_kv_heads; h++) {
-        const fv_page_ref_t *src = item->pages + (size_t)h * item->pages_head_stride;
-        fv_page_ref_t *dst =
-            (fv_page_ref_t *)fv_cuda_on_host(backend, offset) + (size_t)h * (n_a + n_b);
-        fv_page_ref_t top = 0;
-
-        memcpy(dst, src + list.a_begin, n_a * sizeof(*dst));
-        memcpy(dst + n_a, src + list.b_begin, n_b * sizeof(*dst));
-        for (size_t i = 0; i < n_a + n_b; i++) {
-            top = (dst[i] > top) ? dst[i] : top;
-        }
-        if (!fv_cuda_page_ok(backend, top, page_bytes)) {
-            return fv_fail(
-                FV_ERR_INVALID_ARG,
-                "kernels: pages[head %d]: given %u, expected a page inside the arena of %zu bytes",
-                h, top, backend->kv_arena_bytes);
-        }
-    }
-    return FV_OK;
-}
-
-static void stage_q(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_run_t *run)
-{
-    const size_t row = (size_t)(item->n_kv_heads * item->group) * (size_t)item->head_dim_qk *
-                       fv_dtype_bytes((fv_dtype_t)item->io_dtype);
-    const size_t offset = fv_cuda_stage(backend, row * (size_t)item->n_tokens);
-
-    for (int32_t t = 0; t < item->n_tokens; t++) {
-        memcpy(backend->staging_host + offset + (size_t)t * row,
-               (const uint8_t *)item->q + (size_t)t * item->q_token_bytes, row);
-    }
-    run->q = backend->staging_device + offset;
-    run->q_token_bytes = row;
-}
-
-/* A result of n_rows x row_bytes at dst: there if the device reaches it, else staged for finish(). */
-static fv_status_t stage_result(fv_backend_t *backend,
-                                void *dst,
-                                size_t row_bytes,
-                                size_t n_rows,
-                                size_t *stride,
-                                void **out)
-{
-    const size_t n_bytes = (n_rows == 0) ? 0 : ((n_rows - 1U) * *stride + row_bytes);
-    fv_cuda_scatter_t scatter = {
-        .dst = dst, .row_bytes = row_bytes, .n_rows = n_rows, .dst_stride = *stride};
-    uint8_t *staged = NULL;
-
-    if (fv_cuda_is_pinned(backend, dst, n_bytes)) {
-        *out = dst;
-        return FV_OK;
-    }
-    staged = backend->staging_host + fv_cuda_stage(backend, row_bytes * n_rows);
-    scatter.src = staged;
-    *out = staged;
-    *stride = row_bytes;
-    return fv_cuda_scatter(backend, scatter);
-}
-
-static fv_status_t
-stage_partials(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_run_t *run)
-{
-    const size_t offset = fv_cuda_stage(backend, (size_t)item->n_dst * sizeof(fv_lean_dst_t));
-    const uint64_t n_rows = (uint64_t)item->n_tokens * (uint64_t)(item->n_kv_heads * item->group);
-    fv_lean_dst_t *dst = fv_cuda_on_host(backend, offset);
-
-    for (int32_t i = 0; i < item->n_dst; i++) {
-        const uint64_t end = (i + 1 < item->n_dst) ? item->dst[i + 1].row_begin : n_rows;
-        const size_t n =
-            (end > item->dst[i].row_begin) ? (size_t)(end - item->dst[i].row_begin) : 0U;
-        size_t o_stride = n * (size_t)item->head_dim_v * sizeof(float);
-        size_t lse_stride = n * sizeof(float);
-        void *o = NULL;
-        void *lse = NULL;
-
-        FV_RETURN_IF_ERR(stage_result(backend, item->dst[i].o, o_stride, 1, &o_stride, &o));
-        FV_RETURN_IF_ERR(
-            stage_result(backend, item->dst[i].lse_log2, lse_stride, 1, &lse_stride, &lse));
-        dst[i] = (fv_lean_dst_t){.row_begin = item->dst[i].row_begin, .o = o, .lse_log2 = lse};
-    }
-    run->dst = fv_cuda_on_device(backend, offset);
-    run->n_dst = item->n_dst;
-    return FV_OK;
-}
-
-static fv_status_t
-stage_outputs(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_run_t *run)
-{
-    const size_t n_heads = (size_t)(item->n_kv_heads * item->group);
-    size_t out_stride = item->out_token_bytes;
-    size_t lse_stride = item->lse_token_stride * sizeof(float);
-    void *out = NULL;
-
-    if (item->n_dst > 0) {
-        return stage_partials(backend, item, run);
-    }
-    FV_RETURN_IF_ERR(stage_result(backend, item->out,
-                                  n_heads * (size_t)item->head_dim_v *
-                                      fv_dtype_bytes((fv_dtype_t)item->io_dtype),
-                                  (size_t)item->n_tokens, &out_stride, &out));
-    run->out = out;
-    run->out_token_bytes = out_stride;
-    if (item->lse != NULL) {
-        FV_RETURN_IF_ERR(stage_result(backend, item->lse, n_heads * sizeof(float),
-                                      (size_t)item->n_tokens, &lse_stride, &out));
-        run->lse = out;
-        run->lse_token_stride = lse_stride / sizeof(float);
-    }
-    return FV_OK;
-}
-
 static void set_scale(const fv_attn_item_t *item, fv_lean_run_t *run)
 {
     run->score_scale = item->softmax_scale * LOG2E;
@@ -247,12 +96,11 @@ plan_item(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_draft_t *dr
 {
     const int32_t n_rows = item->n_tokens * item->group;
     const int32_t rows_max = run_rows(&draft->geometry);
+    const fv_tile_list_t pages = item_pages(item);
     fv_lean_run_t run;
 
     memset(&run, 0, sizeof(run));
-    FV_RETURN_IF_ERR(stage_pages(backend, item, &run));
-    stage_q(backend, item, &run);
-    FV_RETURN_IF_ERR(stage_outputs(backend, item, &run));
+    FV_RETURN_IF_ERR(fv_cuda_stage_item(backend, item, &pages, &run));
     set_scale(item, &run);
     run.position = item->position;
     run.n_kv_heads = item->n_kv_heads;
@@ -306,25 +154,10 @@ plan_geometry(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items
     return fv_lean_plan(backend, &draft);
 }
 
-fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items)
+/* Everything of the step into the staging area and the outbox, launches into backend->launches. */
+static fv_status_t plan_all(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items)
 {
-    size_t n_bytes = 0;
-    size_t begin = 0;
-
-    for (size_t i = 0; i < n_items; i++) {
-        FV_RETURN_IF_ERR(fv_cpu_check_attend(&items[i]));
-        if (items[i].policy.kind == FV_POLICY_S2) { /* KV heads of a run share one list of tiles */
-            return fv_fail(FV_ERR_UNIMPLEMENTED, "kernels: policy: S2 needs the cpu backend");
-        }
-        FV_RETURN_IF_ERR(fv_cuda_check_latent(items[i].v_in_k));
-        /* at worst every item is a geometry of its own */
-        n_bytes += item_stage_bytes(&items[i]) + 2U * FV_CUDA_STAGE_BYTES(1) +
-                   fv_lean_plan_stage_bytes(backend);
-    }
-    FV_RETURN_IF_ERR(fv_cuda_reserve(backend, n_bytes));
-    FV_RETURN_IF_ERR(fv_cuda_grow((void **)&backend->is_planned, &backend->items_max, n_items, 1));
     memset(backend->is_planned, 0, n_items);
-    begin = backend->staging_used;
     backend->n_launches = 0;
     for (size_t i = 0; i < n_items; i++) {
         if (backend->is_planned[i] == 0) {
@@ -332,7 +165,38 @@ fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *ite
         }
     }
     fv_lean_plan_finish(backend);
-    return fv_cuda_stage_send(backend, begin);
+    return FV_OK;
+}
+
+fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items)
+{
+    size_t n_bytes = 0;
+
+    for (size_t i = 0; i < n_items; i++) {
+        FV_RETURN_IF_ERR(fv_cpu_check_attend(&items[i]));
+        if (items[i].policy.kind == FV_POLICY_S2) { /* KV heads of a run share one list of tiles */
+            return fv_fail(FV_ERR_UNIMPLEMENTED, "kernels: policy: S2 needs the cpu backend");
+        }
+        FV_RETURN_IF_ERR(fv_cuda_check_latent(items[i].v_in_k));
+        const fv_tile_list_t pages = item_pages(&items[i]);
+
+        /* at worst every item is a geometry of its own */
+        n_bytes += fv_cuda_item_bytes(backend, &items[i], &pages) +
+                   FV_CUDA_STAGE_BYTES(item_runs(&items[i]) * sizeof(fv_lean_run_t)) +
+                   2U * FV_CUDA_STAGE_BYTES(1) + fv_lean_plan_stage_bytes(backend);
+    }
+    FV_RETURN_IF_ERR(fv_cuda_reserve(backend, n_bytes));
+    FV_RETURN_IF_ERR(fv_cuda_grow((void **)&backend->is_planned, &backend->items_max, n_items, 1));
+    fv_table_cache_begin(backend->tables);
+    const fv_cuda_outbox_mark_t mark = fv_cuda_outbox_mark(backend);
+    const fv_status_t status = plan_all(backend, items, n_items);
+
+    if (status != FV_OK) { /* nothing of this call will be read or written */
+        fv_cuda_outbox_back(backend, &mark);
+        fv_table_cache_undo(backend->tables);
+        return status;
+    }
+    return fv_cuda_flush(backend);
 }
 
 fv_status_t
@@ -346,18 +210,9 @@ fv_cuda_attend_start(fv_backend_t *backend, const fv_lean_launch_t *launches, si
 
 fv_status_t fv_cuda_attend(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items)
 {
-    fv_status_t status = FV_OK;
-    size_t n_scatters = 0;
-
     if (n_items == 0) {
         return FV_OK;
     }
-    n_scatters = backend->n_scatters;
-    status = fv_cuda_attend_plan(backend, items, n_items);
-    if (status != FV_OK) {
-        backend->n_scatters = n_scatters; /* nothing of this step will be written */
-        return status;
-    }
-    FV_RETURN_IF_ERR(fv_cuda_attend_start(backend, backend->launches, backend->n_launches));
-    return fv_cuda_clock_mark(backend, FV_CUDA_ATTENDED);
+    FV_RETURN_IF_ERR(fv_cuda_attend_plan(backend, items, n_items));
+    return fv_cuda_attend_start(backend, backend->launches, backend->n_launches);
 }

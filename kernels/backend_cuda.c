@@ -10,6 +10,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define TABLES_MIN ((size_t)64 << 10) /* bytes */
+#define TABLES_MAX ((size_t)1 << 30)
+
 fv_status_t fv_cuda_check(cudaError_t error, const char *call)
 {
     if (error == cudaSuccess) {
@@ -25,7 +28,8 @@ static void free_device(fv_backend_t *backend)
         (void)cudaStreamSynchronize(backend->stream);
         (void)cudaStreamDestroy(backend->stream);
     }
-    fv_cuda_clock_destroy(&backend->clock);
+    fv_cuda_outbox_destroy(&backend->outbox);
+    (void)cudaFree(backend->tables_device);
     fv_cuda_staging_free(backend);
     (void)cudaFree(backend->arena);
     fv_lean_plan_free(backend);
@@ -39,6 +43,10 @@ static void cuda_destroy(fv_backend_t *backend)
     if (backend->lost == FV_OK) {
         free_device(backend);
     } /* else: freeing would wait for a step that may never end; the process's end frees it */
+    fv_table_cache_destroy(backend->tables);
+    (void)pthread_mutex_destroy(&backend->pinned_lock);
+    free(backend->outbox.units);
+    free(backend->outbox.stretches);
     free(backend->scatters);
     free(backend->merge_blob);
     free(backend->pinned);
@@ -71,6 +79,22 @@ static fv_status_t choose_device(fv_backend_t *backend, int32_t device)
     return FV_CUDA(fv_lean_cuda_init((int32_t)properties.sharedMemPerBlockOptin));
 }
 
+/*
+ * Page tables: one reference for each 2 KB of the arena. Pages of 32 KB (128 + 128 dims of 2 bytes) need an eighth of
+ * it at most; the rest is for rounding to powers of two, for forks (they share pages, not tables) and for smaller pages.
+ */
+static fv_status_t create_tables(fv_backend_t *backend)
+{
+    const size_t wanted = backend->kv_arena_bytes / 2048U * sizeof(*backend->tables_device);
+
+    backend->tables_bytes = (wanted < TABLES_MIN)   ? TABLES_MIN
+                            : (wanted > TABLES_MAX) ? TABLES_MAX
+                                                    : fv_align_up(wanted, 256U);
+    FV_RETURN_IF_ERR(FV_CUDA(cudaMalloc((void **)&backend->tables_device, backend->tables_bytes)));
+    return fv_table_cache_create(backend->tables_bytes / sizeof(*backend->tables_device),
+                                 &backend->tables);
+}
+
 static fv_status_t cuda_init(fv_backend_t *backend, const fv_backend_config_t *config)
 {
     if ((config->kv_arena_bytes % FV_PAGE_UNIT) != 0) {
@@ -79,11 +103,12 @@ static fv_status_t cuda_init(fv_backend_t *backend, const fv_backend_config_t *c
     }
     FV_RETURN_IF_ERR(choose_device(backend, config->device));
     FV_RETURN_IF_ERR(FV_CUDA(cudaStreamCreateWithFlags(&backend->stream, cudaStreamNonBlocking)));
-    FV_RETURN_IF_ERR(fv_cuda_clock_create(&backend->clock));
+    FV_RETURN_IF_ERR(fv_cuda_outbox_create(&backend->outbox));
     backend->kv_arena_bytes = config->kv_arena_bytes;
     if (config->kv_arena_bytes > 0) {
         FV_RETURN_IF_ERR(FV_CUDA(cudaMalloc((void **)&backend->arena, config->kv_arena_bytes)));
     }
+    FV_RETURN_IF_ERR(create_tables(backend));
     FV_RETURN_IF_ERR(fv_lean_plan_init(backend));
     return fv_cuda_reserve(backend, 1);
 }
@@ -96,6 +121,7 @@ static fv_status_t cuda_create(const fv_backend_config_t *config, fv_backend_t *
     if (backend == NULL) {
         return fv_fail(FV_ERR_NO_MEMORY, "cuda backend: no memory");
     }
+    (void)pthread_mutex_init(&backend->pinned_lock, NULL);
     status = cuda_init(backend, config);
     if (status != FV_OK) {
         cuda_destroy(backend);
@@ -112,37 +138,22 @@ static void cuda_describe(const fv_backend_t *backend, fv_device_info_t *out)
                    backend->n_sms, backend->device);
     out->n_threads = backend->n_sms;
     out->kv_arena_bytes = backend->kv_arena_bytes;
-    out->workspace_bytes = backend->staging_bytes + fv_lean_plan_device_bytes(backend);
-}
-
-/* Notes memory that the device reaches at the host's address. */
-static fv_status_t pinned_add(fv_backend_t *backend, void *begin, size_t n_bytes)
-{
-    FV_RETURN_IF_ERR(fv_cuda_grow((void **)&backend->pinned, &backend->pinned_max,
-                                  backend->n_pinned + 1U, sizeof(*backend->pinned)));
-    backend->pinned[backend->n_pinned++] = (fv_cuda_pinned_t){.begin = begin, .n_bytes = n_bytes};
-    return FV_OK;
-}
-
-static bool pinned_remove(fv_backend_t *backend, const void *begin)
-{
-    for (size_t i = 0; i < backend->n_pinned; i++) {
-        if (backend->pinned[i].begin == begin) {
-            backend->pinned[i] = backend->pinned[--backend->n_pinned];
-            return true;
-        }
-    }
-    return false;
+    out->workspace_bytes =
+        backend->staging_bytes + backend->tables_bytes + fv_lean_plan_device_bytes(backend);
 }
 
 static fv_status_t cuda_host_alloc(fv_backend_t *backend, size_t n_bytes, void **out)
 {
+    fv_status_t status = FV_OK;
     void *memory = NULL;
 
     n_bytes = (n_bytes > 0U) ? n_bytes : 1U;
+    FV_RETURN_IF_ERR(FV_CUDA(cudaSetDevice(backend->device))); /* any thread may ask */
     FV_RETURN_IF_ERR(
         FV_CUDA(cudaHostAlloc(&memory, n_bytes, cudaHostAllocMapped | cudaHostAllocPortable)));
-    fv_status_t status = pinned_add(backend, memory, n_bytes);
+    (void)pthread_mutex_lock(&backend->pinned_lock);
+    status = fv_cuda_pinned_add(backend, memory, n_bytes);
+    (void)pthread_mutex_unlock(&backend->pinned_lock);
     if (status != FV_OK) {
         (void)cudaFreeHost(memory);
         return status;
@@ -153,9 +164,41 @@ static fv_status_t cuda_host_alloc(fv_backend_t *backend, size_t n_bytes, void *
 
 static void cuda_host_free(fv_backend_t *backend, void *memory)
 {
-    if (pinned_remove(backend, memory)) {
+    bool is_ours = false;
+
+    (void)pthread_mutex_lock(&backend->pinned_lock);
+    is_ours = fv_cuda_pinned_remove(backend, memory);
+    (void)pthread_mutex_unlock(&backend->pinned_lock);
+    if (is_ours && (backend->lost == FV_OK)) { /* freeing waits for the device */
         (void)cudaFreeHost(memory);
     }
+}
+
+/* ------------------------------------------------------------------ operations, in which no pinned memory comes or goes */
+
+#define LOCKED(backend, call)                            \
+    fv_status_t status = FV_OK;                          \
+    (void)pthread_mutex_lock(&(backend)->pinned_lock);   \
+    status = (call);                                     \
+    (void)pthread_mutex_unlock(&(backend)->pinned_lock); \
+    return status
+
+static fv_status_t cuda_append(fv_backend_t *backend, const fv_append_item_t *items, size_t n_items)
+{
+    LOCKED(backend, fv_cuda_append(backend, items, n_items));
+}
+
+static fv_status_t cuda_attend(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items)
+{
+    LOCKED(backend, fv_cuda_attend(backend, items, n_items));
+}
+
+static fv_status_t cuda_merge(fv_backend_t *backend,
+                              const fv_merge_item_t *items,
+                              size_t n_items,
+                              const fv_merge_sync_t *sync)
+{
+    LOCKED(backend, fv_cuda_merge(backend, items, n_items, sync));
 }
 
 int32_t fv_backend_cuda_count(void)
@@ -200,12 +243,19 @@ void *fv_backend_cuda_stream(fv_backend_t *backend)
 
 fv_status_t fv_backend_cuda_reach(fv_backend_t *backend, void *begin, size_t n_bytes)
 {
-    return pinned_add(backend, begin, n_bytes);
+    fv_status_t status = FV_OK;
+
+    (void)pthread_mutex_lock(&backend->pinned_lock);
+    status = fv_cuda_pinned_add(backend, begin, n_bytes);
+    (void)pthread_mutex_unlock(&backend->pinned_lock);
+    return status;
 }
 
 void fv_backend_cuda_unreach(fv_backend_t *backend, const void *begin)
 {
-    (void)pinned_remove(backend, begin);
+    (void)pthread_mutex_lock(&backend->pinned_lock);
+    (void)fv_cuda_pinned_remove(backend, begin);
+    (void)pthread_mutex_unlock(&backend->pinned_lock);
 }
 
 const fv_backend_ops_t fv_backend_cuda = {
@@ -215,10 +265,10 @@ const fv_backend_ops_t fv_backend_cuda = {
     .describe = cuda_describe,
     .host_alloc = cuda_host_alloc,
     .host_free = cuda_host_free,
-    .append = fv_cuda_append,
+    .append = cuda_append,
     .copy_pages = fv_cuda_copy_pages,
-    .attend = fv_cuda_attend,
-    .merge = fv_cuda_merge,
+    .attend = cuda_attend,
+    .merge = cuda_merge,
     .empty = fv_cuda_empty,
     .finish = fv_cuda_finish,
 };

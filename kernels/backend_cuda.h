@@ -1,21 +1,25 @@
 /*
  * backend_cuda.h - what the host files of the CUDA backend share. Private to kernels/, and to its GPU benchmark.
  *
- * Memory. The KV arena is one cudaMalloc. Everything a step needs beside it goes through one staging area that exists
- * twice, pinned on the host and on the device, at the same offsets: descriptors, page tables and queries are written
- * on the host side and travel in one copy a call. The area is given out by a bump pointer that finish() puts back,
- * and grows only (a step larger than any before waits for the device once). Results go straight into the caller's
- * memory when it came from host_alloc(), which maps it; otherwise into the staging area's host side,
- * which is mapped too, and finish() copies them out. One stream; nothing waits for the device but finish().
+ * Memory. The KV arena is one cudaMalloc, the page tables another (table_cache.h). What else a step needs goes through
+ * one staging area that exists twice, pinned on the host and on the device, at the same offsets: from below, what
+ * travels; from above, what the device reads or writes where it is. finish() empties it; it grows only (a step larger
+ * than any before waits for the device once). Operations describe, and note what must travel in the outbox; attend() and
+ * merge() flush it, as a rule one launch a step. Results go straight into the caller's memory when it came
+ * from host_alloc(), which maps it; otherwise finish() copies them out of the staging area. One stream; nothing
+ * waits for the device but finish(), which watches a word in mapped memory that the last kernel writes.
  */
 #ifndef FV_KERNELS_BACKEND_CUDA_H
 #define FV_KERNELS_BACKEND_CUDA_H
 
 #include "kernels/kernels.h"
 #include "kernels/lean_cuda.h"
+#include "kernels/pull_cuda.h"
+#include "kernels/table_cache.h"
 
 #include <cuda_runtime_api.h>
 
+#include <pthread.h>
 #include <stdbool.h>
 
 /* Memory of host_alloc() or reach(): the device reaches it at the same address. */
@@ -31,19 +35,33 @@ typedef struct fv_cuda_scatter {
     size_t row_bytes, n_rows, dst_stride;
 } fv_cuda_scatter_t;
 
-/* Moments of a step on the device's clock. */
-typedef enum fv_cuda_mark {
-    FV_CUDA_BEGIN = 0,
-    FV_CUDA_ATTENDED = 1,
-    FV_CUDA_MERGED = 2,
-    FV_CUDA_MARKS = 3,
-} fv_cuda_mark_t;
+/* Bytes that lie together on both sides. */
+typedef struct fv_cuda_stretch {
+    const uint8_t *src; /* the device reaches it */
+    uint8_t *dst;
+    size_t n_bytes;
+} fv_cuda_stretch_t;
 
-typedef struct fv_cuda_clock {
-    cudaEvent_t events[FV_CUDA_MARKS];
-    bool is_wanted; /* some finish() has asked for times */
-    bool has[FV_CUDA_MARKS];
-} fv_cuda_clock_t;
+/* What waits to be sent, and the device's record of the step. */
+typedef struct fv_cuda_outbox {
+    fv_pull_unit_t *units;
+    size_t n_units, units_max;
+    fv_cuda_stretch_t *stretches;
+    size_t n_stretches, stretches_max;
+    fv_pull_unit_t *mapped; /* of launches with many units, until the step's end */
+    size_t mapped_used, mapped_max;
+    fv_cuda_record_t *record; /* mapped */
+    uint32_t n_done;          /* ends of steps that were enqueued */
+    bool has_appends;         /* among the units */
+    bool has_begun;           /* this step: the device notes when it began */
+    fv_pull_launch_t launch;  /* scratch */
+} fv_cuda_outbox_t;
+
+/* How far a step was described: to take back what a refused call added. */
+typedef struct fv_cuda_outbox_mark {
+    size_t n_units, n_stretches, last_bytes, n_scatters;
+    size_t staging_used, staging_sent, staging_top;
+} fv_cuda_outbox_mark_t;
 
 struct fv_backend {
     int device;
@@ -51,13 +69,17 @@ struct fv_backend {
     size_t smem_per_sm;
     char name[64];
     cudaStream_t stream;
-    fv_cuda_clock_t clock;
+    fv_cuda_outbox_t outbox;
     fv_status_t lost; /* not FV_OK: a step was given up; nothing waits for the device any more */
     uint8_t *arena;   /* device */
     size_t kv_arena_bytes;
 
     uint8_t *staging_host, *staging_device;
-    size_t staging_bytes, staging_used;
+    size_t staging_bytes, staging_used, staging_sent, staging_top;
+
+    fv_table_cache_t *tables;
+    fv_page_ref_t *tables_device;
+    size_t tables_bytes;
 
     fv_cuda_scatter_t *scatters;
     size_t n_scatters, scatters_max;
@@ -65,8 +87,10 @@ struct fv_backend {
     uint8_t *merge_blob; /* of the merge() under way, 16-byte aligned, grow-only */
     size_t merge_blob_max;
 
-    fv_cuda_pinned_t *pinned;
+    fv_cuda_pinned_t *pinned; /* ascending; pinned_lock */
     size_t n_pinned, pinned_max;
+    pthread_mutex_t
+        pinned_lock; /* held by operations, and by host_alloc() and host_free() of other threads */
 
     /* Of the lean kernel: cut groups' pieces, grow-only. */
     float *slots;
@@ -108,11 +132,18 @@ static inline void *fv_cuda_on_device(const fv_backend_t *backend, size_t offset
     return backend->staging_device + offset;
 }
 
-/* Copies [begin, staging_used) to the device. */
-FV_MUST_CHECK fv_status_t fv_cuda_stage_send(fv_backend_t *backend, size_t begin);
+/* The same, for bytes that do not travel with the area: something else is sent there (fv_cuda_send_bytes). */
+FV_MUST_CHECK fv_status_t fv_cuda_stage_space(fv_backend_t *backend,
+                                              size_t n_bytes,
+                                              size_t *out_offset);
+
+/* The same, for bytes that the device reads or writes where they are, on the host's side. */
+size_t fv_cuda_stage_still(fv_backend_t *backend, size_t n_bytes);
 
 /* True if [p, p + n) is memory of host_alloc() or reach(). */
 bool fv_cuda_is_pinned(const fv_backend_t *backend, const void *p, size_t n_bytes);
+FV_MUST_CHECK fv_status_t fv_cuda_pinned_add(fv_backend_t *backend, void *begin, size_t n_bytes);
+bool fv_cuda_pinned_remove(fv_backend_t *backend, const void *begin); /* false: it is none */
 
 /* Notes that finish() must copy rows from the staging area to dst. */
 FV_MUST_CHECK fv_status_t fv_cuda_scatter(fv_backend_t *backend, fv_cuda_scatter_t scatter);
@@ -125,18 +156,38 @@ void fv_cuda_staging_reset(fv_backend_t *backend);
 
 void fv_cuda_staging_free(fv_backend_t *backend);
 
+/* ------------------------------------------------------------------ send_cuda.c */
+
+FV_MUST_CHECK fv_status_t fv_cuda_outbox_create(fv_cuda_outbox_t *outbox);
+void fv_cuda_outbox_destroy(fv_cuda_outbox_t *outbox); /* its device part */
+
+/* Notes bytes or a unit for the next flush. Sources stay until finish(). */
+FV_MUST_CHECK fv_status_t fv_cuda_send_bytes(fv_backend_t *backend,
+                                             void *dst,
+                                             const void *src,
+                                             size_t n_bytes);
+FV_MUST_CHECK fv_status_t fv_cuda_send_unit(fv_backend_t *backend, const fv_pull_unit_t *unit);
+/* Notes what was staged and not yet noted. */
+FV_MUST_CHECK fv_status_t fv_cuda_send_staged(fv_backend_t *backend);
+
+/* Sends all that was noted or staged: one launch, and DMA copies where there is much. */
+FV_MUST_CHECK fv_status_t fv_cuda_flush(fv_backend_t *backend);
+
+fv_cuda_outbox_mark_t fv_cuda_outbox_mark(const fv_backend_t *backend);
+void fv_cuda_outbox_back(fv_backend_t *backend, const fv_cuda_outbox_mark_t *mark);
+
 /* ------------------------------------------------------------------ wait_cuda.c */
 
-FV_MUST_CHECK fv_status_t fv_cuda_clock_create(fv_cuda_clock_t *clock);
-void fv_cuda_clock_destroy(fv_cuda_clock_t *clock);
+extern const fv_wait_limits_t
+    fv_cuda_long; /* of waits inside an operation: long, but not for ever */
 
 /*
- * Notes a moment, if the step is timed: BEGIN before an operation enqueues anything (the first one counts), the others
- * after (the last one counts). Whatever else uses the stream between attend and merge (an exchange) needs no mark.
+ * Between attend and an exchange that is enqueued on the stream: the step's compute time ends here, its exchange time
+ * begins. A kernel of the exchange may write outbox.record->attended_ns itself instead (%globaltimer).
  */
-FV_MUST_CHECK fv_status_t fv_cuda_clock_mark(fv_backend_t *backend, fv_cuda_mark_t mark);
+FV_MUST_CHECK fv_status_t fv_cuda_attended(fv_backend_t *backend);
 
-/* Until the stream is idle. limits NULL: for ever. Errors: as finish(). */
+/* Until everything on the stream is done. limits NULL: for ever. Errors: as finish(). */
 FV_MUST_CHECK fv_status_t fv_cuda_wait(fv_backend_t *backend, const fv_wait_limits_t *limits);
 
 /* FV_OK, or why the backend does nothing any more. */

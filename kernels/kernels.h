@@ -124,6 +124,13 @@ typedef struct fv_attn_item {
     const fv_page_ref_t *
         pages; /* pages[kv_head * pages_head_stride + local_page]; may be NULL when no tile; those that no row reads may be anything */
     size_t pages_head_stride;
+    /*
+     * A backend may keep tables. Entries that it may have seen stay as they are while id and version do (or become
+     * FV_PAGE_NONE and are never read again); entries behind n_table_pages are nobody's yet.
+     */
+    uint64_t table_id;      /* of this table in the whole process; 0: not to be kept */
+    uint64_t table_version; /* differs from all before when an entry was replaced */
+    uint32_t n_table_pages; /* entries of each head; every page that is read is among them */
 
     /* Result, n_dst = 0: final. o in io_dtype at out + t * out_token_bytes + h * out_head_bytes; lse (may be
      * NULL) fp32 natural log at lse + t * lse_token_stride + h.
@@ -228,8 +235,7 @@ typedef struct fv_backend_ops {
     /* n_rows partial states become the empty set by their lse alone: an empty part's o may be anything. */
     fv_status_t (*empty)(fv_backend_t *backend, float *lse_log2, uint64_t n_rows);
     /*
-     * limits NULL: waits for ever. out_times may be NULL; measuring begins after the first call that asks, because the
-     * device's clock must be read while the step is enqueued.
+     * limits NULL: waits for ever. out_times may be NULL.
      * FV_ERR_TIMED_OUT or FV_ERR_RANK_LOST (aborted): given up. The backend is unusable then: the device may still
      * write where it was told to, so memory named by the step must stay; destroy() does not wait.
      */

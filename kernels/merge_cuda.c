@@ -47,7 +47,7 @@ stage_floats(fv_backend_t *backend, const float *src, size_t n, size_t alignment
     if (is_direct(backend, src, n, alignment)) {
         return src;
     }
-    staged = fv_cuda_on_host(backend, fv_cuda_stage(backend, n * sizeof(float)));
+    staged = fv_cuda_on_host(backend, fv_cuda_stage_still(backend, n * sizeof(float)));
     memcpy(staged, src, n * sizeof(float));
     return staged;
 }
@@ -92,8 +92,9 @@ static fv_status_t stage_rows_out(fv_backend_t *backend,
     if (is_out_direct(backend, item, dst, token_bytes, row_bytes)) {
         return FV_OK;
     }
-    staged = backend->staging_host + fv_cuda_stage(backend, (size_t)(last - first + 1U) *
-                                                                (size_t)item->row_len * row_bytes);
+    staged = backend->staging_host +
+             fv_cuda_stage_still(backend,
+                                 (size_t)(last - first + 1U) * (size_t)item->row_len * row_bytes);
     for (uint64_t t = first; t <= last; t++) {
         const uint64_t row = t * item->row_len;
         const uint64_t from = (row < item->row_base) ? (item->row_base - row) : 0U;
@@ -258,13 +259,13 @@ static fv_status_t send_blob(fv_backend_t *backend, fv_merge_launch_t *launch)
 
     launch->blob = backend->merge_blob;
     if (launch->blob_bytes <= FV_MERGE_BLOB_MAX) {
-        return FV_OK;
+        return fv_cuda_flush(backend);
     }
     at = fv_cuda_stage(backend, (size_t)launch->blob_bytes);
     memcpy(fv_cuda_on_host(backend, at), backend->merge_blob, (size_t)launch->blob_bytes);
     launch->blob = fv_cuda_on_device(backend, at);
     launch->is_staged = 1;
-    return fv_cuda_stage_send(backend, at);
+    return fv_cuda_flush(backend);
 }
 
 fv_status_t fv_cuda_merge(fv_backend_t *backend,
@@ -289,14 +290,14 @@ fv_status_t fv_cuda_merge(fv_backend_t *backend,
         launch.deadline_ns = (uint64_t)sync->deadline_ms * 1000000U;
         launch.abort = sync->abort;
         launch.gave_up = sync->gave_up;
+        launch.attended_ns = &backend->outbox.record->attended_ns;
     }
     FV_RETURN_IF_ERR(take_blob(backend, (size_t)launch.blob_bytes));
     FV_RETURN_IF_ERR(fv_cuda_reserve(backend, plan.stage_bytes +
                                                   FV_CUDA_STAGE_BYTES((size_t)launch.blob_bytes)));
     FV_RETURN_IF_ERR(fill_blob(backend, items, n_items, sync, &plan));
     FV_RETURN_IF_ERR(send_blob(backend, &launch));
-    FV_RETURN_IF_ERR(FV_CUDA(fv_merge_launch(&launch, backend->stream)));
-    return fv_cuda_clock_mark(backend, FV_CUDA_MERGED);
+    return FV_CUDA(fv_merge_launch(&launch, backend->stream));
 }
 
 fv_status_t fv_cuda_empty(fv_backend_t *backend, float *lse_log2, uint64_t n_rows)

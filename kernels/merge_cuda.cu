@@ -304,6 +304,9 @@ static __device__ __forceinline__ void merge(const fv_merge_launch_t &p, const u
         job = make_job(units, p.n_units, parts, row);
     }
     asm volatile("griddepcontrol.wait;" ::: "memory");
+    if ((p.attended_ns != nullptr) && (blockIdx.x == 0) && (threadIdx.x == 0)) {
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(*p.attended_ns));
+    }
     if (!meet(p, pairs)) {
         return;
     }

@@ -46,6 +46,7 @@ typedef struct fv_merge_launch {
     uint64_t deadline_ns;           /* of waiting for pairs */
     const volatile uint32_t *abort; /* mapped host memory; NULL when there are no pairs */
     volatile uint32_t *gave_up;     /* alike */
+    uint64_t *attended_ns;          /* alike: %globaltimer when what was before is done; or NULL */
     uint32_t n_pairs, n_units;
     uint32_t is_staged; /* the blob lies in device memory */
     uint32_t reserved;

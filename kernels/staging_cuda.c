@@ -6,10 +6,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define STAGING_MIN ((size_t)1 << 20)
-
-/* Growing waits for the operations before: long, but not for ever. */
-static const fv_wait_limits_t k_grow_limits = {.deadline_ms = 30000};
+/*
+ * What a usual step needs, so that none grows it: 64 items of 8 kB of Q and as much of results from memory that the
+ * device does not reach, or 4096 descriptors.
+ */
+#define STAGING_MIN ((size_t)8 << 20)
 
 fv_status_t fv_cuda_grow(void **array, size_t *max, size_t n, size_t elem_bytes)
 {
@@ -37,6 +38,8 @@ void fv_cuda_staging_free(fv_backend_t *backend)
     backend->staging_device = NULL;
     backend->staging_bytes = 0;
     backend->staging_used = 0;
+    backend->staging_sent = 0;
+    backend->staging_top = 0;
 }
 
 fv_status_t fv_cuda_reserve(fv_backend_t *backend, size_t n_bytes)
@@ -44,10 +47,11 @@ fv_status_t fv_cuda_reserve(fv_backend_t *backend, size_t n_bytes)
     size_t wanted = backend->staging_bytes;
 
     FV_RETURN_IF_ERR(fv_cuda_usable(backend));
-    if (n_bytes <= backend->staging_bytes - backend->staging_used) {
+    if (n_bytes <= backend->staging_top - backend->staging_used) {
         return FV_OK;
     }
-    FV_RETURN_IF_ERR(fv_cuda_wait(backend, &k_grow_limits));
+    FV_RETURN_IF_ERR(fv_cuda_flush(backend));
+    FV_RETURN_IF_ERR(fv_cuda_wait(backend, &fv_cuda_long));
     fv_cuda_staging_reset(backend);
     if (n_bytes <= backend->staging_bytes) {
         return FV_OK;
@@ -60,6 +64,7 @@ fv_status_t fv_cuda_reserve(fv_backend_t *backend, size_t n_bytes)
         FV_CUDA(cudaHostAlloc((void **)&backend->staging_host, wanted, cudaHostAllocMapped)));
     FV_RETURN_IF_ERR(FV_CUDA(cudaMalloc((void **)&backend->staging_device, wanted)));
     backend->staging_bytes = wanted;
+    backend->staging_top = wanted;
     return FV_OK;
 }
 
@@ -67,34 +72,24 @@ size_t fv_cuda_stage(fv_backend_t *backend, size_t n_bytes)
 {
     size_t offset = backend->staging_used;
 
-    FV_ASSERT(FV_CUDA_STAGE_BYTES(n_bytes) <= backend->staging_bytes - offset);
+    FV_ASSERT(FV_CUDA_STAGE_BYTES(n_bytes) <= backend->staging_top - offset);
     backend->staging_used += FV_CUDA_STAGE_BYTES(n_bytes);
     return offset;
 }
 
-fv_status_t fv_cuda_stage_send(fv_backend_t *backend, size_t begin)
+fv_status_t fv_cuda_stage_space(fv_backend_t *backend, size_t n_bytes, size_t *out_offset)
 {
-    if (backend->staging_used == begin) {
-        return FV_OK;
-    }
-    FV_RETURN_IF_ERR(fv_cuda_clock_mark(backend, FV_CUDA_BEGIN));
-    return FV_CUDA(cudaMemcpyAsync(backend->staging_device + begin, backend->staging_host + begin,
-                                   backend->staging_used - begin, cudaMemcpyHostToDevice,
-                                   backend->stream));
+    FV_RETURN_IF_ERR(fv_cuda_send_staged(backend));
+    *out_offset = fv_cuda_stage(backend, n_bytes);
+    backend->staging_sent = backend->staging_used;
+    return FV_OK;
 }
 
-bool fv_cuda_is_pinned(const fv_backend_t *backend, const void *p, size_t n_bytes)
+size_t fv_cuda_stage_still(fv_backend_t *backend, size_t n_bytes)
 {
-    const uint8_t *at = p;
-
-    for (size_t i = 0; i < backend->n_pinned; i++) {
-        const fv_cuda_pinned_t *range = &backend->pinned[i];
-
-        if ((at >= range->begin) && (at < range->begin + range->n_bytes)) {
-            return n_bytes <= (size_t)(range->begin + range->n_bytes - at);
-        }
-    }
-    return false;
+    FV_ASSERT(FV_CUDA_STAGE_BYTES(n_bytes) <= backend->staging_top - backend->staging_used);
+    backend->staging_top -= FV_CUDA_STAGE_BYTES(n_bytes);
+    return backend->staging_top;
 }
 
 fv_status_t fv_cuda_scatter(fv_backend_t *backend, fv_cuda_scatter_t scatter)
@@ -116,4 +111,67 @@ void fv_cuda_staging_reset(fv_backend_t *backend)
     }
     backend->n_scatters = 0;
     backend->staging_used = 0;
+    backend->staging_sent = 0;
+    backend->staging_top = backend->staging_bytes;
+    backend->outbox.mapped_used = 0;
+}
+
+/* ------------------------------------------------------------------ memory of host_alloc() */
+
+/* Number of ranges that begin at or before p. */
+static size_t ranges_upto(const fv_backend_t *backend, const uint8_t *p)
+{
+    size_t low = 0;
+    size_t high = backend->n_pinned;
+
+    while (low < high) {
+        const size_t mid = (low + high) / 2U;
+
+        if (backend->pinned[mid].begin <= p) {
+            low = mid + 1U;
+        } else {
+            high = mid;
+        }
+    }
+    return low;
+}
+
+bool fv_cuda_is_pinned(const fv_backend_t *backend, const void *p, size_t n_bytes)
+{
+    const uint8_t *at = p;
+    const size_t n = ranges_upto(backend, at);
+
+    if (n == 0U) {
+        return false;
+    }
+    const fv_cuda_pinned_t *range = &backend->pinned[n - 1U];
+    const size_t offset = (size_t)(at - range->begin);
+
+    return (offset < range->n_bytes) && (n_bytes <= range->n_bytes - offset);
+}
+
+fv_status_t fv_cuda_pinned_add(fv_backend_t *backend, void *begin, size_t n_bytes)
+{
+    const size_t at = ranges_upto(backend, begin);
+
+    FV_RETURN_IF_ERR(fv_cuda_grow((void **)&backend->pinned, &backend->pinned_max,
+                                  backend->n_pinned + 1U, sizeof(*backend->pinned)));
+    memmove(backend->pinned + at + 1U, backend->pinned + at,
+            (backend->n_pinned - at) * sizeof(*backend->pinned));
+    backend->pinned[at] = (fv_cuda_pinned_t){.begin = begin, .n_bytes = n_bytes};
+    backend->n_pinned++;
+    return FV_OK;
+}
+
+bool fv_cuda_pinned_remove(fv_backend_t *backend, const void *begin)
+{
+    const size_t n = ranges_upto(backend, begin);
+
+    if ((n == 0U) || (backend->pinned[n - 1U].begin != begin)) {
+        return false;
+    }
+    memmove(backend->pinned + n - 1U, backend->pinned + n,
+            (backend->n_pinned - n) * sizeof(*backend->pinned));
+    backend->n_pinned--;
+    return true;
 }

@@ -3,74 +3,52 @@
  *
  * Decode path: station 7 of 10. Before: attend_cuda.c, merge_cuda.c. After: worker/step.c.
  *
- * Waiting asks the driver again and again: going to sleep and being woken costs more than a small step. Long waits yield
- * the core between questions, very long ones nap.
+ * Waiting watches a word that the step's last kernel writes: asking the driver costs 1 us more, timed events another 4, and
+ * going to sleep and being woken more than a small step. Long waits yield the core between looks, very long ones nap.
+ * The times are the device's clock, read by the step's first and last kernel.
  */
 #include "common/clock.h"
 #include "kernels/backend_cuda.h"
 
 #include <sched.h>
-#include <string.h>
+#include <stdatomic.h>
 #include <time.h>
 
 #define SPIN_US  2000 /* of asking without pause */
 #define YIELD_US 20000
 #define NAP_NS   50000
-#define ASK_US   200 /* between two questions whether to give up */
+#define ASK_US   1000 /* between two questions whether to give up */
 
-/* ------------------------------------------------------------------ the clock */
+const fv_wait_limits_t fv_cuda_long = {.deadline_ms = 30000};
 
-fv_status_t fv_cuda_clock_create(fv_cuda_clock_t *clock)
+/* ------------------------------------------------------------------ times */
+
+fv_status_t fv_cuda_attended(fv_backend_t *backend)
 {
-    for (int i = 0; i < FV_CUDA_MARKS; i++) {
-        FV_RETURN_IF_ERR(FV_CUDA(cudaEventCreate(&clock->events[i])));
-    }
-    return FV_OK;
+    return FV_CUDA(fv_stamp_launch(&backend->outbox.record->attended_ns, backend->stream));
 }
 
-void fv_cuda_clock_destroy(fv_cuda_clock_t *clock)
+static uint32_t between_us(uint64_t from_ns, uint64_t to_ns)
 {
-    for (int i = 0; i < FV_CUDA_MARKS; i++) {
-        if (clock->events[i] != NULL) {
-            (void)cudaEventDestroy(clock->events[i]);
-            clock->events[i] = NULL;
-        }
-    }
+    return (to_ns > from_ns) ? (uint32_t)((to_ns - from_ns + 500U) / 1000U) : 0U;
 }
 
-fv_status_t fv_cuda_clock_mark(fv_backend_t *backend, fv_cuda_mark_t mark)
+/* The step is over: what its record says. */
+static void read_times(fv_cuda_record_t *record, fv_device_times_t *out_times)
 {
-    fv_cuda_clock_t *clock = &backend->clock;
+    const bool is_known = record->begin_ns != 0U;
+    const bool has_exchange = is_known && (record->attended_ns != 0U);
+    const uint64_t attended_ns = has_exchange ? record->attended_ns : record->end_ns;
 
-    if (!clock->is_wanted || ((mark == FV_CUDA_BEGIN) && clock->has[FV_CUDA_BEGIN])) {
-        return FV_OK;
+    if (out_times != NULL) {
+        *out_times = (fv_device_times_t){
+            .is_known = is_known,
+            .compute_us = is_known ? between_us(record->begin_ns, attended_ns) : 0U,
+            .exchange_us = has_exchange ? between_us(attended_ns, record->end_ns) : 0U,
+        };
     }
-    clock->has[mark] = true;
-    return FV_CUDA(cudaEventRecord(clock->events[mark], backend->stream));
-}
-
-static uint32_t between_us(cudaEvent_t from, cudaEvent_t to)
-{
-    float ms = 0.0F;
-
-    return (cudaEventElapsedTime(&ms, from, to) == cudaSuccess) ? (uint32_t)(ms * 1000.0F + 0.5F)
-                                                                : 0U;
-}
-
-/* The step is over: what its marks say. */
-static void read_clock(fv_cuda_clock_t *clock, fv_device_times_t *out_times)
-{
-    fv_device_times_t times = {.is_known = clock->has[FV_CUDA_BEGIN]};
-    cudaEvent_t from = clock->events[FV_CUDA_BEGIN];
-
-    if (clock->has[FV_CUDA_ATTENDED]) {
-        times.compute_us = between_us(from, clock->events[FV_CUDA_ATTENDED]);
-        from = clock->events[FV_CUDA_ATTENDED];
-    }
-    if (clock->has[FV_CUDA_MERGED]) {
-        times.exchange_us = between_us(from, clock->events[FV_CUDA_MERGED]);
-    }
-    *out_times = times;
+    record->begin_ns = 0;
+    record->attended_ns = 0;
 }
 
 /* ------------------------------------------------------------------ waiting */
@@ -92,29 +70,48 @@ static void pause_after(int64_t waited_us)
     }
 }
 
+/* Now and then: has the device failed, and is there still something to wait for? */
+static fv_status_t
+look_round(fv_backend_t *backend, const fv_wait_limits_t *limits, int64_t waited_us)
+{
+    const cudaError_t error = cudaStreamQuery(backend->stream);
+
+    if (error !=
+        cudaErrorNotReady) { /* idle streams have written the word, or are about to be seen to */
+        FV_RETURN_IF_ERR(fv_cuda_check(error, "the step's work"));
+    }
+    if (limits == NULL) {
+        return FV_OK;
+    }
+    if ((limits->is_aborted != NULL) && limits->is_aborted(limits->arg)) {
+        return give_up(backend, FV_ERR_RANK_LOST, waited_us);
+    }
+    if (waited_us >= (int64_t)limits->deadline_ms * 1000) {
+        return give_up(backend, FV_ERR_TIMED_OUT, waited_us);
+    }
+    return FV_OK;
+}
+
 fv_status_t fv_cuda_wait(fv_backend_t *backend, const fv_wait_limits_t *limits)
 {
+    fv_cuda_outbox_t *o = &backend->outbox;
+    const volatile uint32_t *n_done = &o->record->n_done;
     const int64_t begin_us = fv_clock_us();
     int64_t next_us = begin_us + ASK_US;
 
-    for (;;) {
-        const cudaError_t error = cudaStreamQuery(backend->stream);
+    o->n_done++;
+    FV_RETURN_IF_ERR(FV_CUDA(fv_done_launch(o->record, o->n_done, backend->stream)));
+    while (*n_done != o->n_done) {
         const int64_t now_us = fv_clock_us();
 
-        if (error != cudaErrorNotReady) {
-            return fv_cuda_check(error, "the step's work");
-        }
-        if ((limits != NULL) && (now_us >= next_us)) {
+        if (now_us >= next_us) {
             next_us = now_us + ASK_US;
-            if ((limits->is_aborted != NULL) && limits->is_aborted(limits->arg)) {
-                return give_up(backend, FV_ERR_RANK_LOST, now_us - begin_us);
-            }
-            if (now_us - begin_us >= (int64_t)limits->deadline_ms * 1000) {
-                return give_up(backend, FV_ERR_TIMED_OUT, now_us - begin_us);
-            }
+            FV_RETURN_IF_ERR(look_round(backend, limits, now_us - begin_us));
         }
         pause_after(now_us - begin_us);
     }
+    atomic_thread_fence(memory_order_acquire); /* results were written before the word */
+    return FV_OK;
 }
 
 fv_status_t fv_cuda_usable(const fv_backend_t *backend)
@@ -128,15 +125,11 @@ fv_status_t fv_cuda_usable(const fv_backend_t *backend)
 fv_status_t
 fv_cuda_finish(fv_backend_t *backend, const fv_wait_limits_t *limits, fv_device_times_t *out_times)
 {
-    fv_cuda_clock_t *clock = &backend->clock;
-
     FV_RETURN_IF_ERR(fv_cuda_usable(backend));
+    FV_RETURN_IF_ERR(fv_cuda_flush(backend));
     FV_RETURN_IF_ERR(fv_cuda_wait(backend, limits));
-    if (out_times != NULL) {
-        read_clock(clock, out_times);
-    }
-    clock->is_wanted = clock->is_wanted || (out_times != NULL);
-    memset(clock->has, 0, sizeof(clock->has));
+    read_times(backend->outbox.record, out_times);
+    backend->outbox.has_begun = false;
     fv_cuda_staging_reset(backend);
     return FV_OK;
 }

@@ -7,6 +7,11 @@ fv_add_test(prop_worker property SOURCES property/prop_worker.c ${_rig}
             LIBS fv_worker Threads::Threads TIMEOUT 180)
 fv_add_test(prop_worker_s2 property SOURCES property/prop_worker_s2.c ${_rig}
             LIBS fv_worker Threads::Threads TIMEOUT 180)
+if(FV_WITH_CUDA) # the same histories, each rank a backend of its own on the GPU
+    fv_add_test(test_cuda_worker gpu SOURCES property/prop_worker.c ${_rig}
+                LIBS fv_worker Threads::Threads TIMEOUT 300)
+    target_compile_definitions(test_cuda_worker PRIVATE FV_PROP_CUDA)
+endif()
 fv_add_test(test_exchange_mpi mpi SOURCES mpi/test_exchange_mpi.c LIBS fv_worker MPI::MPI_C RANKS 3)
 fv_add_test(test_worker_serve mpi SOURCES mpi/test_worker_serve.c support/step_pack.c
             LIBS fv_worker MPI::MPI_C RANKS 3)

@@ -5,10 +5,19 @@
 
 #include "proto/reduce.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define STRIDE_MIN 4U /* pages per head of the first table: 256 tokens */
+
+/* Never used twice in a process, so that what a backend keeps of a closed session is nobody's. */
+static uint64_t take_table_ids(uint64_t n)
+{
+    static atomic_uint_fast64_t s_next = 1;
+
+    return atomic_fetch_add_explicit(&s_next, n, memory_order_relaxed);
+}
 
 fv_status_t fv_session_create(const fv_worker_model_t *model,
                               uint32_t model_slot,
@@ -26,6 +35,7 @@ fv_status_t fv_session_create(const fv_worker_model_t *model,
     session->model_slot = model_slot;
     session->placement = *placement;
     session->rank = rank;
+    session->table_id = take_table_ids((uint64_t)model->spec.n_layers);
     session->cp = -1;
     if (cell >= 0) {
         int32_t hp = cell / placement->n_ctx_parts;
@@ -65,6 +75,7 @@ drop_pages(const fv_session_t *session, fv_layer_kv_t *layer, uint32_t n_keep, f
     }
     if (n_keep < layer->n_pages) {
         layer->n_pages = n_keep;
+        layer->table_version++;
     }
     if (layer->n_dead > layer->n_pages) {
         layer->n_dead = layer->n_pages;
@@ -232,6 +243,7 @@ static size_t unshare_last(fv_session_t *session,
     const fv_model_spec_t *spec = &session->model->spec;
     size_t n = 0;
 
+    layer->table_version++;
     for (size_t h = 0; h < (size_t)session->n_heads; h++) {
         fv_page_ref_t *page = &layer->pages[h * layer->stride + layer->n_pages - 1U];
 

@@ -35,6 +35,8 @@ typedef struct fv_layer_kv {
     uint32_t n_dead;  /* of these, from the first: looked at, and freed where no head keeps them */
     uint64_t floor;   /* position of the last append: queries from here on are possible */
     uint64_t n_freed; /* entries of the table that are FV_PAGE_NONE */
+    uint64_t
+        table_version; /* grows when an entry that was in use goes or is replaced (kernels.h) */
 } fv_layer_kv_t;
 
 typedef struct fv_session {
@@ -42,6 +44,7 @@ typedef struct fv_session {
     fv_placement_t placement;
     uint32_t model_slot;
     uint32_t rank;         /* this one */
+    uint64_t table_id;     /* of layer 0's table; the next layers' follow; unlike any before */
     int32_t cp;            /* context part; -1: no cell on this rank */
     int32_t head_begin;    /* the model's number of local KV head 0 */
     int32_t n_heads;       /* local KV heads */

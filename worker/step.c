@@ -268,6 +268,9 @@ static fv_attn_item_t make_attend(const fv_step_item_t *item)
         .q_token_bytes = io->q_token_bytes,
         .pages = item->layer->pages,
         .pages_head_stride = item->layer->stride,
+        .table_id = session->table_id + ctl->layer,
+        .table_version = item->layer->table_version,
+        .n_table_pages = item->layer->n_pages,
     };
     if (spec->sharding.mode == FV_SHARDING_LATENT) {
         a.latent_mu = spec->sharding.mu[part->slice];

@@ -254,8 +254,8 @@ static void test_repeat(void **state)
     static const int64_t k_lengths[] = {0, 1, 64, 333, 5000, 20000, 7, 129};
     fv_attn_spec_t other_spec = spec_of(64, 64, FV_DTYPE_BF16, FV_DTYPE_BF16, 8, 3000);
     fv_rng_t rng = {5};
-    step_t step = {0};
-    step_t other = {0};
+    static step_t step; /* two of them are much for a stack */
+    static step_t other;
     void *first[STEP_MAX];
 
     (void)state;

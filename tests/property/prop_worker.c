@@ -11,6 +11,17 @@
 
 #define ARENA_BYTES ((size_t)24 << 20)
 
+#if defined( \
+    FV_PROP_CUDA) /* tests/gpu.cmake: what that backend does, without S2 and latent attention */
+#    define BACKEND     (&fv_backend_cuda)
+#    define random_spec fv_rig_random_spec
+#    define IS_CUDA     true
+#else
+#    define BACKEND     NULL
+#    define random_spec fv_rig_random_sparse_spec
+#    define IS_CUDA     false
+#endif
+
 static uint64_t seed;
 
 static fv_model_spec_t fixed_spec(void)
@@ -46,7 +57,7 @@ static void test_every_placement_shape(void **state)
         fv_model_spec_t spec = fixed_spec();
         uint32_t slot = 0;
 
-        fv_rig_create(&rig, n_ranks, ARENA_BYTES, NULL, seed + n_ranks);
+        fv_rig_create(&rig, n_ranks, ARENA_BYTES, BACKEND, seed + n_ranks);
         uint32_t model = fv_rig_model(&rig, &spec);
         for (uint16_t hp = 1; hp <= 5U; hp++) {
             for (uint16_t cp = 1; (uint32_t)hp * cp <= n_ranks; cp++) {
@@ -103,6 +114,9 @@ static void test_latent_placements(void **state)
     static const uint32_t k_ranks[] = {1, 2, 3, 4, 8};
 
     (void)state;
+    if (IS_CUDA) {
+        skip();
+    }
     for (size_t i = 0; i < FV_COUNT(k_ranks); i++) {
         uint32_t n = k_ranks[i];
 
@@ -126,10 +140,10 @@ static void test_random_histories_equal_the_oracle(void **state)
     for (size_t i = 0; i < FV_COUNT(ranks); i++) {
         static fv_rig_t rig; /* large */
 
-        fv_rig_create(&rig, ranks[i], ARENA_BYTES, NULL, seed * 1000U + i);
-        for (uint32_t m = 0; m < 4U; m++) {
-            fv_model_spec_t spec = (m < 3U) ? fv_rig_random_sparse_spec(&rig.random)
-                                            : fv_rig_random_latent(&rig.random, 0);
+        fv_rig_create(&rig, ranks[i], ARENA_BYTES, BACKEND, seed * 1000U + i);
+        for (uint32_t m = 0; m < (IS_CUDA ? 3U : 4U); m++) {
+            fv_model_spec_t spec =
+                (m < 3U) ? random_spec(&rig.random) : fv_rig_random_latent(&rig.random, 0);
 
             (void)fv_rig_model(&rig, &spec);
         }
@@ -147,7 +161,7 @@ static void test_a_full_pool_refuses_items_alone(void **state)
     for (uint32_t n_ranks = 1; n_ranks <= 3U; n_ranks++) {
         static fv_rig_t rig; /* large */
 
-        fv_rig_create(&rig, n_ranks, (size_t)640 << 10, NULL, seed * 77U + n_ranks);
+        fv_rig_create(&rig, n_ranks, (size_t)640 << 10, BACKEND, seed * 77U + n_ranks);
         fv_model_spec_t spec = fixed_spec();
         (void)fv_rig_model(&rig, &spec);
         fv_rig_live(&rig, 150);
@@ -219,6 +233,12 @@ int main(void)
         cmocka_unit_test(test_windows_equal_the_oracle),
     };
 
+#if defined(FV_PROP_CUDA)
+    if (!fv_backend_cuda_is_visible()) {
+        print_message("no GPU: skipped\n");
+        return 77;
+    }
+#endif
     seed = fv_random_seed(1);
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -9,6 +9,19 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Ranks go round the GPUs that there are. */
+static int32_t device_of(uint32_t rank)
+{
+#if defined(FV_WITH_CUDA)
+    const int32_t n_devices = fv_backend_cuda_count();
+
+    return (n_devices > 0) ? ((int32_t)rank % n_devices) : 0;
+#else
+    (void)rank;
+    return 0;
+#endif
+}
+
 void fv_rig_create_through(fv_rig_t *rig,
                            uint32_t n_ranks,
                            size_t arena_bytes,
@@ -29,7 +42,7 @@ void fv_rig_create_through(fv_rig_t *rig,
             .backend = (backend != NULL) ? backend : &fv_backend_cpu,
             .backend_config = {.n_threads = 1,
                                .kv_arena_bytes = arena_bytes,
-                               .device = (int32_t)r,
+                               .device = device_of(r),
                                .isa = (isa != NULL) ? isa : "auto"},
             .exchange = (n_ranks > 1U) ? door->exchange : NULL,
             .exchange_ctx = door->ctx(door->arg, r),

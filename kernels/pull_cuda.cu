@@ -1,0 +1,229 @@
+/*
+ * pull_cuda.cu - brings a step to the device: bytes, new tokens into pages, entries into page tables; and its end.
+ *
+ * Decode path: station 6 of 10. Before: send_cuda.c. After: lean_kernel.cuh reads what was brought.
+ */
+#include "kernels/lean_cuda.h"
+#include "kernels/ptx.cuh"
+#include "kernels/pull_cuda.h"
+
+#include <cuda_runtime.h>
+
+#define THREADS 256
+
+static __device__ __forceinline__ uint64_t clock_ns(void)
+{
+    uint64_t ns;
+
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
+    return ns;
+}
+
+/* n elements from src at any alignment of its element size. */
+template <int N>
+static __device__ __forceinline__ void load_elems(float out[N], const uint8_t *src, int32_t dtype)
+{
+    if (dtype == FV_DTYPE_F32) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            out[i] = ((const float *)src)[i];
+        }
+        return;
+    }
+    uint16_t raw[N];
+
+    if (((uintptr_t)src % (2U * N)) == 0) {
+        if (N == 8) {
+            *(uint4 *)raw = *(const uint4 *)src;
+        } else {
+            *(uint2 *)raw = *(const uint2 *)src;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            raw[i] = ((const uint16_t *)src)[i];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        out[i] = (dtype == FV_DTYPE_BF16) ? __uint_as_float((uint32_t)raw[i] << 16U)
+                                          : __half2float(__ushort_as_half(raw[i]));
+    }
+}
+
+/* One 16-byte chunk of a page. */
+static __device__ __forceinline__ void
+put_chunk(uint8_t *dst, const uint8_t *row, uint32_t chunk, int32_t src_dtype, int32_t kv_dtype)
+{
+    const uint32_t src_e = (src_dtype == FV_DTYPE_F32) ? 4U : 2U;
+    uint32_t words[4];
+
+    if (kv_dtype == FV_DTYPE_F32) {
+        float x[4];
+
+        load_elems<4>(x, row + chunk * 4U * src_e, src_dtype);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            words[i] = __float_as_uint(x[i]);
+        }
+    } else {
+        float x[8];
+
+        load_elems<8>(x, row + chunk * 8U * src_e, src_dtype);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (kv_dtype == FV_DTYPE_BF16) {
+                fv_split_rounded<false, 1>(&words[i], 1, x[2 * i], x[2 * i + 1]);
+            } else {
+                fv_split_rounded<true, 1>(&words[i], 1, x[2 * i], x[2 * i + 1]);
+            }
+        }
+    }
+    *(uint4 *)dst = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+/* A token's K or V row of one head into its page, chunk by chunk: see lean_cuda.h for the permutation. */
+static __device__ __forceinline__ void append_unit(uint8_t *arena, const fv_pull_unit_t *u)
+{
+    const uint32_t e = (u->kv_dtype == FV_DTYPE_F32) ? 4U : 2U;
+    const uint32_t src_e = (u->src_dtype == FV_DTYPE_F32) ? 4U : 2U;
+    const uint32_t k_chunks = (uint32_t)u->head_dim_qk * e / 16U;
+    const uint32_t v_chunks = (uint32_t)u->head_dim_v * e / 16U;
+    const uint32_t chunks = k_chunks + v_chunks;
+    const fv_page_swizzle_t k_swizzle = fv_page_swizzle_make(k_chunks);
+    const fv_page_swizzle_t v_swizzle = fv_page_swizzle_make(v_chunks);
+
+    for (uint32_t i = threadIdx.x; i < chunks * u->n_heads * u->n_tokens; i += THREADS) {
+        const uint32_t row = i / chunks;
+        const uint32_t c = i - row * chunks;
+        const uint32_t t = row / u->n_heads;
+        const uint32_t h = row - t * u->n_heads;
+        const uint32_t slot = (uint32_t)u->slot + t;
+        uint8_t *page = arena + (uint64_t)u->pages[h] * FV_PAGE_UNIT;
+
+        if (c < k_chunks) {
+            const uint32_t at = c ^ ((slot >> k_swizzle.shift) & k_swizzle.mask);
+
+            put_chunk(page + (slot * k_chunks + at) * 16U,
+                      u->k + t * u->k_token_bytes + (uint64_t)h * u->head_dim_qk * src_e, c,
+                      u->src_dtype, u->kv_dtype);
+        } else {
+            const uint32_t at = (c - k_chunks) ^ ((slot >> v_swizzle.shift) & v_swizzle.mask);
+
+            put_chunk(page + (FV_PAGE_TOKENS * k_chunks + slot * v_chunks + at) * 16U,
+                      u->v + t * u->v_token_bytes + (uint64_t)h * u->head_dim_v * src_e,
+                      c - k_chunks, u->src_dtype, u->kv_dtype);
+        }
+    }
+}
+
+/* At most FV_PULL_BYTES: both loads of a thread are under way before either is waited for. */
+static __device__ __forceinline__ void copy_unit(const fv_pull_unit_t *u)
+{
+    const bool is_aligned = (((uintptr_t)u->k | (uintptr_t)u->dst) % 16U) == 0;
+    const uint32_t n_chunks = is_aligned ? (u->n_bytes / 16U) : 0U;
+    const uint4 *src = (const uint4 *)u->k;
+    uint4 *dst = (uint4 *)u->dst;
+    uint4 x[FV_PULL_BYTES / 16U / THREADS];
+
+#pragma unroll
+    for (uint32_t i = 0; i < FV_PULL_BYTES / 16U / THREADS; i++) {
+        if (threadIdx.x + i * THREADS < n_chunks) {
+            x[i] = src[threadIdx.x + i * THREADS];
+        }
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < FV_PULL_BYTES / 16U / THREADS; i++) {
+        if (threadIdx.x + i * THREADS < n_chunks) {
+            dst[threadIdx.x + i * THREADS] = x[i];
+        }
+    }
+    for (uint32_t i = n_chunks * 16U + threadIdx.x; i < u->n_bytes; i += THREADS) {
+        u->dst[i] = u->k[i];
+    }
+}
+
+/* Grid: one block a unit. */
+static __global__ void __launch_bounds__(THREADS)
+    pull_kernel(const __grid_constant__ fv_pull_launch_t launch)
+{
+    __shared__ fv_pull_unit_t unit;
+    const fv_pull_unit_t *units = (launch.units != NULL) ? launch.units : launch.inlined;
+    const uint32_t *words = (const uint32_t *)(units + blockIdx.x);
+
+    /* the kernel behind may be set up meanwhile: it waits for this one's end before it reads */
+    asm volatile("griddepcontrol.launch_dependents;");
+    if (threadIdx.x < sizeof(unit) / sizeof(*words)) { /* over the bus once a block */
+        ((uint32_t *)&unit)[threadIdx.x] = words[threadIdx.x];
+    }
+    if ((launch.begin_ns != NULL) && (blockIdx.x == 0) && (threadIdx.x == 0)) {
+        *launch.begin_ns = clock_ns();
+    }
+    __syncthreads();
+    if (unit.kind == FV_PULL_APPEND) {
+        append_unit(launch.arena, &unit);
+    } else if (unit.kind == FV_PULL_COPY) {
+        copy_unit(&unit);
+    } else if (threadIdx.x < unit.n_heads) {
+        *(fv_page_ref_t *)(unit.dst + (uint64_t)threadIdx.x * unit.n_bytes) =
+            unit.pages[threadIdx.x];
+    }
+}
+
+static __global__ void __launch_bounds__(32) stamp_kernel(uint64_t *ns)
+{
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (threadIdx.x == 0) {
+        *ns = clock_ns();
+    }
+}
+
+static __global__ void __launch_bounds__(32) done_kernel(fv_cuda_record_t *record, uint32_t n_done)
+{
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (threadIdx.x == 0) {
+        const uint64_t ns = clock_ns();
+
+        __threadfence_system(); /* results before the word that announces them */
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(record), "r"(n_done), "r"(0U),
+                     "r"((uint32_t)ns), "r"((uint32_t)(ns >> 32U))
+                     : "memory");
+    }
+}
+
+/* Kernels that begin with griddepcontrol.wait may be set up while the one before runs. */
+static cudaLaunchConfig_t early_config(cudaLaunchAttribute *attribute, cudaStream_t stream)
+{
+    cudaLaunchConfig_t config = {};
+
+    attribute->id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute->val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = dim3(1);
+    config.blockDim = dim3(32);
+    config.stream = stream;
+    config.attrs = attribute;
+    config.numAttrs = 1;
+    return config;
+}
+
+cudaError_t fv_pull_launch(const fv_pull_launch_t *launch, cudaStream_t stream)
+{
+    pull_kernel<<<launch->n_units, THREADS, 0, stream>>>(*launch);
+    return cudaGetLastError();
+}
+
+cudaError_t fv_stamp_launch(uint64_t *ns, cudaStream_t stream)
+{
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = early_config(&attribute, stream);
+
+    return cudaLaunchKernelEx(&config, stamp_kernel, ns);
+}
+
+cudaError_t fv_done_launch(fv_cuda_record_t *record, uint32_t n_done, cudaStream_t stream)
+{
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = early_config(&attribute, stream);
+
+    return cudaLaunchKernelEx(&config, done_kernel, record, n_done);
+}
