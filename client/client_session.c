@@ -200,6 +200,7 @@ fovea_code_t fovea_open_session(fovea_client_t *client,
     }
     if (options != NULL) {
         wire.max_tokens_hint = options->max_tokens_hint;
+        wire.close_with_stream = options->close_with_stream;
         if (options->sharding != NULL) {
             wire.sharding = sharding_of(options->sharding);
         }

@@ -261,6 +261,8 @@ FOVEA_API bool fovea_session_id_parse(const char *text, fovea_session_id_t *out)
 typedef struct fovea_session_options {
     uint64_t max_tokens_hint;         /* 0 = unknown; guides placement, reserves nothing */
     const fovea_sharding_t *sharding; /* overrides the model's; NULL = the model's */
+    bool
+        close_with_stream; /* it (and its forks) ends with the first stream that used it, however that ends */
 } fovea_session_options_t;
 
 /* options: may be NULL. Errors: NOT_FOUND (model_id), RESOURCE_EXHAUSTED, UNAVAILABLE (draining). */

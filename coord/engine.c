@@ -79,6 +79,7 @@ void fv_engine_destroy(fv_engine_t *engine)
     fv_dispatch_destroy(engine->dispatch);
     fv_staging_destroy(engine->staging);
     fv_sched_destroy(engine->sched);
+    fv_engine_free_streams(engine);
     free(engine->hellos);
     free(engine->rank_stats);
     free(engine->scan_items);
@@ -302,8 +303,15 @@ static fv_status_t take_own_turn(fv_engine_t *engine, bool *out_is_done, int64_t
     } else {
         status = fv_engine_work(engine);
     }
+    int64_t sweep_us = INT64_MAX;
+    if (status == FV_OK) {
+        status = fv_engine_close_idle(engine, fv_clock_us(), &sweep_us);
+    }
     *out_is_done = (status != FV_OK) || is_drained(engine);
     *out_until_us = fv_engine_serve_watchers(engine, fv_clock_us());
+    if (sweep_us < *out_until_us) {
+        *out_until_us = sweep_us;
+    }
     if (engine->is_draining && (engine->drain_deadline_us < *out_until_us)) {
         *out_until_us = engine->drain_deadline_us;
     }

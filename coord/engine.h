@@ -28,6 +28,7 @@ typedef struct fv_engine_config {
     fv_sched_config_t sched;
     size_t request_memory_bytes;
     uint32_t drain_timeout_ms;
+    int32_t session_idle_s;      /* a session not used for so long is closed; 0 = never */
     fv_auth_t *auth;             /* told to read its file again by SIGHUP; NULL: none */
     const fv_local_ops_t *local; /* NULL: dedicated coordinator */
     void *local_ctx;

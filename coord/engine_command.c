@@ -310,26 +310,16 @@ static fv_status_t do_close(fv_engine_t *engine, const fv_entry_t *entry)
 {
     fv_session_request_t request = {0};
     fv_session_t *session = NULL;
-    fv_ctl_close_t message = {0};
-    fv_placement_t placement;
-    fv_error_t refusal = {0};
 
     fv_status_t status = fv_wire_close_request_decode(message_of(entry), &request);
     if (status == FV_OK) {
         status = visible_session(engine, entry, &request.session, &session);
     }
-    if (status == FV_OK) {
-        status = fv_sched_close(engine->sched, &request.session, &message, &placement);
-    }
     if (status != FV_OK) {
         fv_reply_error(entry->call, status);
         return FV_OK;
     }
-    FV_RETURN_IF_ERR(
-        fv_engine_broadcast(engine, &placement, FV_CTL_CLOSE, &message, sizeof(message), &refusal));
-    if (refusal.status != FV_OK) {
-        return fv_fail(FV_ERR_INTERNAL, "a rank refused to close a session: %s", refusal.text);
-    }
+    FV_RETURN_IF_ERR(fv_engine_close_session(engine, &request.session));
     answer_empty(entry->call);
     return FV_OK;
 }
@@ -507,9 +497,10 @@ fv_status_t fv_engine_command(fv_engine_t *engine, fv_entry_t *entry)
         return do_watch(engine, entry);
     case FV_METHOD_DRAIN:
         return do_drain(engine, entry);
+    case FV_METHOD_COUNT:
+        return fv_engine_stream_ended(engine, entry->call);
     case FV_METHOD_ATTEND:
     case FV_METHOD_ATTEND_ONCE:
-    case FV_METHOD_COUNT:
     default:
         return fv_fail(FV_ERR_INTERNAL, "method %d is not a command", (int)entry->method);
     }

@@ -347,8 +347,14 @@ void fv_engine_on_message(void *ctx,
     }
 }
 
+/* The end of a stream that sessions end with goes the way of a small RPC; nobody reads its answer. */
 void fv_engine_on_closed(void *ctx, fv_call_t *call)
 {
-    (void)ctx; /* whoever holds the call asks fv_call_is_closed() when it next looks at it */
-    (void)call;
+    fv_engine_t *engine = ctx;
+
+    /* whoever holds another call asks fv_call_is_closed() when it next looks at it */
+    if ((fv_call_method(call) == FV_METHOD_ATTEND) && (fv_call_user(call) != NULL) &&
+        !atomic_load(&engine->is_closed)) {
+        take_small(engine, call, FV_METHOD_COUNT, NULL, 0);
+    }
 }

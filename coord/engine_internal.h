@@ -39,6 +39,13 @@ typedef struct fv_watcher {
     int64_t due_us, interval_us;
 } fv_watcher_t;
 
+/* An Attend stream that sessions end with. */
+typedef struct fv_stream {
+    struct fv_stream *next, *prev;
+    fv_call_t *call; /* one reference held; its user word points back */
+    fv_session_list_t sessions;
+} fv_stream_t;
+
 typedef struct fv_rank_stats {
     uint64_t n_steps, busy_us;
 } fv_rank_stats_t;
@@ -72,6 +79,8 @@ struct fv_engine {
     fv_attend_item_t *scan_items; /* rpc thread: scratch of FV_ITEMS_MAX */
 
     fv_watcher_t *watchers;
+    fv_stream_t *streams;
+    int64_t sweep_due_us;  /* when idle sessions are looked for again */
     fv_call_t *drain_call; /* to be answered when drained */
     bool is_draining;
     int64_t drain_deadline_us;
@@ -127,6 +136,17 @@ FV_MUST_CHECK fv_status_t fv_engine_broadcast(fv_engine_t *engine,
                                               const void *body,
                                               size_t n_bytes,
                                               fv_error_t *out_refusal);
+
+/* engine_sessions.c; the turn is held; an error ends the service */
+FV_MUST_CHECK fv_status_t fv_engine_close_session(fv_engine_t *engine, const fv_session_id_t *id);
+/* Closes some of those that are idle; when it wants to be called again (INT64_MAX: never). */
+FV_MUST_CHECK fv_status_t fv_engine_close_idle(fv_engine_t *engine,
+                                               int64_t now_us,
+                                               int64_t *out_next_us);
+/* A step was done: its sessions were used; those that end with a stream belong to the first that used them. */
+FV_MUST_CHECK fv_status_t fv_engine_note_use(fv_engine_t *engine, const fv_request_t *joined);
+FV_MUST_CHECK fv_status_t fv_engine_stream_ended(fv_engine_t *engine, fv_call_t *call);
+void fv_engine_free_streams(fv_engine_t *engine); /* after its sessions */
 
 /* engine_watch.c */
 FV_MUST_CHECK fv_status_t fv_engine_encode_status(fv_engine_t *engine, fv_bytes_t *out);

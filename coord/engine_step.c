@@ -180,6 +180,17 @@ static fv_status_t undo_failed(fv_engine_t *engine, const fv_step_plan_t *plan)
     return FV_OK;
 }
 
+/* Answered even when closing a session ends the service. */
+static fv_status_t note_use(fv_engine_t *engine, const fv_step_plan_t *plan)
+{
+    fv_status_t status = fv_engine_note_use(engine, plan->joined);
+
+    if (status != FV_OK) {
+        fail_all(engine, plan->joined, status);
+    }
+    return status;
+}
+
 fv_status_t fv_engine_step(fv_engine_t *engine, bool *out_ran)
 {
     fv_step_plan_t plan;
@@ -204,6 +215,7 @@ fv_status_t fv_engine_step(fv_engine_t *engine, bool *out_ran)
     }
     engine->n_steps++;
     fv_sched_step_done(engine->sched, &plan);
+    FV_RETURN_IF_ERR(note_use(engine, &plan));
     fv_trace("step %llu: %u requests, %u items, %llu tokens, %lld us",
              (unsigned long long)plan.step_id, plan.n_joined, plan.n_items,
              (unsigned long long)plan.n_tokens, (long long)(fv_clock_us() - now_us));

@@ -49,7 +49,11 @@ int64_t fv_engine_serve_watchers(fv_engine_t *engine, int64_t now_us)
 
     while (*link != NULL) {
         fv_watcher_t *watcher = *link;
-        if (fv_call_is_closed(watcher->call)) {
+        fv_status_t status = fv_call_recheck(watcher->call); /* a watch outlives tokens */
+        if (status != FV_OK) {
+            fv_reply_error(watcher->call, status);
+        }
+        if ((status != FV_OK) || fv_call_is_closed(watcher->call)) {
             *link = watcher->next;
             drop(watcher);
             continue;

@@ -401,6 +401,7 @@ static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served)
                   .cost = fv_plan_cost_cpu()},
         .request_memory_bytes = p->config.request_memory,
         .drain_timeout_ms = (uint32_t)p->config.drain_timeout_ms,
+        .session_idle_s = p->config.session_idle_s,
         .auth = p->auth,
         .local = (p->worker != NULL) ? &k_local_ops : NULL,
         .local_ctx = p->worker,

@@ -274,6 +274,7 @@ fv_status_t fv_sched_open(fv_sched_t *sched,
     fv_session_t *session = NULL;
     FV_RETURN_IF_ERR(fv_session_add(sched->sessions, &birth->id, spec->n_layers, &session));
     session->model_slot = (uint32_t)slot;
+    session->closes_with_stream = request->close_with_stream;
     set_birth(session, birth, birth->owner);
     session->placement = placement;
     memcpy(session->reason, reason, sizeof(session->reason));
@@ -316,6 +317,7 @@ static fv_status_t copy_parent(fv_session_t *parent, uint64_t at_position, fv_se
     child->parent = parent->id;
     child->has_parent = true;
     child->is_forked = true;
+    child->closes_with_stream = parent->closes_with_stream;
     memcpy(child->reason, parent->reason, sizeof(child->reason));
     for (int32_t i = 0; i < parent->n_layers; i++) {
         FV_RETURN_IF_ERR(fv_layer_fork(&parent->layers[i], at_position, &child->layers[i]));
@@ -437,6 +439,11 @@ fv_session_t *fv_sched_session(const fv_sched_t *sched, const fv_session_id_t *i
 }
 
 const fv_session_table_t *fv_sched_sessions(const fv_sched_t *sched)
+{
+    return sched->sessions;
+}
+
+fv_session_table_t *fv_sched_session_table(fv_sched_t *sched)
 {
     return sched->sessions;
 }

@@ -170,6 +170,7 @@ fv_request_t *fv_sched_take_all(fv_sched_t *sched);
 
 fv_session_t *fv_sched_session(const fv_sched_t *sched, const fv_session_id_t *id);
 const fv_session_table_t *fv_sched_sessions(const fv_sched_t *sched);
+fv_session_table_t *fv_sched_session_table(fv_sched_t *sched); /* not to add or remove */
 uint32_t fv_sched_n_models(const fv_sched_t *sched);
 const fv_model_spec_t *fv_sched_model(const fv_sched_t *sched, uint32_t model_slot);
 const char *fv_sched_model_id(const fv_sched_t *sched, uint32_t model_slot);

@@ -14,6 +14,7 @@ struct fv_session_table {
     uint32_t mask; /* n_cells - 1, a power of two at least twice sessions_max */
     uint64_t next_seq;
     fv_session_t *first, *last; /* in order of opening */
+    fv_session_t *round;        /* what fv_session_table_round() gives next; NULL: the first */
     fv_session_t **cells; /* [mask + 1], NULL = empty; linear probing, backward-shift deletion */
     uint32_t *free_slots; /* stack */
     uint32_t n_free_slots;
@@ -132,11 +133,47 @@ fv_status_t fv_session_add(fv_session_table_t *table,
     return FV_OK;
 }
 
+fv_session_t *fv_session_table_round(fv_session_table_t *table)
+{
+    fv_session_t *session = (table->round != NULL) ? table->round : table->first;
+
+    table->round = (session == NULL) ? NULL : session->next;
+    return session;
+}
+
+void fv_session_list_add(fv_session_list_t *list, fv_session_t *session)
+{
+    session->list = list;
+    session->prev_of_list = NULL;
+    session->next_of_list = list->first;
+    if (list->first != NULL) {
+        list->first->prev_of_list = session;
+    }
+    list->first = session;
+}
+
+static void list_remove(fv_session_t *session)
+{
+    if (session->list == NULL) {
+        return;
+    }
+    *((session->prev_of_list != NULL) ? &session->prev_of_list->next_of_list
+                                      : &session->list->first) = session->next_of_list;
+    if (session->next_of_list != NULL) {
+        session->next_of_list->prev_of_list = session->prev_of_list;
+    }
+    session->list = NULL;
+}
+
 void fv_session_remove(fv_session_table_t *table, fv_session_t *session)
 {
     uint32_t hole = find_cell(table, &session->id);
     uint32_t i = hole;
 
+    if (table->round == session) {
+        table->round = session->next;
+    }
+    list_remove(session);
     /* Backward shift: pull back every later entry of the run that may move into the hole. */
     table->cells[hole] = NULL;
     for (;;) {

@@ -48,13 +48,21 @@ typedef struct fv_layer {
     bool tail_unknown;
 } fv_layer_t;
 
+/* Sessions that have something in common; each is on one list at most. */
+typedef struct fv_session_list {
+    struct fv_session *first;
+} fv_session_list_t;
+
 typedef struct fv_session {
     fv_session_id_t id, parent;
     bool has_parent, is_forked; /* is_forked: it was a fork's parent or child */
     uint32_t slot, model_slot;
     uint64_t created_unix_ms;
-    int64_t used_us;                /* when somebody used it last */
-    fv_principal_t *owner;          /* NULL: nobody's */
+    int64_t used_us;       /* when somebody used it last */
+    fv_principal_t *owner; /* NULL: nobody's */
+    bool closes_with_stream;
+    fv_session_list_t *list; /* NULL: on none */
+    struct fv_session *next_of_list, *prev_of_list;
     uint64_t opened_seq;            /* order of opening: pages of ListSessions */
     struct fv_session *next, *prev; /* in order of opening */
     fv_placement_t placement;
@@ -82,10 +90,17 @@ FV_MUST_CHECK fv_status_t fv_session_add(fv_session_table_t *table,
                                          const fv_session_id_t *id,
                                          int32_t n_layers,
                                          fv_session_t **out);
+/* Takes it off its list, too. */
 void fv_session_remove(fv_session_table_t *table, fv_session_t *session);
 
 /* The first session with opened_seq > after, NULL at the end; session->next goes on. O(sessions). */
 fv_session_t *fv_session_after(const fv_session_table_t *table, uint64_t after);
+
+/* One after the other, round and round, whatever is added or removed meanwhile; NULL when there is none. O(1). */
+fv_session_t *fv_session_table_round(fv_session_table_t *table);
+
+/* It must be on none. */
+void fv_session_list_add(fv_session_list_t *list, fv_session_t *session);
 
 /* Tokens of the longest layer. */
 uint64_t fv_session_tokens(const fv_session_t *session);

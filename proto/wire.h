@@ -168,6 +168,7 @@ typedef struct fv_open_request {
     char model_id[FV_MODEL_ID_BYTES];
     uint64_t max_tokens_hint;
     fv_sharding_t sharding; /* is_set = 0: use the model's */
+    bool close_with_stream;
 } fv_open_request_t;
 
 /* Fork, Truncate, Close, GetSession, GetPlacement requests. */

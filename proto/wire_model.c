@@ -348,6 +348,7 @@ static fv_status_t open_decode(const Fovea__V1__OpenSessionRequest *in, fv_open_
 {
     FV_RETURN_IF_ERR(fv_message_model_id(in->model_id, out->model_id));
     out->max_tokens_hint = in->max_tokens_hint;
+    out->close_with_stream = in->close_with_stream != 0;
     if (in->sharding == NULL) {
         return FV_OK;
     }
@@ -376,6 +377,7 @@ fv_status_t fv_wire_open_request_encode(const fv_open_request_t *in, fv_bytes_t 
 
     message.model_id = fv_message_borrow(in->model_id);
     message.max_tokens_hint = in->max_tokens_hint;
+    message.close_with_stream = in->close_with_stream ? 1 : 0;
     message.sharding = (in->sharding.is_set != 0) ? &sharding : NULL;
     return fv_message_pack(&message.base, out);
 }

@@ -203,7 +203,8 @@ static void test_open(void **state)
 {
     (void)state;
     for (int i = 0; i < N_CASES; i++) {
-        fv_open_request_t in = {.max_tokens_hint = fv_random_wide(&g_random)};
+        fv_open_request_t in = {.max_tokens_hint = fv_random_wide(&g_random),
+                                .close_with_stream = (i % 3) == 0};
         fv_open_request_t back;
         fv_open_request_t scratch;
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -189,8 +190,11 @@ def test_tokens_come_and_go(guarded):
         assert stream.submit(0, [(session, 1, 1)], q, k, v).result(20)  # untouched by the reload
 
         guarded.tokens.write("owner user sha256=nonsense\n")
-        guarded.service.process.send_signal(signal.SIGHUP)
-        assert eventually(lambda: "last good file stays" in guarded.service.output())
+        if "FV_TEST_RANKS" in os.environ:  # mpirun would take the signal for itself
+            assert eventually(lambda: late.status() and "last good file stays" in guarded.service.output())
+        else:
+            guarded.service.process.send_signal(signal.SIGHUP)
+            assert eventually(lambda: "last good file stays" in guarded.service.output())
         assert "nonsense" not in guarded.service.output()
         assert stream.submit(0, [(session, 2, 1)], q, k, v).result(20)
 

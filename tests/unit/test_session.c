@@ -157,6 +157,38 @@ static void test_tails_are_counted(void **state)
     free(c.records);
 }
 
+/* Each session comes once a round, whatever is removed; lists keep up with removals. */
+static void test_rounds_and_lists(void **state)
+{
+    fv_session_table_t *table = NULL;
+    fv_session_t *s[6];
+    fv_session_list_t list = {0};
+
+    (void)state;
+    assert_int_equal(fv_session_table_create(8, &table), FV_OK);
+    assert_null(fv_session_table_round(table));
+    for (uint8_t i = 0; i < 6; i++) {
+        fv_session_id_t id = {{i, i, i, i}};
+        assert_int_equal(fv_session_add(table, &id, 1, &s[i]), FV_OK);
+    }
+    assert_ptr_equal(fv_session_table_round(table), s[0]);
+    assert_ptr_equal(fv_session_table_round(table), s[1]);
+    fv_session_list_add(&list, s[2]);
+    fv_session_list_add(&list, s[3]);
+    fv_session_list_add(&list, s[5]);
+    fv_session_remove(table, s[2]); /* the next in turn, and on the list */
+    assert_ptr_equal(fv_session_table_round(table), s[3]);
+    fv_session_remove(table, s[3]); /* the last one given, in the list's middle */
+    assert_ptr_equal(fv_session_table_round(table), s[4]);
+    assert_ptr_equal(fv_session_table_round(table), s[5]);
+    assert_ptr_equal(fv_session_table_round(table), s[0]);
+    assert_ptr_equal(list.first, s[5]);
+    assert_null(s[5]->next_of_list);
+    fv_session_remove(table, s[5]);
+    assert_null(list.first);
+    fv_session_table_destroy(table);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -165,6 +197,7 @@ int main(void)
         cmocka_unit_test(test_log_finds_exact_appends_only),
         cmocka_unit_test(test_fork_keeps_what_lies_before_the_cut),
         cmocka_unit_test(test_tails_are_counted),
+        cmocka_unit_test(test_rounds_and_lists),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -132,9 +132,16 @@ class Client:
         model_id: str,
         max_tokens_hint: int = 0,
         sharding: Sharding | None = None,
+        *,
+        close_with_stream: bool = False,
     ) -> Session:
-        """An empty session. max_tokens_hint guides its placement (0 = unknown), and reserves nothing."""
-        request = pb.OpenSessionRequest(model_id=model_id, max_tokens_hint=max_tokens_hint)
+        """An empty session. max_tokens_hint guides its placement (0 = unknown), and reserves nothing.
+
+        close_with_stream: it (and its forks) ends with the first stream() that used it, however that ends.
+        """
+        request = pb.OpenSessionRequest(
+            model_id=model_id, max_tokens_hint=max_tokens_hint, close_with_stream=close_with_stream
+        )
         if sharding is not None:
             request.sharding.CopyFrom(sharding.to_pb())
         return Session(self, self._call("OpenSession", request).session_id)

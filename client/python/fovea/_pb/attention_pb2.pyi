@@ -167,14 +167,16 @@ class RegisterModelResponse(_message.Message):
     def __init__(self, model_id: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("model_id", "max_tokens_hint", "sharding")
+    __slots__ = ("model_id", "max_tokens_hint", "sharding", "close_with_stream")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_HINT_FIELD_NUMBER: _ClassVar[int]
     SHARDING_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_WITH_STREAM_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     max_tokens_hint: int
     sharding: Sharding
-    def __init__(self, model_id: _Optional[str] = ..., max_tokens_hint: _Optional[int] = ..., sharding: _Optional[_Union[Sharding, _Mapping]] = ...) -> None: ...
+    close_with_stream: bool
+    def __init__(self, model_id: _Optional[str] = ..., max_tokens_hint: _Optional[int] = ..., sharding: _Optional[_Union[Sharding, _Mapping]] = ..., close_with_stream: bool = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
     __slots__ = ("session_id",)

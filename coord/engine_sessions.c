@@ -1,0 +1,152 @@
+/*
+ * engine_sessions.c - sessions that end: closed by their owner, idle for too long, or with the stream that used them.
+ *
+ * A session opened with close_with_stream belongs to the first Attend stream that has a request of it served; when that stream
+ * is over, however it ends, the session is closed. The rpc thread posts the end of such a stream (the call's user word
+ * says that it is one) to the inbox.
+ */
+#include "common/clock.h"
+#include "common/log.h"
+#include "coord/engine_internal.h"
+
+#include <stdlib.h>
+
+#define SWEEP_EVERY_US 250000
+#define SWEEP_MIN      1024U /* sessions looked at in one go, at least */
+#define SWEEP_PART     16U   /* of all of them: each is looked at every 4 s at the latest */
+
+fv_status_t fv_engine_close_session(fv_engine_t *engine, const fv_session_id_t *id)
+{
+    fv_ctl_close_t message = {0};
+    fv_placement_t placement;
+    fv_error_t refusal = {0};
+
+    FV_RETURN_IF_ERR(fv_sched_close(engine->sched, id, &message, &placement));
+    FV_RETURN_IF_ERR(
+        fv_engine_broadcast(engine, &placement, FV_CTL_CLOSE, &message, sizeof(message), &refusal));
+    if (refusal.status != FV_OK) {
+        return fv_fail(FV_ERR_INTERNAL, "a rank refused to close a session: %s", refusal.text);
+    }
+    return FV_OK;
+}
+
+/* ------------------------------------------------------------------ idle */
+
+fv_status_t fv_engine_close_idle(fv_engine_t *engine, int64_t now_us, int64_t *out_next_us)
+{
+    int64_t idle_us = (int64_t)engine->config.session_idle_s * 1000000;
+    fv_session_table_t *table = fv_sched_session_table(engine->sched);
+    uint32_t n_closed = 0;
+
+    *out_next_us = INT64_MAX;
+    if (idle_us == 0) {
+        return FV_OK;
+    }
+    if (now_us < engine->sweep_due_us) {
+        *out_next_us = engine->sweep_due_us;
+        return FV_OK;
+    }
+    uint32_t n = fv_session_table_count(table);
+    uint32_t n_looks = (n / SWEEP_PART > SWEEP_MIN) ? (n / SWEEP_PART) : SWEEP_MIN;
+    for (uint32_t i = 0; (i < n) && (i < n_looks); i++) {
+        const fv_session_t *session = fv_session_table_round(table);
+        if (now_us - session->used_us >= idle_us) {
+            fv_session_id_t id = session->id;
+            FV_RETURN_IF_ERR(fv_engine_close_session(engine, &id));
+            n_closed++;
+        }
+    }
+    if (n_closed > 0) {
+        fv_debug("%u sessions closed: not used for %d s (session_idle_s)", n_closed,
+                 (int)engine->config.session_idle_s);
+    }
+    engine->sweep_due_us = now_us + SWEEP_EVERY_US;
+    *out_next_us = engine->sweep_due_us;
+    return FV_OK;
+}
+
+/* ------------------------------------------------------------------ with a stream */
+
+/* The stream's record, made when it is needed. NULL when out of memory. */
+static fv_stream_t *stream_of(fv_engine_t *engine, fv_call_t *call)
+{
+    fv_stream_t *stream = fv_call_user(call);
+
+    if (stream != NULL) {
+        return stream;
+    }
+    stream = calloc(1, sizeof(*stream));
+    if (stream == NULL) {
+        return NULL;
+    }
+    fv_call_ref(call);
+    stream->call = call;
+    stream->next = engine->streams;
+    if (stream->next != NULL) {
+        stream->next->prev = stream;
+    }
+    engine->streams = stream;
+    fv_call_set_user(call, stream);
+    return stream;
+}
+
+static void stream_free(fv_engine_t *engine, fv_stream_t *stream)
+{
+    fv_call_set_user(stream->call, NULL);
+    *((stream->prev != NULL) ? &stream->prev->next : &engine->streams) = stream->next;
+    if (stream->next != NULL) {
+        stream->next->prev = stream->prev;
+    }
+    fv_call_unref(stream->call);
+    free(stream);
+}
+
+fv_status_t fv_engine_stream_ended(fv_engine_t *engine, fv_call_t *call)
+{
+    fv_stream_t *stream = fv_call_user(call);
+
+    if (stream == NULL) {
+        return FV_OK; /* done already */
+    }
+    while (stream->sessions.first != NULL) {
+        fv_session_id_t id = stream->sessions.first->id;
+        FV_RETURN_IF_ERR(fv_engine_close_session(engine, &id)); /* takes it off the list */
+    }
+    stream_free(engine, stream);
+    return FV_OK;
+}
+
+fv_status_t fv_engine_note_use(fv_engine_t *engine, const fv_request_t *joined)
+{
+    int64_t now_us = fv_clock_us();
+
+    for (const fv_request_t *r = joined; r != NULL; r = r->next) {
+        fv_call_t *call = ((const fv_job_t *)r->user)->entry.call;
+        bool has_bound = false;
+        for (uint32_t i = 0; i < r->head.n_items; i++) {
+            fv_session_t *session = r->sessions[i];
+            session->used_us = now_us; /* a long step is no idleness */
+            if (!session->closes_with_stream || (session->list != NULL) ||
+                (fv_call_method(call) != FV_METHOD_ATTEND)) {
+                continue;
+            }
+            fv_stream_t *stream = stream_of(engine, call);
+            if (stream != NULL) { /* else its next request tries again */
+                fv_session_list_add(&stream->sessions, session);
+                has_bound = true;
+            }
+        }
+        /* The end may have come before the user word was set: then nobody posts it. */
+        if (has_bound && fv_call_is_closed(call)) {
+            FV_RETURN_IF_ERR(fv_engine_stream_ended(engine, call));
+        }
+    }
+    return FV_OK;
+}
+
+void fv_engine_free_streams(fv_engine_t *engine)
+{
+    while (engine->streams != NULL) {
+        stream_free(engine, engine->streams);
+    }
+}
