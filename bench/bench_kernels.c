@@ -6,7 +6,8 @@
  * on a shared machine only that holds. Reported: medians over rounds. KV is rotated through --memory bytes, so that it
  * comes from memory, not from a cache.
  *
- *     GB/s     = sum over items of n_kv_heads * kv_end * (dk + dv) * bytes(kv) / seconds (each KV byte counted once)
+ *     GB/s     = sum over items of n_kv_heads * kv_end * (dk + dv) * bytes(kv) / seconds (each KV byte counted once; latents:
+ *                dk alone, V is a part of K)
  *     ratio    = GB/s over the streaming read's GB/s; by cpu: the same per second of CPU time, which leaves out the
  *                time that other programs had the cores (but also an idle thread): for busy machines
  *     GFLOP/s  = sum over rows of 2 * visible tokens * (dk + dv) / seconds
@@ -26,26 +27,36 @@
 #define BF16 FV_DTYPE_BF16
 #define F16  FV_DTYPE_F16
 #define F32  FV_DTYPE_F32
+#define KV   false, 0
+#define MLA  true, 64 /* DeepSeek's RoPE key beside the latent */
 
 static const fv_bench_case_t k_cases[] = {
-    {"decode-gqa32/8-4k", 8, 4, 128, BF16, BF16, 1, 1, 4096, false},
-    {"decode-gqa32/8-32k", 8, 4, 128, BF16, BF16, 1, 1, 32768, false},
-    {"decode-gqa32/8-128k", 8, 4, 128, BF16, BF16, 1, 1, 131072, false},
-    {"decode-gqa32/8-4k-x8", 8, 4, 128, BF16, BF16, 1, 8, 4096, false},
-    {"decode-gqa32/8-4k-x8-ragged", 8, 4, 128, BF16, BF16, 1, 8, 4096, true},
-    {"decode-gqa32/8-32k-x4", 8, 4, 128, BF16, BF16, 1, 4, 32768, false},
-    {"decode-gqa32/8-32k-x4-ragged", 8, 4, 128, BF16, BF16, 1, 4, 32768, true},
-    {"decode-gqa32/8-32k-io32", 8, 4, 128, BF16, F32, 1, 1, 32768, false},
-    {"decode-gqa32/8-32k-f16", 8, 4, 128, F16, F16, 1, 1, 32768, false},
-    {"decode-gqa32/8-32k-f32", 8, 4, 128, F32, F32, 1, 1, 32768, false},
-    {"decode-mqa32/1-32k", 1, 32, 128, BF16, BF16, 1, 1, 32768, false},
-    {"decode-mha32/32-32k", 32, 1, 128, BF16, BF16, 1, 1, 32768, false},
-    {"verify4-gqa32/8-32k", 8, 4, 128, BF16, BF16, 4, 1, 32768, false},
-    {"prefill512-gqa32/8-4k", 8, 4, 128, BF16, BF16, 512, 1, 4096, false},
-    {"prefill512-gqa32/8-4k-f16", 8, 4, 128, F16, F16, 512, 1, 4096, false},
-    {"prefill512-gqa32/8-4k-f32", 8, 4, 128, F32, F32, 512, 1, 4096, false},
-    {"prefill2048-gqa32/8-2k", 8, 4, 128, BF16, BF16, 2048, 1, 2048, false},
-    {"prefill512-gqa9/3-512-d64", 3, 3, 64, F16, F32, 512, 1, 512, false},
+    {"decode-gqa32/8-4k", 8, 4, 128, BF16, BF16, 1, 1, 4096, false, KV},
+    {"decode-gqa32/8-32k", 8, 4, 128, BF16, BF16, 1, 1, 32768, false, KV},
+    {"decode-gqa32/8-128k", 8, 4, 128, BF16, BF16, 1, 1, 131072, false, KV},
+    {"decode-gqa32/8-4k-x8", 8, 4, 128, BF16, BF16, 1, 8, 4096, false, KV},
+    {"decode-gqa32/8-4k-x8-ragged", 8, 4, 128, BF16, BF16, 1, 8, 4096, true, KV},
+    {"decode-gqa32/8-32k-x4", 8, 4, 128, BF16, BF16, 1, 4, 32768, false, KV},
+    {"decode-gqa32/8-32k-x4-ragged", 8, 4, 128, BF16, BF16, 1, 4, 32768, true, KV},
+    {"decode-gqa32/8-32k-io32", 8, 4, 128, BF16, F32, 1, 1, 32768, false, KV},
+    {"decode-gqa32/8-32k-f16", 8, 4, 128, F16, F16, 1, 1, 32768, false, KV},
+    {"decode-gqa32/8-32k-f32", 8, 4, 128, F32, F32, 1, 1, 32768, false, KV},
+    {"decode-mqa32/1-32k", 1, 32, 128, BF16, BF16, 1, 1, 32768, false, KV},
+    {"decode-mha32/32-32k", 32, 1, 128, BF16, BF16, 1, 1, 32768, false, KV},
+    {"verify4-gqa32/8-32k", 8, 4, 128, BF16, BF16, 4, 1, 32768, false, KV},
+    {"prefill512-gqa32/8-4k", 8, 4, 128, BF16, BF16, 512, 1, 4096, false, KV},
+    {"prefill512-gqa32/8-4k-f16", 8, 4, 128, F16, F16, 512, 1, 4096, false, KV},
+    {"prefill512-gqa32/8-4k-f32", 8, 4, 128, F32, F32, 512, 1, 4096, false, KV},
+    {"prefill2048-gqa32/8-2k", 8, 4, 128, BF16, BF16, 2048, 1, 2048, false, KV},
+    {"prefill512-gqa9/3-512-d64", 3, 3, 64, F16, F32, 512, 1, 512, false, KV},
+    {"decode-mla16-32k", 1, 16, 512, BF16, BF16, 1, 1, 32768, false, MLA},
+    {"decode-mla64-32k", 1, 64, 512, BF16, BF16, 1, 1, 32768, false, MLA},
+    {"decode-mla128-32k", 1, 128, 512, BF16, BF16, 1, 1, 32768, false, MLA},
+    {"decode-mla16-4k-x8-ragged", 1, 16, 512, BF16, BF16, 1, 8, 4096, true, MLA},
+    {"decode-mla16-32k-f32", 1, 16, 512, F32, F32, 1, 1, 32768, false, MLA},
+    {"decode-tpla2-mla128-32k", 1, 128, 256, BF16, BF16, 1, 1, 32768, false, MLA},
+    {"verify4-mla128-4k", 1, 128, 512, BF16, BF16, 4, 1, 4096, false, MLA},
+    {"prefill64-mla16-4k", 1, 16, 512, BF16, BF16, 64, 1, 4096, false, MLA},
 };
 
 typedef struct options {

@@ -45,6 +45,17 @@ void *fv_bench_alloc(size_t n_bytes)
 
 /* ------------------------------------------------------------------ workload */
 
+static int32_t dim_qk(const fv_bench_case_t *c)
+{
+    return c->head_dim + c->rope_dim;
+}
+
+/* Dims of a token of a KV head in its page. */
+static int32_t stored_dims(const fv_bench_case_t *c)
+{
+    return c->is_latent ? dim_qk(c) : (2 * c->head_dim);
+}
+
 static void choose_lengths(fv_workload_t *w)
 {
     const fv_bench_case_t *c = w->spec;
@@ -58,9 +69,9 @@ static void choose_lengths(fv_workload_t *w)
             (double)c->n_tokens * (double)n - 0.5 * (double)c->n_tokens * (double)(c->n_tokens - 1);
 
         w->kv_end[i] = n;
-        w->kv_bytes += (double)c->n_kv_heads * (double)n * 2.0 * c->head_dim *
+        w->kv_bytes += (double)c->n_kv_heads * (double)n * stored_dims(c) *
                        (double)fv_dtype_bytes((fv_dtype_t)c->kv_dtype);
-        w->flops += 2.0 * rows * seen * 2.0 * c->head_dim;
+        w->flops += 2.0 * rows * seen * (dim_qk(c) + c->head_dim);
         w->pages_max =
             (size_t)fv_max64((int64_t)w->pages_max, (n + FV_PAGE_TOKENS - 1) / FV_PAGE_TOKENS);
     }
@@ -75,7 +86,7 @@ static fv_page_ref_t *table(const fv_workload_t *w, size_t set, int32_t item, in
 
 static uint32_t page_units(const fv_bench_case_t *c)
 {
-    return (uint32_t)(2U * (size_t)c->head_dim * FV_PAGE_TOKENS *
+    return (uint32_t)((size_t)stored_dims(c) * FV_PAGE_TOKENS *
                       fv_dtype_bytes((fv_dtype_t)c->kv_dtype) / FV_PAGE_UNIT);
 }
 
@@ -108,13 +119,14 @@ static void append_all(fv_workload_t *w)
                 size_t e = fv_dtype_bytes((fv_dtype_t)c->io_dtype);
                 fv_append_item_t item = {
                     .n_kv_heads = 1,
-                    .head_dim_qk = c->head_dim,
+                    .head_dim_qk = dim_qk(c),
                     .head_dim_v = c->head_dim,
                     .src_dtype = c->io_dtype,
                     .kv_dtype = c->kv_dtype,
+                    .v_in_k = c->is_latent,
                     .k = w->head->k,
                     .v = w->head->v,
-                    .k_token_bytes = (size_t)c->head_dim * e,
+                    .k_token_bytes = (size_t)dim_qk(c) * e,
                     .v_token_bytes = (size_t)c->head_dim * e,
                     .n_tokens = (uint64_t)w->kv_end[i],
                     .pages = table(w, set, i, h),
@@ -136,15 +148,18 @@ void fv_workload_create(fv_workload_t *w,
     fv_attn_spec_t spec = {.n_tokens = 1,
                            .n_kv_heads = 1,
                            .group = 1,
-                           .head_dim_qk = c->head_dim,
+                           .head_dim_qk = dim_qk(c),
                            .head_dim_v = c->head_dim,
                            .io_dtype = c->io_dtype,
                            .kv_dtype = c->kv_dtype,
+                           .v_in_k = c->is_latent,
                            .causal = true,
                            .tame = true,
                            .seed = 1};
     fv_backend_config_t sized = *config;
-    size_t n_elems = (size_t)c->n_tokens * (size_t)(c->n_kv_heads * c->group) * (size_t)c->head_dim;
+    size_t n_rows = (size_t)c->n_tokens * (size_t)(c->n_kv_heads * c->group);
+    size_t n_elems = n_rows * (size_t)dim_qk(c);
+    size_t e = fv_dtype_bytes((fv_dtype_t)c->io_dtype);
 
     memset(w, 0, sizeof(*w));
     w->spec = c;
@@ -163,9 +178,10 @@ void fv_workload_create(fv_workload_t *w,
         fv_bench_die("create");
     }
     append_all(w);
-    w->item_bytes = n_elems * fv_dtype_bytes((fv_dtype_t)c->io_dtype);
-    w->q = fv_bench_alloc(w->item_bytes * (size_t)c->n_items);
-    w->out = fv_bench_alloc(w->item_bytes * (size_t)c->n_items);
+    w->q_bytes = n_elems * e;
+    w->out_bytes = n_rows * (size_t)c->head_dim * e;
+    w->q = fv_bench_alloc(w->q_bytes * (size_t)c->n_items);
+    w->out = fv_bench_alloc(w->out_bytes * (size_t)c->n_items);
     for (size_t i = 0; i < n_elems * (size_t)c->n_items; i++) {
         fv_store_element(w->q, (fv_dtype_t)c->io_dtype, i, fv_rng_normal(&rng));
     }
@@ -183,7 +199,6 @@ void fv_workload_destroy(fv_workload_t *w)
 void fv_workload_step(fv_workload_t *w, size_t set)
 {
     const fv_bench_case_t *c = w->spec;
-    size_t token_bytes = w->item_bytes / (size_t)c->n_tokens;
     fv_attn_item_t items[FV_BENCH_ITEMS_MAX];
 
     memset(items, 0, sizeof(items));
@@ -193,21 +208,22 @@ void fv_workload_step(fv_workload_t *w, size_t set)
         item->n_tokens = c->n_tokens;
         item->n_kv_heads = c->n_kv_heads;
         item->group = c->group;
-        item->head_dim_qk = c->head_dim;
+        item->head_dim_qk = dim_qk(c);
         item->head_dim_v = c->head_dim;
+        item->v_in_k = c->is_latent;
         item->io_dtype = c->io_dtype;
         item->kv_dtype = c->kv_dtype;
-        item->softmax_scale = 1.0F / sqrtf((float)c->head_dim);
+        item->softmax_scale = 1.0F / sqrtf((float)dim_qk(c));
         item->causal = true;
         item->shard = (fv_kv_shard_t){.shard_tokens = FV_PAGE_TOKENS, .n_parts = 1, .part = 0};
         item->kv_end = w->kv_end[i];
         item->position = w->kv_end[i] - c->n_tokens;
-        item->q = w->q + w->item_bytes * (size_t)i;
-        item->q_token_bytes = token_bytes;
+        item->q = w->q + w->q_bytes * (size_t)i;
+        item->q_token_bytes = w->q_bytes / (size_t)c->n_tokens;
         item->pages = table(w, set, i, 0);
         item->pages_head_stride = w->pages_max;
-        item->out = w->out + w->item_bytes * (size_t)i;
-        item->out_token_bytes = token_bytes;
+        item->out = w->out + w->out_bytes * (size_t)i;
+        item->out_token_bytes = w->out_bytes / (size_t)c->n_tokens;
     }
     if (fv_backend_cpu.attend(w->backend, items, (size_t)c->n_items) != FV_OK) {
         fv_bench_die("attend");
@@ -220,9 +236,8 @@ void fv_workload_step(fv_workload_t *w, size_t set)
 static bool verify_token(const fv_workload_t *w, int32_t item, int32_t t)
 {
     const fv_bench_case_t *c = w->spec;
-    fv_attn_case_t check = *w->head; /* borrows its K and V */
-    size_t token_bytes = w->item_bytes / (size_t)c->n_tokens;
-    size_t at = w->item_bytes * (size_t)item + token_bytes * (size_t)t;
+    fv_attn_case_t check = *w->head;                            /* borrows its K and V */
+    size_t at = (size_t)item * (size_t)c->n_tokens + (size_t)t; /* token */
     size_t n_bad = 0;
     double q_norm = 0.0;
 
@@ -230,16 +245,17 @@ static bool verify_token(const fv_workload_t *w, int32_t item, int32_t t)
     check.n_q_heads = check.spec.group;
     check.spec.kv_end = w->kv_end[item];
     check.spec.position = w->kv_end[item] - c->n_tokens + t;
-    check.q = w->q + at;
+    check.q = w->q + at * (w->q_bytes / (size_t)c->n_tokens);
     check.out_ref = NULL;
     check.lse_ref = NULL;
-    for (int32_t d = 0; d < c->head_dim; d++) {
+    for (int32_t d = 0; d < dim_qk(c); d++) {
         q_norm +=
             1.7 * 1.7; /* bound for a query of deviation 1: the case's own query was one row */
     }
     check.logit_bound = fmax(check.logit_bound, sqrt(q_norm) * 2.0);
     fv_attn_case_solve(&check);
-    n_bad = fv_attn_case_check(&check, w->out + at, NULL, c->name);
+    n_bad = fv_attn_case_check(&check, w->out + at * (w->out_bytes / (size_t)c->n_tokens), NULL,
+                               c->name);
     free(check.out_ref);
     free(check.lse_ref);
     return n_bad == 0;

@@ -22,16 +22,18 @@ typedef struct fv_bench_case {
     int32_t n_items;
     int64_t kv_end; /* of each item; ragged: of all, on average */
     bool ragged;    /* item i has (i + 1) shares of n (n + 1) / 2 */
+    bool is_latent; /* head_dim is the latent's; K alone is stored, of head_dim + rope_dim */
+    int32_t rope_dim;
 } fv_bench_case_t;
 
 typedef struct fv_workload {
     const fv_bench_case_t *spec;
     fv_backend_t *backend;
-    fv_attn_case_t *head; /* the K and V of every head; its oracle's data */
-    size_t pages_max;     /* of one head of the longest item */
-    fv_page_ref_t *pages; /* [n_sets][n_items][n_kv_heads][pages_max] */
-    uint8_t *q, *out;     /* [n_items][n_tokens, Hq, d] */
-    size_t item_bytes;    /* of q and of out, one item */
+    fv_attn_case_t *head;      /* the K and V of every head; its oracle's data */
+    size_t pages_max;          /* of one head of the longest item */
+    fv_page_ref_t *pages;      /* [n_sets][n_items][n_kv_heads][pages_max] */
+    uint8_t *q, *out;          /* [n_items][n_tokens, Hq, dk or dv] */
+    size_t q_bytes, out_bytes; /* one item */
     int64_t kv_end[FV_BENCH_ITEMS_MAX];
     size_t n_sets;
     double kv_bytes, flops; /* of one batch */
