@@ -417,6 +417,74 @@ static void refuse(fv_planner_t *planner,
     assert_string_equal(reason, "untouched");
 }
 
+/* One latent for all heads: context by itself; heads and slices only when asked for. */
+static void test_latent_models(void **state)
+{
+    fv_planner_t *planner = make_planner(5, 1ULL << 40);
+    fv_model_spec_t spec = {.name = "mla",
+                            .n_layers = 2,
+                            .n_q_heads = 128,
+                            .kind = FV_MODEL_LATENT,
+                            .latent_dim = 512,
+                            .rope_dim = 64,
+                            .kv_dtype = FV_DTYPE_BF16,
+                            .softmax_scale = 0.1F,
+                            .n_policies = 1};
+    fv_model_spec_t sliced = spec;
+    fv_placement_t p;
+    char reason[FV_PLAN_REASON_BYTES];
+
+    (void)state;
+    sliced.sharding = (fv_sharding_t){.mode = FV_SHARDING_LATENT, .groups = 2};
+    assert_int_equal(fv_model_spec_check(&spec), FV_OK);
+    assert_int_equal(fv_model_spec_check(&sliced), FV_OK);
+    p = place(planner, &spec, (fv_sharding_t){0}, 1U << 20, reason);
+    assert_true((p.n_head_parts == 1) && (p.n_ctx_parts == 5));
+    assert_non_null(strstr(reason, "context: blocks of 2048 tokens over 5 ranks"));
+    p = place(planner, &spec, (fv_sharding_t){.mode = FV_SHARDING_HEADS, .max_ranks = 3}, 100,
+              reason);
+    assert_true((p.n_head_parts == 3) && (p.n_ctx_parts == 1));
+    assert_non_null(strstr(reason, "128 query heads over 3 ranks, the latent on each"));
+    p = place(planner, &sliced, sliced.sharding, 1U << 20, reason);
+    assert_true((p.n_head_parts == 2) && (p.n_ctx_parts == 1));
+    assert_non_null(strstr(reason, "latent (as asked): 2 slices of 256 dims, an approximation"));
+    assert_null(strstr(reason, "on one"));
+    sliced.sharding.max_ranks = 5; /* two for each slice; the fifth would be idle */
+    p = place(planner, &sliced, sliced.sharding, 0, reason);
+    assert_true((p.n_head_parts == 4) && (p.n_ctx_parts == 1));
+    assert_non_null(strstr(reason, "128 query heads over 2 ranks"));
+    sliced.sharding = (fv_sharding_t){.mode = FV_SHARDING_LATENT, .groups = 8};
+    assert_int_equal(fv_planner_place(planner, &sliced, &sliced.sharding, 2048, 0, &p, reason),
+                     FV_ERR_PRECONDITION);
+    assert_non_null(strstr(fv_error_context(), "sharding.groups: 8 given, expected at most 5"));
+    fv_planner_destroy(planner);
+}
+
+/* With many heads arithmetic is what takes the time: it spreads where the bytes alone would not. */
+static void test_latent_arithmetic_counts(void **state)
+{
+    fv_plan_cost_t cost = k_cost;
+    fv_model_spec_t spec = {.name = "mla",
+                            .n_layers = 1,
+                            .n_q_heads = 128,
+                            .kind = FV_MODEL_LATENT,
+                            .latent_dim = 512,
+                            .rope_dim = 64,
+                            .kv_dtype = FV_DTYPE_BF16,
+                            .softmax_scale = 0.1F,
+                            .n_policies = 1};
+    fv_placement_t one = {.n_head_parts = 1, .n_ctx_parts = 1, .shard_tokens = 2048};
+    fv_placement_t heads = {.n_head_parts = 4, .n_ctx_parts = 1, .shard_tokens = 2048};
+
+    (void)state;
+    assert_int_equal(fv_model_spec_check(&spec), FV_OK);
+    assert_true(fabs(fv_plan_token_us(&cost, &spec, &one, 1000) - 1152.0) < 1e-6);
+    cost.rank_macs_per_us = 100000.0; /* 128 heads x 1088 x 1000 tokens */
+    assert_true(fabs(fv_plan_token_us(&cost, &spec, &one, 1000) - 1392.64) < 1e-6);
+    assert_true(fabs(fv_plan_token_us(&cost, &spec, &heads, 1000) - 1182.0) <
+                1e-6); /* bytes again */
+}
+
 static void test_bad_sharding(void **state)
 {
     fv_planner_t *planner = make_planner(3, 1ULL << 40);
@@ -473,6 +541,8 @@ int main(void)
         cmocka_unit_test(test_unusable_ranks),
         cmocka_unit_test(test_spread_for_memory),
         cmocka_unit_test(test_reasons),
+        cmocka_unit_test(test_latent_models),
+        cmocka_unit_test(test_latent_arithmetic_counts),
         cmocka_unit_test(test_bad_sharding),
         cmocka_unit_test(test_bad_planner),
     };
