@@ -173,7 +173,7 @@ fv_status_t fv_token_line_parse(const char *text, fv_token_line_t *out)
                        "name: expected 1..%d letters, digits and ._@-, and not \"anonymous\"",
                        FV_TOKEN_NAME_BYTES - 1);
     }
-    (void)snprintf(line.name, sizeof(line.name), "%s", word);
+    memcpy(line.name, word, strlen(word) + 1U); /* it is short enough: checked */
     (void)next_word(&text, word);
     if ((strcmp(word, "user") != 0) && (strcmp(word, "admin") != 0)) {
         return fv_fail(FV_ERR_INVALID_ARG, "role: expected user or admin after the name");
