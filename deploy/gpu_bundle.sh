@@ -10,7 +10,7 @@
 #                 the C library, the driver, NCCL, and what lib-spare/ has
 #     lib-spare/  MPI and base libraries: used only where that machine has none, as mpirun and libmpi belong together
 #     python-spare/    Python packages that the client and its tests need, for where they are missing
-#     client/python, tests/python, bench/peers, bench/scale (as in the repository), gpu_run.sh, commit
+#     client/python, tests/python, bench/peers, bench/scale ... (as in the repository), gpu_run.sh, commit
 #
 # NCCL is never carried: gpu_run.sh chooses there, by the version of the build's headers. --tar packs all into BUNDLE_DIR/bundle.tar.xz, beside gpu_run.sh,
 # which unpacks it. RACE=1 adds race_cuda_attend, the test in the form that racecheck follows (docs/gpu.md).
@@ -50,7 +50,7 @@ names_wanted() {
         return
     fi
     find "$build/bin" -maxdepth 1 -type f -printf '%f\n' |
-        grep -xE 'fovead|fovea|test_(cuda|gpu|nccl|e2e)_.*|test_.*_(cuda|nccl)|bench_(kernels_cuda|service|echo|scale)|bench_.*nccl.*'
+        grep -xE 'fovead|fovea|test_(cuda|gpu|nccl|e2e)_.*|test_.*_(cuda|nccl)|bench_(kernels_cuda|service|echo|scale|step.*)|bench_.*nccl.*'
 }
 
 libraries_of() { # FILE...: path of each that it loads
@@ -90,9 +90,10 @@ fetch() { # FOLDER PACKAGE...
 }
 
 copy_python() {
-    mkdir -p "$bundle/client/python" "$bundle/tests" "$bundle/proto"
+    mkdir -p "$bundle/client/python" "$bundle/tests/deploy" "$bundle/proto"
     cp -r "$root"/client/python/{fovea,tools,README.md} "$bundle/client/python/"
     cp -r "$root/tests/python" "$bundle/tests/"
+    cp "$root/tests/deploy/test_gpu_ranks.sh" "$bundle/tests/deploy/"
     cp "$root/proto/attention.proto" "$bundle/proto/"
     find "$bundle/client" "$bundle/tests" -name __pycache__ -prune -exec rm -r {} +
     # Pure Python, and older than what they serve: any protobuf and grpcio there run them.

@@ -3,7 +3,7 @@
 #
 #     gpu_run.sh RESULTS_DIR [PART]...
 #
-#   tests          the GPU tests; those for several GPUs under mpirun
+#   tests          the GPU tests; with 2 GPUs or more also what several ranks do, and do when one dies
 #   sanitize       memcheck, racecheck (with RACE=1's test), initcheck, synccheck over the GPU tests
 #   bench [NAME]   the kernels beside the streaming read; NAME: only cases whose name contains it
 #   e2e            fovead --backend cuda alone, and with 2 GPUs or more on 2 ranks: the C clients' end-to-end tests, tests/python
@@ -122,29 +122,20 @@ run() {
     return "$rc"
 }
 
-mpi() { # N: the command that starts N ranks
-    echo "mpirun --allow-run-as-root --oversubscribe --bind-to none --mca btl self,vader -x NCCL_NVLS_ENABLE -x LD_LIBRARY_PATH -np $1"
-}
+mpi() { echo "mpirun --oversubscribe -np $1"; } # N: the command that starts N ranks
 
 has() { [[ -x $bundle/bin/$1 ]]; }
 
 # ---------------------------------------------------------------- parts
 
-# Tests that say `ranks` in their name need a process a GPU.
 part_tests() {
     local test name
     for test in "$bundle"/bin/test_{cuda,gpu,nccl}_* "$bundle"/bin/test_*_{cuda,nccl}; do
         name=${test##*/}
-        [[ -x $test ]] || continue
-        case $name in
-        *nccl* | *ranks*)
-            [[ $n_gpus -ge 2 ]] || continue
-            # shellcheck disable=SC2046 # words
-            run "tests-$name-$n_gpus" 120 $(mpi "$n_gpus") "$test"
-            ;;
-        *) run "tests-$name" 200 "$test" ;;
-        esac
+        [[ -x $test ]] && run "tests-$name" 200 "$test"
     done
+    [[ $n_gpus -lt 2 || $backend != cuda ]] ||
+        run tests-gpu-ranks 200 "$bundle/tests/deploy/test_gpu_ranks.sh" "$bundle/bin/fovead" "$bundle/bin/fovea"
 }
 
 part_sanitize() {
@@ -241,8 +232,15 @@ part_transformers() {
 }
 
 part_scale() {
-    run "scale-${1:-$n_gpus}" 540 "$bundle/bench/scale/run_gpus.sh" "${1:-$n_gpus}" "$bundle/bin/bench_scale" "$work/results/scale"
-    cat "$work/results/scale-${1:-$n_gpus}.log"
+    local n=${1:-$n_gpus} words
+    if has bench_exchange_nccl && [[ $n -ge 2 && $backend == cuda ]]; then
+        read -ra words <<<"$(mpi "$n")"
+        run "exchange-nccl-$n" 120 "${words[@]}" "$bundle/bin/bench_exchange_nccl"
+        cat "$work/results/exchange-nccl-$n.log"
+    fi
+    run "scale-$n" 540 "$bundle/bench/scale/run_gpus.sh" "$n" "$bundle/bin/bench_scale" "$work/results/scale" \
+        --backend "$backend"
+    cat "$work/results/scale-$n.log"
 }
 
 part_peers() {
@@ -256,6 +254,7 @@ bundle=$here
 backend=${FV_RUN_BACKEND:-cuda}
 trap 'rm -rf "$work"' EXIT
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 NCCL_NVLS_ENABLE=0
+export OMPI_MCA_hwloc_base_binding_policy=none OMPI_MCA_pml=ob1 OMPI_MCA_btl=self,vader
 unpack
 use_spare_libraries
 use_spare_python
