@@ -38,10 +38,34 @@ FAMILIES = {
 }
 
 
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "q_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 2,
+}
+LATENT_FAMILIES = {
+    "deepseek v2": (transformers.DeepseekV2Config, {**LATENT, "q_lora_rank": None, "topk_method": "greedy"}),
+    "deepseek v3": (transformers.DeepseekV3Config, LATENT),
+}
+
+
+ALL = [*FAMILIES, *(pytest.param(name, marks=pytest.mark.fovead) for name in LATENT_FAMILIES)]
+
+
 def make(family: str):
-    config, extra = FAMILIES[family]
+    config, extra = {**FAMILIES, **LATENT_FAMILIES}[family]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config(**SIZES, **extra)).eval()
+    sizes = {name: size for name, size in SIZES.items() if name != "head_dim" or "kv_lora_rank" not in extra}
+    model = transformers.AutoModelForCausalLM.from_config(config(**{**sizes, **extra})).eval()
     return model
 
 
@@ -73,14 +97,14 @@ def both(model, **kwargs):
     return results
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_one_sequence(client, family):
     ids = torch.randint(1, 500, (1, 13), generator=torch.Generator().manual_seed(2))
     ours, theirs = both(make(family), input_ids=ids, attention_mask=torch.ones_like(ids))
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_batch_with_left_padding(client, batch, family):
     ours, theirs = both(make(family), **batch)
     assert torch.equal(ours, theirs)
@@ -237,3 +261,20 @@ def test_a_real_model(client):
         answers.append(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]))
     assert "Paris" in answers[1]
     assert answers[0] == answers[1]
+
+
+@pytest.mark.fovead
+@pytest.mark.parametrize("groups", [0, 2])
+def test_latents_are_stored_as_such(client, batch, groups):
+    """One latent and one RoPE key a token; in slices, where there are ranks, it runs and says what it is."""
+    if groups > len(client.status().ranks):
+        pytest.skip(f"needs {groups} ranks")
+    model = make("deepseek v3")
+    model.set_attn_implementation("fovea")
+    sharding = fovea.Sharding("latent", groups=groups) if groups else None
+    with bridge.FoveaCache(model.config, sharding=sharding) as cache:
+        out = model.generate(**batch, max_new_tokens=5, do_sample=False, past_key_values=cache)
+        assert out.shape == (2, 16)
+        assert (cache.spec.kind, cache.spec.latent_dim, cache.spec.rope_dim) == ("latent", 64, 16)
+        assert cache.sessions[1].placement().approximate == bool(groups)
+        assert cache.sessions[1].info().max_tokens == 15

@@ -42,6 +42,7 @@ from fovea.client import Client, connect
 from fovea.errors import FoveaError
 from fovea.model import LayerPolicy, ModelSpec, Sharding, Window
 from fovea.session import Session
+from fovea.transformers_mla import MARK, absorb, expand, is_latent, serve_latents
 
 NAME = "fovea"
 
@@ -164,7 +165,9 @@ class FoveaCache(Cache):
         if n_columns > self.real.shape[1]:
             self.real = np.concatenate([self.real.reshape(n_rows, -1), now[:, n_known:]], axis=1)
 
-    def open(self, n_rows: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Any) -> None:
+    def open(
+        self, n_rows: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, rope: int, options: Any
+    ) -> None:
         """Opens a session per row, once the first attention shows the model's geometry."""
         if self.sessions and len(self.sessions) != n_rows:
             raise ValueError(f"batch size: given {n_rows}, the cache has {len(self.sessions)} rows")
@@ -174,9 +177,12 @@ class FoveaCache(Cache):
             name=str(getattr(self.config, "model_type", "model"))[:63],
             n_layers=len(self.layers),
             n_q_heads=q.shape[1],
-            n_kv_heads=k.shape[1],
-            head_dim_qk=q.shape[3],
-            head_dim_v=v.shape[3],
+            n_kv_heads=k.shape[1] if v is not None else 0,
+            head_dim_qk=q.shape[3] if v is not None else 0,
+            head_dim_v=v.shape[3] if v is not None else 0,
+            kind="kv" if v is not None else "latent",
+            latent_dim=0 if v is not None else k.shape[3] - rope,
+            rope_dim=rope,
             kv_dtype=self.kv_dtype or _KV_DTYPES[k.dtype],
             softmax_scale=options["scaling"] or 0.0,
             logit_softcap=options["softcap"] or 0.0,
@@ -221,7 +227,7 @@ class FoveaLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Only the new k and v, marked, for attention() to find."""
         self.is_initialized = True
-        key_states._fovea_layer = self
+        setattr(key_states, MARK, self)
         return key_states, value_states
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
@@ -277,7 +283,11 @@ def attention(
         )
     n_rows, n_new = query.shape[0], query.shape[2]
     begin, end = layer.n_columns, layer.n_columns + n_new
-    cache.open(n_rows, query, key, value, {"scaling": scaling, "softcap": softcap})
+    out_dim, rope, v_or_none = value.shape[3], 0, value
+    if is_latent(key):
+        rope, out_dim, v_or_none = value.shape[3], key.shape[3], None
+        query, key = absorb(module, query, key, value)
+    cache.open(n_rows, query, key, v_or_none, rope, {"scaling": scaling, "softcap": softcap})
     cache.prepare(n_rows, end, attention_mask)
 
     new = cache.real[:, begin:end]
@@ -289,22 +299,24 @@ def attention(
         if count
     ]
     packed = torch.from_numpy(new).to(query.device)
-    out = query.new_zeros(n_rows, n_new, query.shape[1], value.shape[3])  # padding rows stay 0
+    out = query.new_zeros(n_rows, n_new, query.shape[1], out_dim)  # padding rows stay 0
     if items:
-        q, k, v = (_to_numpy(t.transpose(1, 2)[packed]) for t in (query, key, value))
+        q, k = (_to_numpy(t.transpose(1, 2)[packed]) for t in (query, key))
+        v = None if v_or_none is None else _to_numpy(v_or_none.transpose(1, 2)[packed])
         dtype = "bf16" if query.dtype == torch.bfloat16 else None
         result = cache.client.attend(layer.index, items, q, k, v, dtype=dtype)
         out[packed] = _from_numpy(result.out, query)
     layer.n_columns = end
-    return out, None
+    return out if v_or_none is not None else expand(module, out), None
 
 
 def _layer_of(key: torch.Tensor) -> FoveaLayer:
-    layer: FoveaLayer | None = getattr(key, "_fovea_layer", None)
+    layer: FoveaLayer | None = getattr(key, MARK, None)
     if layer is None:
         raise ValueError(
             "attn_implementation='fovea' keeps its KV in a FoveaCache: pass "
-            "past_key_values=fovea.transformers.FoveaCache(model.config), and leave use_cache on"
+            "past_key_values=fovea.transformers.FoveaCache(model.config), and leave use_cache on "
+            "(models with latent attention: fovea.transformers.serve_latents(model) first)"
         )
     return layer
 
@@ -381,6 +393,7 @@ def _make_generate_use_fovea_cache() -> None:
     ) -> Any:
         uses_fovea = getattr(self.config.get_text_config(decoder=True), "_attn_implementation", None) == NAME
         if uses_fovea and generation_config.use_cache is not False and _default_client is not None:
+            serve_latents(self)
             if model_kwargs.get("past_key_values") is None:
                 model_kwargs["past_key_values"] = FoveaCache(self.config)
         return original(self, generation_config, model_kwargs, *args, **kwargs)
