@@ -5,6 +5,7 @@
 
 #include <openssl/crypto.h>
 #include <openssl/evp.h>
+#include <openssl/hmac.h>
 #include <string.h>
 #include <sys/random.h>
 
@@ -14,6 +15,21 @@ fv_status_t fv_sha256(const void *data, size_t n_bytes, uint8_t out[FV_SHA256_BY
 
     if ((EVP_Digest(data, n_bytes, out, &n, EVP_sha256(), NULL) != 1) || (n != FV_SHA256_BYTES)) {
         return fv_fail(FV_ERR_SYSTEM, "libcrypto gives no SHA-256");
+    }
+    return FV_OK;
+}
+
+fv_status_t fv_hmac_sha256(const void *key,
+                           size_t key_bytes,
+                           const void *data,
+                           size_t n_bytes,
+                           uint8_t out[FV_SHA256_BYTES])
+{
+    unsigned int n = 0;
+
+    if ((HMAC(EVP_sha256(), key, (int)key_bytes, data, n_bytes, out, &n) == NULL) ||
+        (n != FV_SHA256_BYTES)) {
+        return fv_fail(FV_ERR_SYSTEM, "libcrypto gives no HMAC-SHA256");
     }
     return FV_OK;
 }

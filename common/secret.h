@@ -16,6 +16,13 @@
 /* Errors: FV_ERR_SYSTEM when the library refuses (it was built without SHA-256). Thread: any. */
 FV_MUST_CHECK fv_status_t fv_sha256(const void *data, size_t n_bytes, uint8_t out[FV_SHA256_BYTES]);
 
+/* HMAC-SHA256. Errors: as fv_sha256(). */
+FV_MUST_CHECK fv_status_t fv_hmac_sha256(const void *key,
+                                         size_t key_bytes,
+                                         const void *data,
+                                         size_t n_bytes,
+                                         uint8_t out[FV_SHA256_BYTES]);
+
 /* True when equal; takes as long whatever the bytes are. */
 bool fv_secret_equal(const void *a, const void *b, size_t n_bytes);
 

@@ -2,7 +2,7 @@
  * bootstrap.h - how ranks find each other at start: who is where over MPI, then one control socket each.
  *
  * Ranks of one host meet on an abstract unix socket, ranks of several on TCP. Rank 0 listens and hands address and a
- * per-job secret out over MPI; a connection that does not bring the secret is dropped.
+ * per-job secret out over MPI; a connection that does not prove to have the secret (coord/meet.h) is dropped.
  *
  * Thread: main, at start; the only place with blocking MPI calls.
  */
@@ -13,7 +13,7 @@
 #include "proto/control.h"
 
 /*
- * On every rank of `mpi_comm` (a MPI_Comm *). `hello` is this rank's own, complete but for secret and host, which
+ * On every rank of `mpi_comm` (a MPI_Comm *). `hello` is this rank's own, complete but for proof and host, which
  * are filled in. control_address: "auto", "unix:/path", or "host:port" (port 0 = any) on which rank 0 listens.
  * Rank 0: out_fds[r] is the socket of rank r (-1 for itself), out_hellos[r] its introduction.
  * Others: out_fds[0] is the socket to rank 0; out_hellos is not used.

@@ -3,10 +3,9 @@
  */
 #define _GNU_SOURCE /* accept4 */
 
-#include "common/clock.h"
-#include "common/frame.h"
-#include "common/log.h"
+#include "common/secret.h"
 #include "coord/bootstrap.h"
+#include "coord/meet.h"
 
 #include <mpi.h>
 
@@ -21,7 +20,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -150,10 +148,10 @@ static fv_status_t choose_address(bool one_host, const char *control_address, fv
     }
     struct sockaddr_un *un = (struct sockaddr_un *)(void *)&out->address;
     un->sun_family = AF_UNIX;
-    memcpy(&tag, out->secret,
-           sizeof(tag)); /* abstract: no file to leave behind; the name need only be unique */
-    int n = snprintf(un->sun_path + 1, sizeof(un->sun_path) - 1U, "fovea-%d-%08llx", (int)getpid(),
-                     (tag * 0x9E3779B97F4A7C15ULL) >> 32);
+    /* abstract: no file to leave behind; anybody can read the name, so it has nothing of the secret */
+    FV_RETURN_IF_ERR(fv_random_bytes(&tag, sizeof(tag)));
+    int n = snprintf(un->sun_path + 1, sizeof(un->sun_path) - 1U, "fovea-%d-%016llx", (int)getpid(),
+                     tag);
     out->address_bytes = (uint32_t)(offsetof(struct sockaddr_un, sun_path) + 1U + (size_t)n);
     return FV_OK;
 }
@@ -187,8 +185,10 @@ static fv_status_t listen_at(fv_meeting_t *meeting, int *out_fd)
 /* ------------------------------------------------------------------ connections */
 
 /* A host that vanishes is noticed within seconds; figures from the notes on lossy links: not below. */
-static void tune(int fd, int family)
+static void tune(int fd)
 {
+    struct sockaddr_storage own = {0};
+    socklen_t n_own = sizeof(own);
     static const struct {
         int level, option, value;
     } k_options[] = {
@@ -197,7 +197,7 @@ static void tune(int fd, int family)
         {IPPROTO_TCP, TCP_KEEPCNT, 3},  {IPPROTO_TCP, TCP_USER_TIMEOUT, 4000},
     };
 
-    if (family == AF_UNIX) {
+    if ((getsockname(fd, (struct sockaddr *)&own, &n_own) != 0) || (own.ss_family == AF_UNIX)) {
         return;
     }
     for (size_t i = 0; i < sizeof(k_options) / sizeof(k_options[0]); i++) {
@@ -206,85 +206,10 @@ static void tune(int fd, int family)
     }
 }
 
-/* Reads one HELLO from a fresh connection. False: not one of ours, or broken; the caller drops it. */
-static bool read_hello(int fd, uint32_t epoch, const uint8_t *secret, fv_ctl_hello_t *out)
-{
-    fv_ctl_header_t header;
-    uint8_t differs = 0;
-
-    if (fv_frame_read(fd, &header, sizeof(header), 2000) != FV_OK) {
-        return false;
-    }
-    if ((header.magic != FV_CTL_MAGIC) || (header.type != FV_CTL_HELLO) ||
-        (header.epoch != epoch) || (header.body_bytes != sizeof(*out)) ||
-        (fv_frame_read(fd, out, sizeof(*out), 2000) != FV_OK)) {
-        return false;
-    }
-    for (size_t i = 0; i < FV_SECRET_BYTES; i++) { /* constant time */
-        differs |= (uint8_t)(secret[i] ^ out->secret[i]);
-    }
-    out->host[sizeof(out->host) - 1U] = '\0';
-    out->backend[sizeof(out->backend) - 1U] = '\0';
-    out->device[sizeof(out->device) - 1U] = '\0';
-    return differs == 0;
-}
-
-static fv_status_t missing_ranks(const int *fds, uint32_t n_ranks)
-{
-    char text[128] = "";
-    size_t n = 0;
-
-    for (uint32_t r = 1; (r < n_ranks) && (n + 8U < sizeof(text)); r++) {
-        if (fds[r] < 0) {
-            n += (size_t)snprintf(text + n, sizeof(text) - n, " %u", r);
-        }
-    }
-    return fv_fail(FV_ERR_TIMED_OUT, "these ranks did not connect within %d s:%s",
-                   JOIN_TIMEOUT_MS / 1000, text);
-}
-
-static fv_status_t accept_all(int listen_fd,
-                              const fv_meeting_t *meeting,
-                              uint32_t epoch,
-                              uint32_t n_ranks,
-                              int *fds,
-                              fv_ctl_hello_t *hellos)
-{
-    int64_t deadline_us = fv_clock_us() + (int64_t)JOIN_TIMEOUT_MS * 1000;
-    fv_ctl_hello_t hello;
-
-    for (uint32_t n_joined = 1; n_joined < n_ranks;) {
-        struct pollfd p = {.fd = listen_fd, .events = POLLIN};
-        int64_t left_ms = (deadline_us - fv_clock_us()) / 1000;
-        if ((left_ms <= 0) || (poll(&p, 1, (int)left_ms) == 0)) {
-            return missing_ranks(fds, n_ranks);
-        }
-        int fd = accept4(listen_fd, NULL, NULL, SOCK_CLOEXEC);
-        if (fd < 0) {
-            continue;
-        }
-        tune(fd, meeting->address.ss_family);
-        if (!read_hello(fd, epoch, meeting->secret, &hello) || (hello.rank == 0) ||
-            (hello.rank >= n_ranks) || (fds[hello.rank] >= 0)) {
-            fv_warn("control socket: dropped a connection that is not one of this job's ranks");
-            (void)close(fd);
-            continue;
-        }
-        fds[hello.rank] = fd;
-        hellos[hello.rank] = hello;
-        memset(hellos[hello.rank].secret, 0, FV_SECRET_BYTES);
-        n_joined++;
-    }
-    return FV_OK;
-}
-
 static fv_status_t
 connect_to(const fv_meeting_t *meeting, uint32_t epoch, const fv_ctl_hello_t *hello, int *out_fd)
 {
     int fd = socket(meeting->address.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    fv_ctl_header_t header = {
-        .magic = FV_CTL_MAGIC, .type = FV_CTL_HELLO, .epoch = epoch, .body_bytes = sizeof(*hello)};
-    fv_frame_piece_t pieces[2] = {{&header, sizeof(header)}, {hello, sizeof(*hello)}};
 
     if (fd < 0) {
         return system_error("socket");
@@ -294,8 +219,8 @@ connect_to(const fv_meeting_t *meeting, uint32_t epoch, const fv_ctl_hello_t *he
         (void)close(fd);
         return status;
     }
-    tune(fd, meeting->address.ss_family);
-    fv_status_t status = fv_frame_send(fd, pieces, 2, JOIN_TIMEOUT_MS);
+    tune(fd);
+    fv_status_t status = fv_meet_introduce(fd, meeting->secret, epoch, hello, JOIN_TIMEOUT_MS);
     if (status != FV_OK) {
         (void)close(fd);
         return status;
@@ -309,9 +234,7 @@ connect_to(const fv_meeting_t *meeting, uint32_t epoch, const fv_ctl_hello_t *he
 static fv_status_t
 open_meeting(bool one_host, const char *control_address, fv_meeting_t *meeting, int *listen_fd)
 {
-    if (getrandom(meeting->secret, FV_SECRET_BYTES, 0) != FV_SECRET_BYTES) {
-        return system_error("getrandom");
-    }
+    FV_RETURN_IF_ERR(fv_random_bytes(meeting->secret, FV_SECRET_BYTES));
     FV_RETURN_IF_ERR(choose_address(one_host, control_address, meeting));
     return listen_at(meeting, listen_fd);
 }
@@ -343,16 +266,17 @@ fv_status_t fv_bootstrap(void *mpi_comm,
         return (rank == 0) ? status : fv_fail(FV_ERR_UNAVAILABLE, "rank 0 could not listen");
     }
     if (rank != 0) {
-        memcpy(hello->secret, meeting.secret, FV_SECRET_BYTES);
         status = connect_to(&meeting, epoch, hello, &out_fds[0]);
-        memset(hello->secret, 0, FV_SECRET_BYTES);
+        fv_secret_wipe(&meeting, sizeof(meeting));
         return status;
     }
     for (int r = 0; r < n_ranks; r++) {
         out_fds[r] = -1;
     }
     out_hellos[0] = *hello;
-    status = accept_all(listen_fd, &meeting, epoch, (uint32_t)n_ranks, out_fds, out_hellos);
+    status = fv_meet_accept(listen_fd, meeting.secret, epoch, (uint32_t)n_ranks, JOIN_TIMEOUT_MS,
+                            tune, out_fds, out_hellos);
+    fv_secret_wipe(&meeting, sizeof(meeting));
     (void)close(listen_fd);
     if (strncmp(control_address, "unix:", 5) == 0) {
         (void)unlink(control_address + 5); /* everybody is in */

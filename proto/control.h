@@ -61,8 +61,8 @@ typedef struct fv_ctl_memory {
 #define FV_SECRET_BYTES 16
 
 typedef struct fv_ctl_hello {
-    uint8_t secret
-        [FV_SECRET_BYTES]; /* of the job, handed out over MPI: proves the rank belongs to it */
+    uint8_t
+        proof[32]; /* that the sender has the job's secret, which MPI handed out: coord/meet.h */
     uint32_t rank;
     uint32_t n_threads;
     uint32_t has_latent; /* the rank's backend serves models of kind LATENT */
