@@ -199,7 +199,7 @@ void fv_workload_destroy(fv_workload_t *w)
 void fv_workload_step(fv_workload_t *w, size_t set)
 {
     const fv_bench_case_t *c = w->spec;
-    fv_attn_item_t items[FV_BENCH_ITEMS_MAX];
+    static fv_attn_item_t items[FV_BENCH_ITEMS_MAX]; /* large for a stack; one thread */
 
     memset(items, 0, sizeof(items));
     for (int32_t i = 0; i < c->n_items; i++) {
