@@ -70,6 +70,24 @@ CONFIGS = {
     "args_bad": b"\2--threads\0-5\0stray",
 }
 
+HASH = b"9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+TOKENS = {
+    "one": b"alice user sha256=" + HASH + b"\n",
+    "all": b"# who\n\na.b@c admin expires=2027-01-31T12:00:00Z kv_bytes=16g requests=4 bytes_per_second=1m sessions=3 sha256="
+    + HASH + b"\n",
+    "two": b"bob user sha256=" + HASH + b"\r\nbob user sha256=" + HASH[::-1] + b" expires=2027-01-31\n",
+    "twice": b"a user sha256=" + HASH + b"\nb user sha256=" + HASH + b"\n",
+    "differ": b"a user sha256=" + HASH + b"\na admin sha256=" + HASH[::-1] + b"\n",
+    "token": b"a user fv_5eC\n",
+    "token_as_hash": b"a user sha256=fv_5eC\n",
+    "token_as_name": b"fv_5eC+\n",
+    "day": b"a user sha256=" + HASH + b" expires=2027-02-30\n",
+    "zero": b"a user sha256=" + HASH + b" sessions=0\n",
+    "nul": b"a user\0 sha256=" + HASH + b"\n",
+    "long": b"a user " + b"x" * 600 + b"\n",
+    "empty": b"\n",
+}
+
 
 def main():
     wire = HERE / "corpus_wire"
@@ -84,6 +102,10 @@ def main():
             (wire / f"{index:02d}_{name}_{case}").write_bytes(bytes([index]) + cuts + data)
     for case, data in CONFIGS.items():
         (config / case).write_bytes(data)
+    token = HERE / "corpus_token"
+    token.mkdir(exist_ok=True)
+    for case, data in TOKENS.items():
+        (token / case).write_bytes(data)
 
 
 if __name__ == "__main__":
