@@ -20,6 +20,20 @@
 #define OWN_RANK     0U
 #define POLL_FDS_MAX (2U + 1024U)
 
+/* Requests lie where the own rank's device reads them in place. */
+static fv_status_t create_staging(const fv_engine_config_t *config, fv_staging_t **out)
+{
+    const fv_local_ops_t *local = config->local;
+
+    if ((local == NULL) || (local->host_alloc == NULL)) {
+        return fv_staging_create(config->request_memory_bytes, NULL, out);
+    }
+    const fv_staging_memory_t memory = {
+        .alloc = local->host_alloc, .free = local->host_free, .ctx = config->local_ctx};
+
+    return fv_staging_create(config->request_memory_bytes, &memory, out);
+}
+
 fv_status_t fv_engine_create(const fv_engine_config_t *config, fv_engine_t **out)
 {
     uint32_t n_ranks = config->sched.n_ranks;
@@ -54,7 +68,7 @@ fv_status_t fv_engine_create(const fv_engine_config_t *config, fv_engine_t **out
         status = fv_sched_create(&sched, &engine->sched);
     }
     if (status == FV_OK) {
-        status = fv_staging_create(config->request_memory_bytes, &engine->staging);
+        status = create_staging(config, &engine->staging);
     }
     if (status == FV_OK) {
         status = fv_dispatch_create(n_ranks, OWN_RANK, &engine->dispatch);

@@ -26,6 +26,9 @@ typedef struct fv_local_ops {
                         fv_ctl_done_t *out_done,
                         fv_error_t *item_errors);
     void (*memory)(void *ctx, fv_ctl_memory_t *out);
+    /* Host memory that the rank's device reaches fast, for requests and answers; NULL: malloc is as good. Any thread. */
+    fv_status_t (*host_alloc)(void *ctx, size_t n_bytes, void **out);
+    void (*host_free)(void *ctx, void *memory);
 } fv_local_ops_t;
 
 #endif /* FV_COORD_LOCAL_H */

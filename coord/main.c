@@ -292,6 +292,15 @@ static void local_memory(void *ctx, fv_ctl_memory_t *out)
     fv_worker_memory(ctx, out);
 }
 
+static fv_status_t local_host_alloc(void *ctx, size_t n_bytes, void **out)
+{
+    return fv_worker_host_alloc(ctx, n_bytes, out);
+}
+static void local_host_free(void *ctx, void *memory)
+{
+    fv_worker_host_free(ctx, memory);
+}
+
 static const fv_local_ops_t k_local_ops = {
     .model = local_model,
     .open = local_open,
@@ -301,6 +310,27 @@ static const fv_local_ops_t k_local_ops = {
     .step = local_step,
     .memory = local_memory,
 };
+
+/* Beside a device with memory of its own. */
+static const fv_local_ops_t k_local_pinned_ops = {
+    .model = local_model,
+    .open = local_open,
+    .fork = local_fork,
+    .truncate = local_truncate,
+    .close = local_close,
+    .step = local_step,
+    .memory = local_memory,
+    .host_alloc = local_host_alloc,
+    .host_free = local_host_free,
+};
+
+static const fv_local_ops_t *local_ops(const fv_process_t *p)
+{
+    if (p->worker == NULL) {
+        return NULL;
+    }
+    return (strcmp(p->backend->name, "cuda") == 0) ? &k_local_pinned_ops : &k_local_ops;
+}
 
 /* ------------------------------------------------------------------ start */
 
@@ -403,7 +433,7 @@ static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served)
         .drain_timeout_ms = (uint32_t)p->config.drain_timeout_ms,
         .session_idle_s = p->config.session_idle_s,
         .auth = p->auth,
-        .local = (p->worker != NULL) ? &k_local_ops : NULL,
+        .local = local_ops(p),
         .local_ctx = p->worker,
         .link = p->link,
         .exchange = p->exchange.name,

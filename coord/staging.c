@@ -9,6 +9,8 @@
 #define ALIGNMENT   64U
 #define CLASS_FIRST 12 /* 4 KiB */
 #define CLASS_LAST  40
+#define CLASS_EARLY 20 /* 1 MiB: chunks up to here are there from the start */
+#define CHUNK_BYTES ((size_t)2 << 20)
 /* A class keeps this many bytes of idle buffers (at least one buffer); the rest goes back to malloc. */
 #define IDLE_BYTES_MAX ((size_t)256 << 20)
 
@@ -17,18 +19,94 @@ typedef struct fv_buffer {
     struct fv_buffer *next;
     size_t n_bytes; /* payload */
     int size_class;
+    bool is_kept; /* part of a chunk */
 } fv_buffer_t;
+
+/* Stands in front of a chunk's buffers. */
+typedef struct chunk {
+    struct chunk *next;
+} chunk_t;
 
 _Static_assert(sizeof(fv_buffer_t) <= ALIGNMENT, "the header fits in front of the payload");
 
 struct fv_staging {
     pthread_mutex_t lock;
     size_t bytes_max, bytes_out;
+    fv_staging_memory_t memory; /* alloc NULL: malloc */
+    chunk_t *chunks;
+    size_t chunk_bytes;
     fv_buffer_t *idle[CLASS_LAST + 1];
     size_t n_idle[CLASS_LAST + 1];
 };
 
-fv_status_t fv_staging_create(size_t bytes_max, fv_staging_t **out)
+/* Bytes of a chunk of this class: at least one buffer. */
+static size_t chunk_bytes_of(int size_class)
+{
+    const size_t each = ALIGNMENT + ((size_t)1 << size_class);
+
+    return ALIGNMENT + each * ((each < CHUNK_BYTES) ? (CHUNK_BYTES / each) : 1U);
+}
+
+static fv_buffer_t *pop_idle(fv_staging_t *staging, int size_class)
+{
+    fv_buffer_t *buffer = staging->idle[size_class];
+
+    if (buffer != NULL) {
+        staging->idle[size_class] = buffer->next;
+        staging->n_idle[size_class]--;
+    }
+    return buffer;
+}
+
+static void push_idle(fv_staging_t *staging, fv_buffer_t *buffer)
+{
+    buffer->next = staging->idle[buffer->size_class];
+    staging->idle[buffer->size_class] = buffer;
+    staging->n_idle[buffer->size_class]++;
+}
+
+/* A chunk's buffers become idle, but the first, which is returned; NULL when there is no chunk to be had. */
+static fv_buffer_t *grow_class(fv_staging_t *staging, int size_class)
+{
+    const size_t n_bytes = chunk_bytes_of(size_class);
+    const size_t each = ALIGNMENT + ((size_t)1 << size_class);
+    fv_buffer_t *first = NULL;
+    void *memory = NULL;
+
+    (void)pthread_mutex_lock(&staging->lock);
+    bool may =
+        (staging->memory.alloc != NULL) && (n_bytes <= staging->bytes_max - staging->chunk_bytes);
+    staging->chunk_bytes += may ? n_bytes : 0U;
+    (void)pthread_mutex_unlock(&staging->lock);
+    if (!may) {
+        return NULL;
+    }
+    fv_status_t status = staging->memory.alloc(staging->memory.ctx, n_bytes, &memory);
+    (void)pthread_mutex_lock(&staging->lock);
+    if (status != FV_OK) {
+        staging->chunk_bytes -= n_bytes;
+    } else {
+        chunk_t *chunk = memory;
+
+        chunk->next = staging->chunks;
+        staging->chunks = chunk;
+        for (size_t at = ALIGNMENT; at < n_bytes; at += each) {
+            fv_buffer_t *buffer = (fv_buffer_t *)(void *)((unsigned char *)memory + at);
+
+            *buffer = (fv_buffer_t){.owner = staging, .size_class = size_class, .is_kept = true};
+            if (first == NULL) {
+                first = buffer;
+            } else {
+                push_idle(staging, buffer);
+            }
+        }
+    }
+    (void)pthread_mutex_unlock(&staging->lock);
+    return first;
+}
+
+fv_status_t
+fv_staging_create(size_t bytes_max, const fv_staging_memory_t *memory, fv_staging_t **out)
 {
     fv_staging_t *staging = calloc(1, sizeof(*staging));
 
@@ -37,6 +115,16 @@ fv_status_t fv_staging_create(size_t bytes_max, fv_staging_t **out)
     }
     (void)pthread_mutex_init(&staging->lock, NULL);
     staging->bytes_max = bytes_max;
+    if (memory != NULL) {
+        staging->memory = *memory;
+    }
+    for (int c = CLASS_FIRST; c <= CLASS_EARLY; c++) {
+        fv_buffer_t *buffer = grow_class(staging, c);
+
+        if (buffer != NULL) {
+            push_idle(staging, buffer);
+        }
+    }
     *out = staging;
     return FV_OK;
 }
@@ -48,11 +136,18 @@ void fv_staging_destroy(fv_staging_t *staging)
     }
     FV_ASSERT(staging->bytes_out == 0);
     for (int c = CLASS_FIRST; c <= CLASS_LAST; c++) {
-        while (staging->idle[c] != NULL) {
-            fv_buffer_t *buffer = staging->idle[c];
-            staging->idle[c] = buffer->next;
-            free(buffer);
+        for (fv_buffer_t *buffer = pop_idle(staging, c); buffer != NULL;
+             buffer = pop_idle(staging, c)) {
+            if (!buffer->is_kept) {
+                free(buffer);
+            }
         }
+    }
+    while (staging->chunks != NULL) {
+        chunk_t *chunk = staging->chunks;
+
+        staging->chunks = chunk->next;
+        staging->memory.free(staging->memory.ctx, chunk);
     }
     (void)pthread_mutex_destroy(&staging->lock);
     free(staging);
@@ -83,13 +178,13 @@ fv_status_t fv_staging_take(fv_staging_t *staging, size_t n_bytes, bool may_pass
                        "(request_memory); wait for answers",
                        class_bytes, free_bytes, staging->bytes_max);
     }
-    fv_buffer_t *buffer = staging->idle[c];
-    if (buffer != NULL) {
-        staging->idle[c] = buffer->next;
-        staging->n_idle[c]--;
-    }
+    fv_buffer_t *buffer = pop_idle(staging, c);
     staging->bytes_out += class_bytes;
     (void)pthread_mutex_unlock(&staging->lock);
+    if (buffer == NULL) {
+        buffer = grow_class(staging, c);
+    }
+    bool is_kept = (buffer != NULL) && buffer->is_kept;
     if (buffer == NULL) {
         buffer = aligned_alloc(ALIGNMENT, ALIGNMENT + class_bytes);
     }
@@ -99,7 +194,8 @@ fv_status_t fv_staging_take(fv_staging_t *staging, size_t n_bytes, bool may_pass
         (void)pthread_mutex_unlock(&staging->lock);
         return fv_fail(FV_ERR_NO_MEMORY, "staging buffer of %zu bytes", class_bytes);
     }
-    *buffer = (fv_buffer_t){.owner = staging, .n_bytes = class_bytes, .size_class = c};
+    *buffer = (fv_buffer_t){
+        .owner = staging, .n_bytes = class_bytes, .size_class = c, .is_kept = is_kept};
     *out = (unsigned char *)buffer + ALIGNMENT;
     return FV_OK;
 }
@@ -115,12 +211,10 @@ void fv_staging_give(void *payload)
 
     (void)pthread_mutex_lock(&staging->lock);
     staging->bytes_out -= buffer->n_bytes;
-    bool keep = (staging->n_idle[c] == 0) ||
+    bool keep = buffer->is_kept || (staging->n_idle[c] == 0) ||
                 ((staging->n_idle[c] + 1U) * buffer->n_bytes <= IDLE_BYTES_MAX);
     if (keep) {
-        buffer->next = staging->idle[c];
-        staging->idle[c] = buffer;
-        staging->n_idle[c]++;
+        push_idle(staging, buffer);
     }
     (void)pthread_mutex_unlock(&staging->lock);
     if (!keep) {

@@ -17,7 +17,21 @@
 
 typedef struct fv_staging fv_staging_t;
 
-FV_MUST_CHECK fv_status_t fv_staging_create(size_t bytes_max, fv_staging_t **out);
+/* Where buffers come from, when a device is to reach them fast (pinned memory). Both are called from any thread. */
+typedef struct fv_staging_memory {
+    fv_status_t (*alloc)(void *ctx, size_t n_bytes, void **out); /* page-aligned */
+    void (*free)(void *ctx, void *memory);
+    void *ctx; /* outlives the staging */
+} fv_staging_memory_t;
+
+/*
+ * memory NULL: malloc. Otherwise buffers are cut from chunks of it, for sizes up to 1 MiB at once, for larger ones when
+ * first needed; chunks stay until destroy. They hold at most bytes_max; what goes beyond, and what `memory` refuses, comes
+ * from malloc.
+ */
+FV_MUST_CHECK fv_status_t fv_staging_create(size_t bytes_max,
+                                            const fv_staging_memory_t *memory,
+                                            fv_staging_t **out);
 void fv_staging_destroy(fv_staging_t *staging); /* every buffer must be back */
 
 /*

@@ -221,7 +221,7 @@ typedef struct fv_backend_ops {
     fv_status_t (*create)(const fv_backend_config_t *config, fv_backend_t **out);
     void (*destroy)(fv_backend_t *backend); /* NULL is fine */
     void (*describe)(const fv_backend_t *backend, fv_device_info_t *out);
-    /* Host memory that the device reaches fast (pinned); CPU: page-aligned. */
+    /* Host memory that the device reaches fast (pinned); CPU: page-aligned. These two from any thread. */
     fv_status_t (*host_alloc)(fv_backend_t *backend, size_t n_bytes, void **out);
     void (*host_free)(fv_backend_t *backend, void *memory);
     fv_status_t (*append)(fv_backend_t *backend, const fv_append_item_t *items, size_t n_items);

@@ -147,6 +147,16 @@ fv_status_t fv_worker_finish(fv_worker_t *worker, fv_device_times_t *out_times)
     return c->backend->finish(worker->backend, &limits, out_times);
 }
 
+fv_status_t fv_worker_host_alloc(fv_worker_t *worker, size_t n_bytes, void **out)
+{
+    return worker->config.backend->host_alloc(worker->backend, n_bytes, out);
+}
+
+void fv_worker_host_free(fv_worker_t *worker, void *memory)
+{
+    worker->config.backend->host_free(worker->backend, memory);
+}
+
 /* ------------------------------------------------------------------ what it says of itself */
 
 void fv_worker_memory(const fv_worker_t *worker, fv_ctl_memory_t *out)

@@ -122,6 +122,10 @@ FV_MUST_CHECK fv_status_t fv_worker_step_packed(fv_worker_t *worker,
                                                 fv_ctl_done_t *out_done,
                                                 fv_error_t *item_errors);
 
+/* Memory of the backend, which its device reaches fast: tensors of a step may lie there. From any thread. */
+FV_MUST_CHECK fv_status_t fv_worker_host_alloc(fv_worker_t *worker, size_t n_bytes, void **out);
+void fv_worker_host_free(fv_worker_t *worker, void *memory);
+
 /* What GetPlacement and tests ask: pages held by a session on this rank, all layers and heads. */
 uint64_t fv_worker_session_pages(const fv_worker_t *worker, uint32_t session_slot);
 
