@@ -3,6 +3,7 @@
  */
 #include "kernels/backend_cuda.h"
 
+#include "common/log.h"
 #include "kernels/lean_cuda_launch.h"
 #include "kernels/lean_plan_cuda.h"
 
@@ -113,6 +114,19 @@ static fv_status_t cuda_init(fv_backend_t *backend, const fv_backend_config_t *c
     return fv_cuda_reserve(backend, 1);
 }
 
+/* Nothing is allocated on the step path after this but by a step larger than any before: staging and pieces grow then. */
+static void print_sizes(const fv_backend_t *backend)
+{
+    const double kib = 1.0 / 1024.0;
+
+    fv_info(
+        "GPU %d, KiB: KV %.0f, page tables %.0f, staging 2 x %.0f (host and GPU), pieces of cut rows %.0f, "
+        "units of the pull kernel %.0f (host)",
+        backend->device, (double)backend->kv_arena_bytes * kib, (double)backend->tables_bytes * kib,
+        (double)backend->staging_bytes * kib, (double)fv_lean_plan_device_bytes(backend) * kib,
+        (double)(backend->outbox.mapped_max * sizeof(*backend->outbox.mapped)) * kib);
+}
+
 static fv_status_t cuda_create(const fv_backend_config_t *config, fv_backend_t **out)
 {
     fv_backend_t *backend = calloc(1, sizeof(*backend));
@@ -127,6 +141,7 @@ static fv_status_t cuda_create(const fv_backend_config_t *config, fv_backend_t *
         cuda_destroy(backend);
         return status;
     }
+    print_sizes(backend);
     *out = backend;
     return FV_OK;
 }
