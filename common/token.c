@@ -33,6 +33,10 @@ bool fv_token_name_is_valid(const char *name)
     return true;
 }
 
+/*
+ * Errors say what was expected and never what was given: a token may stand where it should not.
+ */
+
 /* ------------------------------------------------------------------ time */
 
 /* `n` digits at *at, which moves past them and past `after` (NUL: nothing). */
@@ -83,9 +87,7 @@ fv_status_t fv_token_time_parse(const char *text, int64_t *out_unix_s)
     if (!is_time || (same.tm_mon != given.tm_mon) || (same.tm_mday != given.tm_mday) ||
         (same.tm_hour != given.tm_hour) || (same.tm_min != given.tm_min) ||
         (same.tm_sec != given.tm_sec) || (same.tm_year != given.tm_year)) {
-        return fv_fail(FV_ERR_INVALID_ARG,
-                       "expires: given \"%.40s\", expected YYYY-MM-DD or YYYY-MM-DDThh:mm:ssZ",
-                       text);
+        return fv_fail(FV_ERR_INVALID_ARG, "expires: expected YYYY-MM-DD or YYYY-MM-DDThh:mm:ssZ");
     }
     *out_unix_s = (int64_t)unix_s;
     return FV_OK;
@@ -101,9 +103,8 @@ set_quota(const char *key, const char *value, bool is_bytes, uint64_t max, uint6
         fv_bytes_parse(value, &n) && (is_bytes || (value[strspn(value, "0123456789")] == '\0'));
 
     if (!is_number || (n == 0) || (n > max)) {
-        return fv_fail(FV_ERR_INVALID_ARG,
-                       "%s: given \"%.40s\", expected %s of at least 1 (no entry: no limit)", key,
-                       value, is_bytes ? "bytes as 512m or 16g," : "a number");
+        return fv_fail(FV_ERR_INVALID_ARG, "%s: expected %s of at least 1 (no entry: no limit)",
+                       key, is_bytes ? "bytes as 512m or 16g," : "a number");
     }
     *out = n;
     return FV_OK;
@@ -140,7 +141,6 @@ static fv_status_t set_word(const char *word, fv_token_line_t *line, bool *has_h
                              place);
         }
     }
-    /* not repeated: it may be a token that somebody put in the wrong place */
     return fv_fail(FV_ERR_INVALID_ARG,
                    "a word that is none of sha256=, expires=, sessions=, kv_bytes=, requests=, "
                    "bytes_per_second=");

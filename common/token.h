@@ -48,7 +48,7 @@ typedef struct fv_token_line {
     fv_quota_t quota;
 } fv_token_line_t;
 
-/* `text`: without its newline. Errors: FV_ERR_INVALID_ARG; the text never repeats what stands after sha256=. */
+/* `text`: without its newline. Errors: FV_ERR_INVALID_ARG; the text never repeats what was given. */
 FV_MUST_CHECK fv_status_t fv_token_line_parse(const char *text, fv_token_line_t *out);
 
 /* The line, without a newline; fv_token_line_parse() reads it back. */

@@ -204,12 +204,13 @@ fv_status_t fv_meet_accept(int listen_fd,
     int64_t deadline_us = fv_clock_us() + (int64_t)timeout_ms * 1000;
     fv_status_t status = FV_OK;
 
-    place = (fv_meeting_place_t){.secret = secret,
-                                 .epoch = epoch,
-                                 .n_ranks = n_ranks,
-                                 .n_joined = 1,
-                                 .fds = fds,
-                                 .hellos = hellos};
+    place.secret = secret;
+    place.epoch = epoch;
+    place.n_ranks = n_ranks;
+    place.n_joined = 1;
+    place.fds = fds;
+    place.hellos = hellos;
+    place.n_strangers = 0;
     while ((place.n_joined < n_ranks) && (status == FV_OK)) {
         int64_t left_ms = (deadline_us - fv_clock_us()) / 1000;
         if (left_ms <= 0) {

@@ -80,6 +80,7 @@ TOKENS = {
     "differ": b"a user sha256=" + HASH + b"\na admin sha256=" + HASH[::-1] + b"\n",
     "token": b"a user fv_5eC\n",
     "token_as_hash": b"a user sha256=fv_5eC\n",
+    "token_as_day": b'# who\n\na.b@c admin expires=2027-fv_5eC+\n01-31T12:00:00Z k',
     "token_as_name": b"fv_5eC+\n",
     "day": b"a user sha256=" + HASH + b" expires=2027-02-30\n",
     "zero": b"a user sha256=" + HASH + b" sessions=0\n",
