@@ -7,7 +7,7 @@
  * comes from memory, not from a cache.
  *
  *     GB/s     = sum over items of n_kv_heads * kv_end * (dk + dv) * bytes(kv) / seconds (each KV byte counted once; latents:
- *                dk alone, V is a part of K)
+ *                dk alone, V is a part of K; sparse: those that some row reads)
  *     ratio    = GB/s over the streaming read's GB/s; by cpu: the same per second of CPU time, which leaves out the
  *                time that other programs had the cores (but also an idle thread): for busy machines
  *     GFLOP/s  = sum over rows of 2 * visible tokens * (dk + dv) / seconds
@@ -24,11 +24,20 @@
 
 #define ROUNDS_MAX 200
 
-#define BF16 FV_DTYPE_BF16
-#define F16  FV_DTYPE_F16
-#define F32  FV_DTYPE_F32
-#define KV   false, 0
-#define MLA  true, 64 /* DeepSeek's RoPE key beside the latent */
+#define BF16  FV_DTYPE_BF16
+#define F16   FV_DTYPE_F16
+#define F32   FV_DTYPE_F32
+#define KV    false, 0, NULL
+#define S2_16 false, 0, &k_s2_16
+#define MLA   true, 64, NULL /* DeepSeek's RoPE key beside the latent */
+
+/* Blocks of 64, 8 local, every 16th; 8 KV heads of a model with 32 query heads. */
+static const fv_policy_t k_s2_16 = {.kind = FV_POLICY_S2,
+                                    .block_tokens = 64,
+                                    .local_blocks = 8,
+                                    .vert_stride = 16,
+                                    .head_sliding_step = 1,
+                                    .n_heads = 8};
 
 static const fv_bench_case_t k_cases[] = {
     {"decode-gqa32/8-4k", 8, 4, 128, BF16, BF16, 1, 1, 4096, false, KV},
@@ -57,6 +66,10 @@ static const fv_bench_case_t k_cases[] = {
     {"decode-tpla2-mla128-32k", 1, 128, 256, BF16, BF16, 1, 1, 32768, false, MLA},
     {"verify4-mla128-4k", 1, 128, 512, BF16, BF16, 4, 1, 4096, false, MLA},
     {"prefill64-mla16-4k", 1, 16, 512, BF16, BF16, 64, 1, 4096, false, MLA},
+    {"decode-gqa32/8-32k-s2-16", 8, 4, 128, BF16, BF16, 1, 1, 32768, false, S2_16},
+    {"decode-gqa32/8-128k-s2-16", 8, 4, 128, BF16, BF16, 1, 1, 131072, false, S2_16},
+    {"prefill512-gqa32/8-32k", 8, 4, 128, BF16, BF16, 512, 1, 32768, false, KV},
+    {"prefill512-gqa32/8-32k-s2-16", 8, 4, 128, BF16, BF16, 512, 1, 32768, false, S2_16},
 };
 
 typedef struct options {

@@ -56,6 +56,34 @@ static int32_t stored_dims(const fv_bench_case_t *c)
     return c->is_latent ? dim_qk(c) : (2 * c->head_dim);
 }
 
+/* The rows [begin, end) of one KV head. */
+static fv_tile_query_t rows_of(const fv_bench_case_t *c, int32_t head, int64_t begin, int64_t end)
+{
+    fv_tile_query_t q = {.shard = {.shard_tokens = FV_PAGE_TOKENS, .n_parts = 1},
+                         .q_begin = begin,
+                         .q_end = end,
+                         .kv_end = end,
+                         .causal = true};
+
+    if (c->policy != NULL) {
+        q.policy = *c->policy;
+        q.head = fv_policy_head(c->policy, head, c->group, 0);
+    }
+    return q;
+}
+
+/* Tokens that the rows see, or (each row by itself, causal) the sum over rows. */
+static int64_t seen_tokens(const fv_tile_query_t *q)
+{
+    fv_tile_list_t list = fv_tiles_make(q);
+    int64_t n = 0;
+
+    for (int32_t i = 0; i < fv_tiles_count(&list); i++) {
+        n += fv_tile_at(q, &list, i).n_tokens;
+    }
+    return n;
+}
+
 static void choose_lengths(fv_workload_t *w)
 {
     const fv_bench_case_t *c = w->spec;
@@ -63,15 +91,19 @@ static void choose_lengths(fv_workload_t *w)
 
     for (int32_t i = 0; i < c->n_items; i++) {
         int64_t n = c->ragged ? (c->kv_end * c->n_items * (i + 1) / shares) : c->kv_end;
-        double rows = (double)(c->n_kv_heads * c->group);
-        /* token t of the item sees kv_end - n_tokens + t + 1 tokens */
-        double seen =
-            (double)c->n_tokens * (double)n - 0.5 * (double)c->n_tokens * (double)(c->n_tokens - 1);
 
+        for (int32_t h = 0; h < c->n_kv_heads; h++) {
+            fv_tile_query_t all = rows_of(c, h, n - c->n_tokens, n);
+
+            w->kv_bytes += (double)seen_tokens(&all) * stored_dims(c) *
+                           (double)fv_dtype_bytes((fv_dtype_t)c->kv_dtype);
+            for (int64_t p = n - c->n_tokens; p < n; p++) {
+                fv_tile_query_t row = rows_of(c, h, p, p + 1);
+
+                w->flops += 2.0 * c->group * (double)seen_tokens(&row) * (dim_qk(c) + c->head_dim);
+            }
+        }
         w->kv_end[i] = n;
-        w->kv_bytes += (double)c->n_kv_heads * (double)n * stored_dims(c) *
-                       (double)fv_dtype_bytes((fv_dtype_t)c->kv_dtype);
-        w->flops += 2.0 * rows * seen * (dim_qk(c) + c->head_dim);
         w->pages_max =
             (size_t)fv_max64((int64_t)w->pages_max, (n + FV_PAGE_TOKENS - 1) / FV_PAGE_TOKENS);
     }
@@ -90,50 +122,87 @@ static uint32_t page_units(const fv_bench_case_t *c)
                       fv_dtype_bytes((fv_dtype_t)c->kv_dtype) / FV_PAGE_UNIT);
 }
 
-/* Hands out pages in the order a pool would: page by page, all heads of an item in turn. */
-static void place_pages(fv_workload_t *w)
+static bool is_kept(const fv_workload_t *w, int32_t item, int32_t head, int64_t page)
+{
+    const fv_policy_t *policy = w->spec->policy;
+
+    return (page * FV_PAGE_TOKENS < w->kv_end[item]) &&
+           ((policy == NULL) ||
+            (page >= fv_policy_dead_pages(policy, w->kv_end[item] - w->spec->n_tokens)) ||
+            fv_policy_keeps(policy, head, w->spec->group, page));
+}
+
+/* Hands out pages in the order a pool would: page by page, all heads of an item in turn. Returns the units used. */
+static size_t place_pages(fv_workload_t *w)
 {
     const fv_bench_case_t *c = w->spec;
-    uint32_t next = 0;
+    size_t next = 0;
 
     for (size_t set = 0; set < w->n_sets; set++) {
         for (int32_t i = 0; i < c->n_items; i++) {
             for (size_t p = 0; p < w->pages_max; p++) {
-                for (int32_t h = 0;
-                     (h < c->n_kv_heads) && ((int64_t)p * FV_PAGE_TOKENS < w->kv_end[i]); h++) {
-                    table(w, set, i, h)[p] = next;
-                    next += page_units(c);
+                for (int32_t h = 0; h < c->n_kv_heads; h++) {
+                    bool kept = is_kept(w, i, h, (int64_t)p);
+
+                    table(w, set, i, h)[p] = kept ? (fv_page_ref_t)next : FV_PAGE_NONE;
+                    next += kept ? page_units(c) : 0U;
                 }
             }
         }
+    }
+    return next;
+}
+
+/* A head's pages [begin, end), which are all there. */
+static void append_run(fv_workload_t *w, const fv_page_ref_t *pages, int64_t begin, int64_t end)
+{
+    const fv_bench_case_t *c = w->spec;
+    size_t e = fv_dtype_bytes((fv_dtype_t)c->io_dtype);
+    size_t k_bytes = (size_t)dim_qk(c) * e;
+    size_t v_bytes = (size_t)c->head_dim * e;
+    fv_append_item_t item = {.n_kv_heads = 1,
+                             .head_dim_qk = dim_qk(c),
+                             .head_dim_v = c->head_dim,
+                             .src_dtype = c->io_dtype,
+                             .kv_dtype = c->kv_dtype,
+                             .k = (const uint8_t *)w->head->k + (size_t)begin * k_bytes,
+                             .v = (const uint8_t *)w->head->v + (size_t)begin * v_bytes,
+                             .v_in_k = c->is_latent,
+                             .k_token_bytes = k_bytes,
+                             .v_token_bytes = v_bytes,
+                             .local_begin = (uint64_t)begin,
+                             .n_tokens = (uint64_t)(end - begin),
+                             .pages = pages};
+
+    if (fv_backend_cpu.append(w->backend, &item, 1) != FV_OK) {
+        fv_bench_die("append");
+    }
+}
+
+static void append_head(fv_workload_t *w, size_t set, int32_t i, int32_t h)
+{
+    const fv_page_ref_t *pages = table(w, set, i, h);
+    int64_t begin = 0;
+
+    while (begin < w->kv_end[i]) {
+        int64_t end = begin;
+
+        while ((end < w->kv_end[i]) && (pages[end / FV_PAGE_TOKENS] != FV_PAGE_NONE)) {
+            end = fv_min64(end + FV_PAGE_TOKENS, w->kv_end[i]);
+        }
+        if (end > begin) {
+            append_run(w, pages, begin, end);
+        }
+        begin = (end > begin) ? end : (begin + FV_PAGE_TOKENS);
     }
 }
 
 static void append_all(fv_workload_t *w)
 {
-    const fv_bench_case_t *c = w->spec;
-
     for (size_t set = 0; set < w->n_sets; set++) {
-        for (int32_t i = 0; i < c->n_items; i++) {
-            for (int32_t h = 0; h < c->n_kv_heads; h++) {
-                size_t e = fv_dtype_bytes((fv_dtype_t)c->io_dtype);
-                fv_append_item_t item = {
-                    .n_kv_heads = 1,
-                    .head_dim_qk = dim_qk(c),
-                    .head_dim_v = c->head_dim,
-                    .src_dtype = c->io_dtype,
-                    .kv_dtype = c->kv_dtype,
-                    .v_in_k = c->is_latent,
-                    .k = w->head->k,
-                    .v = w->head->v,
-                    .k_token_bytes = (size_t)dim_qk(c) * e,
-                    .v_token_bytes = (size_t)c->head_dim * e,
-                    .n_tokens = (uint64_t)w->kv_end[i],
-                    .pages = table(w, set, i, h),
-                };
-                if (fv_backend_cpu.append(w->backend, &item, 1) != FV_OK) {
-                    fv_bench_die("append");
-                }
+        for (int32_t i = 0; i < w->spec->n_items; i++) {
+            for (int32_t h = 0; h < w->spec->n_kv_heads; h++) {
+                append_head(w, set, i, h);
             }
         }
     }
@@ -171,9 +240,7 @@ void fv_workload_create(fv_workload_t *w,
     w->head = fv_attn_case_create(&spec);
     w->pages = fv_bench_alloc(w->n_sets * (size_t)(c->n_items * c->n_kv_heads) * w->pages_max *
                               sizeof(*w->pages));
-    place_pages(w);
-    sized.kv_arena_bytes = (size_t)(c->n_items * c->n_kv_heads) * w->n_sets * w->pages_max *
-                           page_units(c) * FV_PAGE_UNIT;
+    sized.kv_arena_bytes = place_pages(w) * FV_PAGE_UNIT;
     if (fv_backend_cpu.create(&sized, &w->backend) != FV_OK) {
         fv_bench_die("create");
     }
@@ -215,6 +282,7 @@ void fv_workload_step(fv_workload_t *w, size_t set)
         item->kv_dtype = c->kv_dtype;
         item->softmax_scale = 1.0F / sqrtf((float)dim_qk(c));
         item->causal = true;
+        item->policy = (c->policy != NULL) ? *c->policy : (fv_policy_t){0};
         item->shard = (fv_kv_shard_t){.shard_tokens = FV_PAGE_TOKENS, .n_parts = 1, .part = 0};
         item->kv_end = w->kv_end[i];
         item->position = w->kv_end[i] - c->n_tokens;
@@ -232,20 +300,23 @@ void fv_workload_step(fv_workload_t *w, size_t set)
 
 /* ------------------------------------------------------------------ verification */
 
-/* All heads of one token of one item against the oracle: every KV head holds the same K and V. */
-static bool verify_token(const fv_workload_t *w, int32_t item, int32_t t)
+/* The query heads of one KV head, one token of one item, against the oracle: every KV head holds the same K and V. */
+static bool verify_head(const fv_workload_t *w, int32_t item, int32_t t, int32_t h)
 {
     const fv_bench_case_t *c = w->spec;
-    fv_attn_case_t check = *w->head;                            /* borrows its K and V */
-    size_t at = (size_t)item * (size_t)c->n_tokens + (size_t)t; /* token */
+    fv_attn_case_t check = *w->head; /* borrows its K and V */
+    size_t n_heads = (size_t)c->n_kv_heads;
+    size_t at = ((size_t)item * (size_t)c->n_tokens + (size_t)t) * n_heads + (size_t)h;
     size_t n_bad = 0;
     double q_norm = 0.0;
 
-    check.spec.group = c->n_kv_heads * c->group;
-    check.n_q_heads = check.spec.group;
+    check.spec.group = c->group;
+    check.spec.kv_head_begin = h;
+    check.spec.policy = (c->policy != NULL) ? *c->policy : (fv_policy_t){0};
+    check.n_q_heads = c->group;
     check.spec.kv_end = w->kv_end[item];
     check.spec.position = w->kv_end[item] - c->n_tokens + t;
-    check.q = w->q + at * (w->q_bytes / (size_t)c->n_tokens);
+    check.q = w->q + at * (w->q_bytes / ((size_t)c->n_tokens * n_heads));
     check.out_ref = NULL;
     check.lse_ref = NULL;
     for (int32_t d = 0; d < dim_qk(c); d++) {
@@ -254,11 +325,21 @@ static bool verify_token(const fv_workload_t *w, int32_t item, int32_t t)
     }
     check.logit_bound = fmax(check.logit_bound, sqrt(q_norm) * 2.0);
     fv_attn_case_solve(&check);
-    n_bad = fv_attn_case_check(&check, w->out + at * (w->out_bytes / (size_t)c->n_tokens), NULL,
-                               c->name);
+    n_bad = fv_attn_case_check(
+        &check, w->out + at * (w->out_bytes / ((size_t)c->n_tokens * n_heads)), NULL, c->name);
     free(check.out_ref);
     free(check.lse_ref);
     return n_bad == 0;
+}
+
+static bool verify_token(const fv_workload_t *w, int32_t item, int32_t t)
+{
+    bool ok = true;
+
+    for (int32_t h = 0; h < w->spec->n_kv_heads; h++) {
+        ok = verify_head(w, item, t, h) && ok;
+    }
+    return ok;
 }
 
 bool fv_workload_verify(fv_workload_t *w)

@@ -24,6 +24,7 @@ typedef struct fv_bench_case {
     bool ragged;    /* item i has (i + 1) shares of n (n + 1) / 2 */
     bool is_latent; /* head_dim is the latent's; K alone is stored, of head_dim + rope_dim */
     int32_t rope_dim;
+    const fv_policy_t *policy; /* NULL: dense; else only what it keeps lies in memory */
 } fv_bench_case_t;
 
 typedef struct fv_workload {
