@@ -341,7 +341,7 @@ fv_status_t fv_planner_place(fv_planner_t *planner,
                              char reason[FV_PLAN_REASON_BYTES])
 {
     placing_t p = {0};
-    uint32_t shard_tokens = default_shard_tokens;
+    uint32_t shard_tokens = fv_plan_align_shard(spec, default_shard_tokens);
     uint32_t n_max = 0;
 
     settle(planner);

@@ -52,7 +52,7 @@ uint64_t fv_planner_used(const fv_planner_t *planner, uint32_t rank);
 
 /*
  * Chooses ranks for a new session, least loaded first. `sharding` has the mode (AUTO, HEADS, CONTEXT, LATENT),
- * shard_tokens (0 = default_shard_tokens) and max_ranks (0 = all); max_tokens_hint 0 = unknown.
+ * shard_tokens (0 = default_shard_tokens, or as much more as S2 patterns need to be dealt evenly) and max_ranks (0 = all); max_tokens_hint 0 = unknown.
  * Does not account anything (the caller accounts at opening what the hint promises); equally loaded ranks take turns.
  * A session whose hinted length does not fit on one rank's free memory is spread until it does, where that is
  * possible. `reason` says in one sentence why, for GetPlacement.

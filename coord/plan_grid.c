@@ -26,22 +26,6 @@ fv_plan_cost_t fv_plan_cost_cpu(void)
                             .rank_macs_per_us = 200000.0};
 }
 
-static uint64_t read_tokens(const fv_policy_t *policy, uint64_t n_tokens)
-{
-    uint64_t n = n_tokens;
-
-    if (policy->kind == FV_POLICY_WINDOW) {
-        uint64_t visible = (uint64_t)policy->window_tokens + (uint64_t)policy->sink_tokens;
-        n = (visible < n) ? visible : n;
-    }
-    return n;
-}
-
-static fv_plan_length_t cut(uint64_t n_tokens, uint32_t shard_tokens)
-{
-    return (fv_plan_length_t){.n_full = n_tokens / shard_tokens, .n_rest = n_tokens % shard_tokens};
-}
-
 /* fv_placement_tokens() of part 0. */
 static uint64_t
 fullest_tokens(const fv_plan_length_t *length, uint32_t shard_tokens, uint32_t n_parts)
@@ -50,35 +34,6 @@ fullest_tokens(const fv_plan_length_t *length, uint32_t shard_tokens, uint32_t n
     uint64_t last = (length->n_full == n_turns * n_parts) ? length->n_rest : shard_tokens;
 
     return n_turns * shard_tokens + last;
-}
-
-fv_plan_shape_t fv_plan_shape(const fv_plan_cost_t *cost,
-                              const fv_model_spec_t *spec,
-                              uint32_t shard_tokens,
-                              uint64_t n_tokens)
-{
-    fv_plan_shape_t s = {
-        .cost = cost, .spec = spec, .n_tokens = n_tokens, .shard_tokens = shard_tokens};
-    s.token_bytes = (double)fv_model_token_bytes(spec);
-    s.length = cut(n_tokens, shard_tokens);
-    int32_t n_layers[FV_POLICIES_MAX] = {0};
-
-    if (spec->n_policies <= 1) {
-        n_layers[0] = spec->n_layers;
-    } else {
-        for (int32_t i = 0; i < spec->n_layers; i++) {
-            n_layers[spec->layer_policy[i]]++;
-        }
-    }
-    for (int32_t i = 0; (i < FV_POLICIES_MAX) && (i < spec->n_policies); i++) {
-        if (n_layers[i] > 0) {
-            s.reads[s.n_reads].weight = (double)n_layers[i] / (double)spec->n_layers;
-            s.reads[s.n_reads].length =
-                cut(read_tokens(&spec->policies[i], n_tokens), shard_tokens);
-            s.n_reads++;
-        }
-    }
-    return s;
 }
 
 /* Context parts that hold something: no more than the session has blocks, and one of an empty session. */
@@ -103,6 +58,21 @@ static int32_t largest_part(int32_t n_heads, int32_t n_parts)
     return (n_heads + n_parts - 1) / n_parts;
 }
 
+/* Tokens of an S2 layer that the fullest cell reads, summed over its n_heads KV heads; the last head part is the fullest. */
+static double s2_head_tokens(const fv_plan_shape_t *shape,
+                             const fv_plan_read_t *read,
+                             int32_t n_heads,
+                             int32_t n_ctx_parts)
+{
+    int32_t n_dense = (read->n_dense < n_heads) ? read->n_dense : n_heads;
+    uint32_t n_parts = (uint32_t)n_ctx_parts;
+    double dense = (double)fullest_tokens(&read->length, shape->shard_tokens, n_parts);
+    double sparse = read->strided / (double)active_parts(shape, n_ctx_parts) +
+                    (double)fullest_tokens(&read->local, shape->shard_tokens, n_parts);
+
+    return (double)n_dense * dense + (double)(n_heads - n_dense) * sparse;
+}
+
 /* Multiply-adds of one token with all query heads of a part: scores, and the sum of latents. */
 static double latent_macs(const fv_model_spec_t *spec, int32_t n_head_parts)
 {
@@ -125,9 +95,13 @@ static double token_us(const fv_plan_shape_t *shape, int32_t n_head_parts, int32
     double us = 0.0;
 
     for (int32_t i = 0; i < shape->n_reads; i++) {
-        n_read += shape->reads[i].weight * (double)fullest_tokens(&shape->reads[i].length,
-                                                                  shape->shard_tokens,
-                                                                  (uint32_t)n_ctx_parts);
+        const fv_plan_read_t *read = &shape->reads[i];
+
+        n_read +=
+            read->weight *
+            (read->is_s2 ? (s2_head_tokens(shape, read, (int32_t)n_heads, n_ctx_parts) / n_heads)
+                         : (double)fullest_tokens(&read->length, shape->shard_tokens,
+                                                  (uint32_t)n_ctx_parts));
     }
     us = n_read * (n_heads * shape->token_bytes) / cost->rank_bytes_per_us;
     if (fv_model_is_latent(shape->spec) && (cost->rank_macs_per_us > 0.0)) {
@@ -145,13 +119,32 @@ static double token_us(const fv_plan_shape_t *shape, int32_t n_head_parts, int32
     return us;
 }
 
+/*
+ * A window is counted as if it freed nothing: its prefill may come in one chunk, and then it is so for a while. S2 is for
+ * contexts that would not fit at all otherwise, and is counted by what it keeps.
+ */
 static double rank_bytes(const fv_plan_shape_t *shape, int32_t n_head_parts, int32_t n_ctx_parts)
 {
     double n_heads = (double)largest_part(shape->spec->n_kv_heads, n_head_parts);
     uint64_t n_tokens = fullest_tokens(&shape->length, shape->shard_tokens, (uint32_t)n_ctx_parts);
+    double whole = (double)fv_div_up(n_tokens, FV_PAGE_TOKENS) * FV_PAGE_TOKENS * n_heads;
+    double kept = 0.0; /* tokens over heads, mean over layers */
+    double rest = 1.0;
 
-    return (double)fv_div_up(n_tokens, FV_PAGE_TOKENS) * FV_PAGE_TOKENS *
-           (n_heads * shape->token_bytes) * (double)shape->spec->n_layers;
+    for (int32_t i = 0; shape->has_s2 && (i < shape->n_reads); i++) {
+        const fv_plan_read_t *read = &shape->reads[i];
+
+        if (read->is_s2) { /* what is read is what is kept, and a page more at either end */
+            kept += read->weight * (s2_head_tokens(shape, read, (int32_t)n_heads, n_ctx_parts) +
+                                    2.0 * FV_PAGE_TOKENS * n_heads);
+            rest -= read->weight;
+        }
+    }
+    if (kept > 0.0) {
+        kept = (kept < whole * (1.0 - rest)) ? kept : (whole * (1.0 - rest));
+        whole = whole * rest + kept;
+    }
+    return whole * shape->token_bytes * (double)shape->spec->n_layers;
 }
 
 fv_plan_grid_t fv_plan_grid(const fv_plan_shape_t *shape, int32_t n_head_parts, int32_t n_ctx_parts)

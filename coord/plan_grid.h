@@ -16,6 +16,20 @@ typedef struct fv_plan_length {
     uint64_t n_rest; /* tokens of the block that is not full */
 } fv_plan_length_t;
 
+/*
+ * What a query at the end of the context reads in the layers of one policy. S2: a sparse KV head reads its local blocks, and
+ * `strided` tokens that lie all over the context, so that every context part has its share of them; the n_dense last heads
+ * read `length` as heads of other policies do. Tokens are counted by tiles: a block smaller than a page is read as one.
+ */
+typedef struct fv_plan_read {
+    double weight;           /* share of the model's layers */
+    fv_plan_length_t length; /* of a head */
+    bool is_s2;
+    double strided;
+    fv_plan_length_t local;
+    int32_t n_dense; /* KV heads */
+} fv_plan_read_t;
+
 /* A session at a length, reduced to what the cost depends on. */
 typedef struct fv_plan_shape {
     const fv_plan_cost_t *cost;
@@ -24,11 +38,9 @@ typedef struct fv_plan_shape {
     uint32_t shard_tokens;
     double token_bytes; /* K and V of one token of one KV head */
     fv_plan_length_t length;
+    bool has_s2;     /* some of the reads are */
     int32_t n_reads; /* entries of reads */
-    struct {
-        double weight;           /* share of the model's layers */
-        fv_plan_length_t length; /* that a query at the end of the context reads in those layers */
-    } reads[FV_POLICIES_MAX];
+    fv_plan_read_t reads[FV_POLICIES_MAX];
 } fv_plan_shape_t;
 
 /* H x C parts, and what is predicted of them. */
@@ -43,6 +55,13 @@ fv_plan_shape_t fv_plan_shape(const fv_plan_cost_t *cost,
                               const fv_model_spec_t *spec,
                               uint32_t shard_tokens,
                               uint64_t n_tokens);
+
+/*
+ * shard_tokens, or the next larger number of tokens at which all S2 patterns of the model begin anew: then every turn of every
+ * context part has the same strided blocks, and parts differ by no more than a turn that is under way. Patterns
+ * longer than 2^18 tokens are left alone.
+ */
+uint32_t fv_plan_align_shard(const fv_model_spec_t *spec, uint32_t shard_tokens);
 
 /* Fills the predictions for n_head_parts x n_ctx_parts. */
 fv_plan_grid_t
