@@ -13,8 +13,7 @@
 #include <unistd.h>
 
 #define TOKEN_RANDOM_BYTES 32
-#define TOKEN_PREFIX       "fv_"
-#define TOKEN_CHARS        (sizeof(TOKEN_PREFIX) + (2U * TOKEN_RANDOM_BYTES)) /* with NUL */
+#define TOKEN_CHARS        (sizeof(FV_TOKEN_PREFIX) + (2U * TOKEN_RANDOM_BYTES)) /* with NUL */
 #define SECONDS_A_DAY      86400
 
 enum {
@@ -101,7 +100,7 @@ static error_t parse_token(int key, char *arg, struct argp_state *state)
         if ((a->line.name[0] != '\0') || !fv_token_name_is_valid(arg)) {
             argp_error(state,
                        "NAME: given \"%s\", expected one name of 1..%d letters, digits and "
-                       "._@-, and not \"anonymous\"",
+                       "._@-, not \"anonymous\" and not beginning with " FV_TOKEN_PREFIX,
                        arg, FV_TOKEN_NAME_BYTES - 1);
         }
         (void)snprintf(a->line.name, sizeof(a->line.name), "%s", arg);
@@ -129,8 +128,8 @@ static fv_status_t make(fv_token_line_t *line, char token[TOKEN_CHARS])
     uint8_t random[TOKEN_RANDOM_BYTES];
 
     FV_RETURN_IF_ERR(fv_random_bytes(random, sizeof(random)));
-    memcpy(token, TOKEN_PREFIX, strlen(TOKEN_PREFIX));
-    fv_hex_format(random, sizeof(random), token + strlen(TOKEN_PREFIX));
+    memcpy(token, FV_TOKEN_PREFIX, strlen(FV_TOKEN_PREFIX));
+    fv_hex_format(random, sizeof(random), token + strlen(FV_TOKEN_PREFIX));
     fv_secret_wipe(random, sizeof(random));
     return fv_sha256(token, strlen(token), line->sha256);
 }

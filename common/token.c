@@ -22,8 +22,9 @@ bool fv_token_name_is_valid(const char *name)
 {
     size_t n = strlen(name);
 
-    if ((n == 0) || (n >= FV_TOKEN_NAME_BYTES) || (strcmp(name, "anonymous") == 0)) {
-        return false;
+    if ((n == 0) || (n >= FV_TOKEN_NAME_BYTES) || (strcmp(name, "anonymous") == 0) ||
+        (strncmp(name, FV_TOKEN_PREFIX, strlen(FV_TOKEN_PREFIX)) == 0)) {
+        return false; /* the last: names are shown, so a token in their place must not be one */
     }
     for (size_t i = 0; i < n; i++) {
         if ((isalnum((unsigned char)name[i]) == 0) && (strchr("._@-", name[i]) == NULL)) {
@@ -170,7 +171,8 @@ fv_status_t fv_token_line_parse(const char *text, fv_token_line_t *out)
     (void)next_word(&text, word);
     if (!fv_token_name_is_valid(word)) {
         return fv_fail(FV_ERR_INVALID_ARG,
-                       "name: expected 1..%d letters, digits and ._@-, and not \"anonymous\"",
+                       "name: expected 1..%d letters, digits and ._@-, not \"anonymous\" and not "
+                       "beginning with " FV_TOKEN_PREFIX,
                        FV_TOKEN_NAME_BYTES - 1);
     }
     memcpy(line.name, word, strlen(word) + 1U); /* it is short enough: checked */

@@ -24,6 +24,7 @@
 #define FV_TOKEN_LINE_BYTES 512   /* with NUL */
 #define FV_TOKENS_MAX       65536 /* lines of a file */
 #define FV_TOKEN_NEVER      INT64_MAX
+#define FV_TOKEN_PREFIX     "fv_" /* of the tokens that `fovea token` makes */
 
 typedef enum fv_role {
     FV_ROLE_USER = 0, /* its own sessions, and the service's status */
@@ -57,7 +58,7 @@ void fv_token_line_format(const fv_token_line_t *line, char out[FV_TOKEN_LINE_BY
 /* "2027-01-31" (its first second, UTC) or "2027-01-31T12:00:00Z". */
 FV_MUST_CHECK fv_status_t fv_token_time_parse(const char *text, int64_t *out_unix_s);
 
-/* Letters, digits and ._@-, 1..63 of them, and not "anonymous". */
+/* Letters, digits and ._@-, 1..63 of them; not "anonymous", not beginning with FV_TOKEN_PREFIX. */
 bool fv_token_name_is_valid(const char *name);
 
 /*

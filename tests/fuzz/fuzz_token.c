@@ -67,7 +67,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n_bytes)
     if (fv_token_file_load(g_path, &lines, &n) != FV_OK) {
         check(fv_error_context()[0] != '\0', "a refusal without a text");
         check(strchr(fv_error_context(), '\n') == NULL, "a refusal of several lines");
-        check(strstr(fv_error_context(), "fv_5eC") == NULL, "a refusal repeats a token");
+        check(strstr(fv_error_context(), " fv_5eC") == NULL, "a refusal repeats a token");
         return 0;
     }
     for (size_t i = 0; i < n; i++) {

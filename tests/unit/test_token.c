@@ -106,6 +106,7 @@ static void test_bad_lines_are_refused_without_repeating_them(void **state)
         "alice root sha256=" HEX,
         "al/ice user sha256=" HEX,
         "anonymous user sha256=" HEX,
+        "fv_SECRET user sha256=" HEX,
         "alice user sha256=SECRET",
         "alice user sha256=" HEX "00",
         "alice user SECRET",
