@@ -130,6 +130,32 @@ static void test_session_requests(void **state)
     }
 }
 
+static int32_t random_factors(float factors[FV_GROUPS_MAX])
+{
+    int32_t n = (int32_t)fv_random_below(&g_random, FV_GROUPS_MAX + 1);
+
+    for (int32_t i = 0; i < n; i++) {
+        factors[i] = (float)fv_random_below(&g_random, 1000) / 9.0F;
+    }
+    return n;
+}
+
+static void random_latent(fv_model_spec_t *spec)
+{
+    spec->latent_dim = random_i31();
+    spec->rope_dim = random_i31();
+    if (fv_random_below(&g_random, 2) == 0) {
+        spec->latent_norm.mode = FV_NORM_SLICE_RMS;
+        spec->latent_norm.eps = (float)fv_random_below(&g_random, 1000) / 11.0F;
+        spec->latent_norm.n_alpha = random_factors(spec->latent_norm.alpha);
+    }
+    if (spec->sharding.mode == FV_SHARDING_LATENT) {
+        spec->sharding.groups = random_i31();
+        spec->sharding.n_alpha = random_factors(spec->sharding.alpha);
+        spec->sharding.n_mu = random_factors(spec->sharding.mu);
+    }
+}
+
 /* A spec as decoding leaves it: each policy but dense is used by a layer, in order of first use. */
 static void random_spec(fv_model_spec_t *spec)
 {
@@ -147,6 +173,9 @@ static void random_spec(fv_model_spec_t *spec)
     spec->sharding.mode = (int32_t)fv_random_below(&g_random, 4);
     spec->sharding.shard_tokens = random_i31();
     spec->sharding.max_ranks = random_i31();
+    if (spec->kind == FV_MODEL_LATENT) {
+        random_latent(spec);
+    }
     spec->n_policies = 1 + (int32_t)fv_random_below(&g_random, FV_POLICIES_MAX);
     if (spec->n_policies > spec->n_layers) {
         spec->n_policies = spec->n_layers;
@@ -379,6 +408,8 @@ static void random_share(fv_placement_share_t *share)
     memset(share, 0, sizeof(*share));
     share->rank = random_u32();
     share->kv_head_begin = random_u32();
+    share->latent_begin = random_u32();
+    share->latent_end = random_u32();
     share->kv_head_end = random_u32();
     share->q_head_begin = random_u32();
     share->q_head_end = random_u32();
@@ -441,6 +472,8 @@ static void test_placements(void **state)
         random_text(in.mode, sizeof(in.mode), 0);
         random_text(in.reason, sizeof(in.reason), 0);
         in.n_head_parts = random_u32();
+        in.n_latent_parts = random_u32();
+        in.is_approximate = fv_random_below(&g_random, 2) == 0;
         in.n_ctx_parts = random_u32();
         in.shard_tokens = random_u32();
         in.n_tokens = fv_random_wide(&g_random);
