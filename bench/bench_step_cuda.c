@@ -10,6 +10,7 @@
  * Columns, us: step = fv_worker_step() by the host's clock, median and 99th percentile; device = its own record of the
  * step (compute_us); kernel = the same launches alone, back to back, by events. over = step - kernel.
  */
+#include "common/log.h"
 #include "kernels/backend_cuda.h"
 #include "worker/internal.h"
 
@@ -377,6 +378,7 @@ static options_t parse(int argc, char **argv)
 int main(int argc, char **argv)
 {
     const options_t o = parse(argc, argv);
+    fv_log_level_now = FV_LOG_WARN; /* sizes at each start would cut the table up */
     FILE *json = (o.json == NULL) ? NULL : fopen(o.json, "w");
 
     (void)printf("| batch | context | layers | steps | step p50 | p99 | device | kernel | over |\n"
