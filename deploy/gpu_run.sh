@@ -7,10 +7,11 @@
 #   sanitize       memcheck, racecheck (with RACE=1's test), initcheck, synccheck over the GPU tests
 #   bench [NAME]   the kernels beside the streaming read; NAME: only cases whose name contains it
 #   e2e            fovead --backend cuda alone, and with 2 GPUs or more on 2 ranks: the C clients' end-to-end tests, tests/python
-#   service        bench_service, batch 1 x 128k and 64 x 32k tokens, TCP and unix, beside the bare echo
+#   service        a rank's step beside its kernel; bench_service, batch 1 x 128k and 64 x 32k tokens, TCP and unix, beside
+#                  the bare echo
 #   transformers   Hugging Face models generate the same tokens as with SDPA, on one rank and on two
 #   scale [N]      bench/scale/run_gpus.sh over N GPUs (all that there are)
-#   peers          PyTorch's attention kernels at the shapes of `bench`, and the table of both
+#   peers          PyTorch's and FlashInfer's attention kernels at the shapes of `bench`, and one table of all
 #
 # Without PARTs: tests e2e bench. Every command is bounded, and all together by FV_RUN_SECONDS (560); a part that finds
 # no time left is reported as such. FV_KERNELS_GIB, FV_SERVICE_GIB: GPU memory to take there (0 = most of it);
@@ -20,7 +21,7 @@
 set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-[[ $# -ge 1 ]] || { sed -n '2,25p' "$0" && exit 2; }
+[[ $# -ge 1 ]] || { sed -n '2,20p' "$0" && exit 2; }
 mkdir -p "$1" && results=$(cd "$1" && pwd)
 shift
 [[ $# -gt 0 ]] || set -- tests e2e bench
@@ -186,7 +187,7 @@ part_e2e() {
             run "e2e-$name-$n" 180 env FV_TEST_FOVEAD="$bundle/bin/fovead --backend=$backend" "${words[@]}" \
                 "$bundle/bin/$name"
         done
-        pytest e2e-python 240 "$n" "$bundle/tests/python" --ignore-glob '*/test_transformers*.py'
+        pytest e2e-python 400 "$n" "$bundle/tests/python" --ignore-glob "$bundle/tests/python/test_transformers*"
     done
 }
 
@@ -205,6 +206,10 @@ start_fovead() { # ARGS...: its pid in $fovead; on a socket and a port
 
 part_service() {
     local case name memory=()
+    if has bench_step_cuda && [[ $backend == cuda ]]; then
+        run step 120 "$bundle/bin/bench_step_cuda" --json "$work/results/step.json"
+        cat "$work/results/step.log"
+    fi
     [[ ${FV_SERVICE_GIB:-0} -eq 0 ]] || memory=(--kv-memory "${FV_SERVICE_GIB}g")
     if start_fovead "${memory[@]}"; then
         for case in ${FV_SERVICE_CASES:-1x131072 64x32768}; do
