@@ -17,7 +17,6 @@
 #include <sys/signalfd.h>
 #include <unistd.h>
 
-#define OWN_RANK     0U
 #define POLL_FDS_MAX (2U + 1024U)
 
 /* Requests lie where the own rank's device reads them in place. */
@@ -71,7 +70,7 @@ fv_status_t fv_engine_create(const fv_engine_config_t *config, fv_engine_t **out
         status = create_staging(config, &engine->staging);
     }
     if (status == FV_OK) {
-        status = fv_dispatch_create(n_ranks, OWN_RANK, &engine->dispatch);
+        status = fv_engine_init_pipeline(engine);
     }
     if (status != FV_OK) {
         fv_engine_destroy(engine);
@@ -90,7 +89,10 @@ void fv_engine_destroy(fv_engine_t *engine)
     if (engine == NULL) {
         return;
     }
-    fv_dispatch_destroy(engine->dispatch);
+    for (uint32_t slot = 0; slot < FV_STEP_DEPTH; slot++) {
+        fv_dispatch_destroy(engine->flights[slot].dispatch);
+        free(engine->flights[slot].is_rank_done);
+    }
     fv_staging_destroy(engine->staging);
     fv_sched_destroy(engine->sched);
     fv_engine_free_streams(engine);
@@ -151,20 +153,8 @@ static void answer_drain(fv_engine_t *engine)
     engine->drain_call = NULL;
 }
 
-/* Everything that still waits is told so: in the scheduler's queue, in the inbox, watchers. */
-static void refuse_rest(fv_engine_t *engine, const char *why)
+static void refuse_entries(fv_entry_t *entry, const char *why)
 {
-    fv_request_t *request = fv_sched_take_all(engine->sched);
-    fv_entry_t *entry = NULL;
-
-    atomic_store(&engine->is_closed, true);
-    while (request != NULL) {
-        fv_request_t *next = request->next;
-        request->error = fv_error_capture(fv_fail(FV_ERR_UNAVAILABLE, "%s", why));
-        fv_reply_job(engine, fv_job_of(request), fv_clock_us());
-        request = next;
-    }
-    entry = fv_engine_take_inbox(engine);
     while (entry != NULL) {
         fv_entry_t *next = entry->next;
         fv_status_t status = fv_fail(FV_ERR_UNAVAILABLE, "%s", why);
@@ -178,54 +168,28 @@ static void refuse_rest(fv_engine_t *engine, const char *why)
         }
         entry = next;
     }
+}
+
+/* Everything that still waits is told so: in the scheduler's queue, commands, in the inbox, watchers. */
+static void refuse_rest(fv_engine_t *engine, const char *why)
+{
+    fv_request_t *request = fv_sched_take_all(engine->sched);
+
+    atomic_store(&engine->is_closed, true);
+    while (request != NULL) {
+        fv_request_t *next = request->next;
+        request->error = fv_error_capture(fv_fail(FV_ERR_UNAVAILABLE, "%s", why));
+        fv_reply_job(engine, fv_job_of(request), fv_clock_us());
+        request = next;
+    }
+    refuse_entries(engine->commands, why);
+    engine->commands = NULL;
+    engine->commands_tail = &engine->commands;
+    refuse_entries(fv_engine_take_inbox(engine), why);
     fv_engine_end_watchers(engine, why);
 }
 
 /* ------------------------------------------------------------------ the loop */
-
-/* Steps run until nothing waits; then the inbox is looked at again, so that a step takes all there is. */
-static fv_status_t serve_inbox(fv_engine_t *engine, bool *out_had_work)
-{
-    fv_entry_t *entry = fv_engine_take_inbox(engine);
-    fv_status_t status = FV_OK;
-
-    *out_had_work = (entry != NULL);
-    while (entry != NULL) {
-        fv_entry_t *next = entry->next;
-        if ((entry->method == FV_METHOD_ATTEND) || (entry->method == FV_METHOD_ATTEND_ONCE)) {
-            fv_job_t *job = (fv_job_t *)(void *)entry;
-            if (engine->is_draining) {
-                fv_reply_refused(entry->call, entry->method, job->request.head.request_id,
-                                 fv_fail(FV_ERR_UNAVAILABLE, "the service is draining"));
-                fv_job_release(job);
-            } else {
-                fv_sched_submit(engine->sched, &job->request);
-            }
-        } else {
-            if (status == FV_OK) {
-                status = fv_engine_command(engine, entry);
-            }
-            if (status != FV_OK) { /* this one, unless it was answered, and the rest learn why */
-                fv_reply_error(entry->call, FV_ERR_UNAVAILABLE);
-            }
-            fv_entry_release(entry);
-        }
-        entry = next;
-    }
-    return status;
-}
-
-fv_status_t fv_engine_work(fv_engine_t *engine)
-{
-    bool had_inbox = false;
-    bool had_step = false;
-
-    do {
-        FV_RETURN_IF_ERR(serve_inbox(engine, &had_inbox));
-        FV_RETURN_IF_ERR(fv_engine_step(engine, &had_step));
-    } while (had_inbox || had_step);
-    return FV_OK;
-}
 
 static int timeout_ms(int64_t until_us)
 {
@@ -329,6 +293,9 @@ static fv_status_t take_own_turn(fv_engine_t *engine, bool *out_is_done, int64_t
     if (engine->is_draining && (engine->drain_deadline_us < *out_until_us)) {
         *out_until_us = engine->drain_deadline_us;
     }
+    if (fv_engine_has_work(engine)) {
+        *out_until_us = 0;
+    }
     (void)pthread_mutex_unlock(&engine->turn);
     return status;
 }
@@ -362,6 +329,8 @@ fv_status_t fv_engine_run(fv_engine_t *engine, fv_rpc_t *rpc, int signal_fd)
         }
     }
     fv_error_t error = fv_error_capture(status);
+    fv_info("steps: %llu, of them %llu begun while another was under way",
+            (unsigned long long)engine->n_steps, (unsigned long long)engine->n_steps_ahead);
     if (status != FV_OK) {
         fv_error("the service ends: %s", error.text);
     }

@@ -9,6 +9,9 @@
  *
  *   rpc thread:    scan, gather tensors into staging, digest -> inbox (lock-free); its own turn, or an eventfd
  *   engine thread: commands; then steps while anything waits  -> replies
+ *
+ * Two steps are under way (FV_STEP_DEPTH) where that gains something: the tensors of the next one travel to the other ranks
+ * while this one computes. See engine_pipeline.c.
  */
 #ifndef FV_COORD_ENGINE_H
 #define FV_COORD_ENGINE_H
@@ -32,6 +35,7 @@ typedef struct fv_engine_config {
     fv_auth_t *auth;             /* told to read its file again by SIGHUP; NULL: none */
     const fv_local_ops_t *local; /* NULL: dedicated coordinator */
     void *local_ctx;
+    bool local_is_async;         /* its step() leaves this thread free while the device works */
     fv_link_t *link;             /* NULL: one rank */
     const char *exchange;        /* "none", "mpi" */
     const fv_ctl_hello_t *ranks; /* [n_ranks] as they introduced themselves; copied */

@@ -65,6 +65,7 @@ static bool take_turn(fv_engine_t *engine)
             engine->broken = fv_error_capture(status);
             engine->wants_own_thread = true;
         }
+        engine->wants_own_thread = engine->wants_own_thread || fv_engine_has_work(engine);
     }
     bool must_ring = engine->wants_own_thread;
     (void)pthread_mutex_unlock(&engine->turn);

@@ -1,6 +1,7 @@
 /*
  * engine_internal.h - the engine's state, shared by engine.c (loop), engine_inbox.c (rpc thread's side),
- * engine_step.c (a step), engine_command.c (the small RPCs) and engine_view.c (status and placement).
+ * engine_pipeline.c (the order of steps), engine_step.c (a step), engine_command.c (the small RPCs) and engine_view.c
+ * (status and placement).
  */
 #ifndef FV_COORD_ENGINE_INTERNAL_H
 #define FV_COORD_ENGINE_INTERNAL_H
@@ -50,12 +51,29 @@ typedef struct fv_rank_stats {
     uint64_t n_steps, busy_us;
 } fv_rank_stats_t;
 
+/* A step under way, from its forming to its commit. */
+typedef struct fv_flight {
+    fv_step_plan_t plan;
+    fv_dispatch_t *dispatch;
+    bool is_begun; /* the other ranks have been told */
+    enum {
+        FV_LOCAL_NONE, /* no share of our own, or it is done */
+        FV_LOCAL_WAITS,
+        FV_LOCAL_RUNS,
+    } local;
+    bool
+        is_rank_idle; /* a rank has done its share, and has nothing left to do unless a next step comes */
+    bool has_failed;    /* a request failed on a rank: it must be undone */
+    bool is_timed;      /* queue_us is noted */
+    bool *is_rank_done; /* [n_ranks] */
+    size_t n_left;      /* other ranks that have not answered */
+} fv_flight_t;
+
 struct fv_engine {
     fv_engine_config_t config;
     fv_ctl_hello_t *hellos; /* [n_ranks] */
     fv_sched_t *sched;
     fv_staging_t *staging;
-    fv_dispatch_t *dispatch;
     fv_rpc_t *rpc;
 
     _Atomic(fv_entry_t *) inbox; /* a stack; the engine takes all of it and turns it round */
@@ -80,11 +98,24 @@ struct fv_engine {
 
     fv_watcher_t *watchers;
     fv_stream_t *streams;
-    int64_t sweep_due_us;  /* when idle sessions are looked for again */
-    fv_call_t *drain_call; /* to be answered when drained */
+    bool has_ended_streams; /* some of them are over, and nobody has said so */
+    int64_t sweep_due_us;   /* when idle sessions are looked for again */
+    fv_call_t *drain_call;  /* to be answered when drained */
     bool is_draining;
     int64_t drain_deadline_us;
     uint64_t n_done_at_drain;
+
+    /* engine_pipeline.c */
+    fv_flight_t flights[FV_STEP_DEPTH]; /* by slot */
+    uint32_t first_slot, n_flights;     /* oldest first from first_slot on */
+    uint32_t depth; /* steps under way at most: 1 where a second gains nothing */
+    fv_entry_t *commands, **commands_tail; /* wait until nothing is under way */
+    fv_request_t *answers, **answers_tail; /* committed, to be answered */
+    bool may_form;                         /* something changed since the last forming */
+    bool is_looking;                       /* fv_engine_look() is running */
+    fv_error_t look_error;                 /* of a look while our own share was running */
+    int64_t turn_end_us, progress_us;
+    uint64_t n_steps_ahead; /* begun while another was under way */
 
     int64_t start_us;
     uint64_t n_running, n_done, n_failed, n_steps;
@@ -121,11 +152,27 @@ void fv_reply_refused(fv_call_t *call, fv_method_t method, uint64_t request_id, 
 /* engine_step.c: the scheduler's prepare hook. */
 FV_MUST_CHECK fv_status_t fv_engine_prepare(fv_request_t *request);
 
-/* engine_step.c: runs one step if anything waits; *out_ran says whether. An error ends the service. */
-FV_MUST_CHECK fv_status_t fv_engine_step(fv_engine_t *engine, bool *out_ran);
+/* engine_step.c: the stages of a step. An error ends the service. */
+fv_flight_t *fv_engine_flight(fv_engine_t *engine, uint32_t i); /* i-th oldest */
+/* Forms the next step of what waits; refusals go to the answers. Nothing is told to ranks yet. */
+void fv_engine_form(fv_engine_t *engine);
+FV_MUST_CHECK fv_status_t fv_engine_begin(fv_engine_t *engine, fv_flight_t *flight);
+FV_MUST_CHECK fv_status_t fv_engine_run_local(fv_engine_t *engine, fv_flight_t *flight);
+/* Takes what the other ranks have answered by now. */
+FV_MUST_CHECK fv_status_t fv_engine_collect(fv_engine_t *engine, fv_flight_t *flight);
+bool fv_engine_is_complete(const fv_flight_t *flight);
+/* Undoes what failed, commits the rest; all of the oldest step goes to the answers. */
+FV_MUST_CHECK fv_status_t fv_engine_settle(fv_engine_t *engine);
+void fv_engine_note_queue_times(fv_flight_t *flight, int64_t now_us);
+void fv_engine_answer(fv_engine_t *engine); /* sends what is in the answers */
+/* Everything under way is answered with UNAVAILABLE. */
+void fv_engine_fail_steps(fv_engine_t *engine, fv_status_t status);
 
-/* engine.c: commands and steps until nothing waits. The turn is held. An error ends the service. */
+/* engine_pipeline.c */
+FV_MUST_CHECK fv_status_t fv_engine_init_pipeline(fv_engine_t *engine);
+/* Commands and steps until nothing waits, or for half a second. The turn is held. An error ends the service. */
 FV_MUST_CHECK fv_status_t fv_engine_work(fv_engine_t *engine);
+bool fv_engine_has_work(const fv_engine_t *engine); /* left by fv_engine_work() */
 
 /* engine_command.c: answers one small RPC. An error ends the service. */
 FV_MUST_CHECK fv_status_t fv_engine_command(fv_engine_t *engine, fv_entry_t *entry);
@@ -144,7 +191,9 @@ FV_MUST_CHECK fv_status_t fv_engine_close_idle(fv_engine_t *engine,
                                                int64_t now_us,
                                                int64_t *out_next_us);
 /* A step was done: its sessions were used; those that end with a stream belong to the first that used them. */
-FV_MUST_CHECK fv_status_t fv_engine_note_use(fv_engine_t *engine, const fv_request_t *joined);
+void fv_engine_note_use(fv_engine_t *engine, const fv_request_t *joined);
+/* These two when no step is under way. */
+FV_MUST_CHECK fv_status_t fv_engine_end_streams(fv_engine_t *engine); /* has_ended_streams */
 FV_MUST_CHECK fv_status_t fv_engine_stream_ended(fv_engine_t *engine, fv_call_t *call);
 void fv_engine_free_streams(fv_engine_t *engine); /* after its sessions */
 

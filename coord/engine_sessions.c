@@ -116,7 +116,7 @@ fv_status_t fv_engine_stream_ended(fv_engine_t *engine, fv_call_t *call)
     return FV_OK;
 }
 
-fv_status_t fv_engine_note_use(fv_engine_t *engine, const fv_request_t *joined)
+void fv_engine_note_use(fv_engine_t *engine, const fv_request_t *joined)
 {
     int64_t now_us = fv_clock_us();
 
@@ -137,8 +137,20 @@ fv_status_t fv_engine_note_use(fv_engine_t *engine, const fv_request_t *joined)
             }
         }
         /* The end may have come before the user word was set: then nobody posts it. */
-        if (has_bound && fv_call_is_closed(call)) {
-            FV_RETURN_IF_ERR(fv_engine_stream_ended(engine, call));
+        engine->has_ended_streams =
+            engine->has_ended_streams || (has_bound && fv_call_is_closed(call));
+    }
+}
+
+fv_status_t fv_engine_end_streams(fv_engine_t *engine)
+{
+    fv_stream_t *next = NULL;
+
+    engine->has_ended_streams = false;
+    for (fv_stream_t *stream = engine->streams; stream != NULL; stream = next) {
+        next = stream->next;
+        if (fv_call_is_closed(stream->call)) {
+            FV_RETURN_IF_ERR(fv_engine_stream_ended(engine, stream->call));
         }
     }
     return FV_OK;

@@ -1,7 +1,7 @@
 /*
  * engine_step.c - one step, top to bottom: plan, dispatch, compute, collect, commit, answer.
  *
- * Decode path: stations 3 to 5 and 9 of 10. Read this after coord/sched.h.
+ * Decode path: stations 3 to 5 and 9 of 10. Read this after coord/sched.h; engine_pipeline.c says when each stage's turn is.
  */
 #include "common/clock.h"
 #include "common/log.h"
@@ -43,17 +43,40 @@ fv_status_t fv_engine_prepare(fv_request_t *request)
     return FV_OK;
 }
 
-static void note_queue_times(fv_request_t *request, int64_t now_us)
+fv_flight_t *fv_engine_flight(fv_engine_t *engine, uint32_t i)
 {
-    for (; request != NULL; request = request->next) {
-        fv_job_of(request)->timings.queue_us = (uint32_t)(now_us - request->received_us);
+    return &engine->flights[(engine->first_slot + i) % FV_STEP_DEPTH];
+}
+
+/* Until now its requests waited. */
+void fv_engine_note_queue_times(fv_flight_t *flight, int64_t now_us)
+{
+    if (flight->is_timed) {
+        return;
+    }
+    flight->is_timed = true;
+    for (fv_request_t *r = flight->plan.joined; r != NULL; r = r->next) {
+        fv_job_of(r)->timings.queue_us = (uint32_t)(now_us - r->received_us);
     }
 }
 
-static void answer_all(fv_engine_t *engine, fv_request_t *request)
-{
-    int64_t now_us = fv_clock_us();
+/* ------------------------------------------------------------------ answering */
 
+static void add_answers(fv_engine_t *engine, fv_request_t *requests)
+{
+    *engine->answers_tail = requests;
+    while (*engine->answers_tail != NULL) {
+        engine->answers_tail = &(*engine->answers_tail)->next;
+    }
+}
+
+void fv_engine_answer(fv_engine_t *engine)
+{
+    fv_request_t *request = engine->answers;
+    int64_t now_us = (request == NULL) ? 0 : fv_clock_us();
+
+    engine->answers = NULL;
+    engine->answers_tail = &engine->answers;
     while (request != NULL) {
         fv_request_t *next = request->next;
         fv_reply_job(engine, fv_job_of(request), now_us);
@@ -62,35 +85,93 @@ static void answer_all(fv_engine_t *engine, fv_request_t *request)
 }
 
 /* The step broke: everything in it is answered UNAVAILABLE, so that clients may retry elsewhere or later. */
-static void fail_all(fv_engine_t *engine, fv_request_t *joined, fv_status_t status)
+void fv_engine_fail_steps(fv_engine_t *engine, fv_status_t status)
 {
     fv_error_t error = fv_error_capture(status);
 
     error.status = FV_ERR_UNAVAILABLE;
-    for (fv_request_t *r = joined; r != NULL; r = r->next) {
-        r->error = error;
+    for (; engine->n_flights > 0; engine->n_flights--) {
+        fv_flight_t *flight = fv_engine_flight(engine, 0);
+        for (fv_request_t *r = flight->plan.joined; r != NULL; r = r->next) {
+            r->error = error;
+        }
+        add_answers(engine, flight->plan.joined);
+        engine->first_slot = (engine->first_slot + 1U) % FV_STEP_DEPTH;
     }
-    answer_all(engine, joined);
+    engine->n_running = 0;
+    fv_engine_answer(engine);
+}
+
+/* ------------------------------------------------------------------ beginning */
+
+void fv_engine_form(fv_engine_t *engine)
+{
+    fv_step_plan_t plan;
+
+    fv_sched_next_step(engine->sched, fv_clock_us(), is_cancelled, &plan);
+    add_answers(engine, plan.finished);
+    engine->may_form = (plan.joined != NULL) && (fv_sched_n_queued(engine->sched) > 0);
+    if (plan.joined == NULL) {
+        return;
+    }
+    fv_flight_t *flight = &engine->flights[plan.slot];
+    *flight = (fv_flight_t){
+        .plan = plan, .dispatch = flight->dispatch, .is_rank_done = flight->is_rank_done};
+    if (engine->n_flights == 0) {
+        engine->first_slot = plan.slot;
+    } else {
+        engine->n_steps_ahead++;
+    }
+    engine->n_flights++;
+    engine->n_running += plan.n_joined;
+}
+
+static fv_status_t begin_remote(fv_engine_t *engine, const fv_flight_t *flight, uint32_t rank)
+{
+    const fv_rank_work_t *work = fv_dispatch_work(flight->dispatch, rank);
+    fv_link_step_t step = {.head = {.step_id = flight->plan.step_id,
+                                    .n_items = (uint32_t)work->n_items,
+                                    .in_bytes = work->in_bytes,
+                                    .out_bytes = work->out_bytes},
+                           .items = work->items,
+                           .inputs = work->inputs,
+                           .outputs = work->outputs,
+                           .n_inputs = work->n_inputs,
+                           .n_outputs = work->n_outputs};
+
+    return fv_link_step_begin(engine->config.link, flight->plan.slot, rank, &step);
+}
+
+fv_status_t fv_engine_begin(fv_engine_t *engine, fv_flight_t *flight)
+{
+    const uint32_t *ranks = NULL;
+
+    flight->is_begun = true;
+    FV_RETURN_IF_ERR(fv_dispatch_build(flight->dispatch, &flight->plan, tensors_of));
+    size_t n_ranks = fv_dispatch_ranks(flight->dispatch, &ranks);
+    for (size_t i = 0; i < n_ranks; i++) {
+        flight->is_rank_done[ranks[i]] = false;
+        if (ranks[i] == OWN_RANK) {
+            flight->local = FV_LOCAL_WAITS;
+        } else {
+            flight->n_left++;
+            FV_RETURN_IF_ERR(begin_remote(engine, flight, ranks[i]));
+        }
+    }
+    engine->progress_us = fv_clock_us();
+    if (flight == fv_engine_flight(engine, 0)) {
+        fv_engine_note_queue_times(flight, engine->progress_us);
+    }
+    return FV_OK;
 }
 
 /* ------------------------------------------------------------------ running */
 
-static fv_status_t begin_remote(fv_engine_t *engine, uint64_t step_id, uint32_t rank)
-{
-    const fv_rank_work_t *work = fv_dispatch_work(engine->dispatch, rank);
-    fv_ctl_step_t step = {.step_id = step_id,
-                          .n_items = (uint32_t)work->n_items,
-                          .in_bytes = work->in_bytes,
-                          .out_bytes = work->out_bytes};
-
-    return fv_link_step_begin(engine->config.link, rank, &step, work->items, work->inputs,
-                              work->n_inputs, work->outputs, work->n_outputs);
-}
-
 /* Timings of a rank go to every request it served: the slowest rank counts. */
-static void note_done(fv_engine_t *engine, uint32_t rank, const fv_ctl_done_t *done)
+static void
+note_done(fv_engine_t *engine, fv_flight_t *flight, uint32_t rank, const fv_ctl_done_t *done)
 {
-    fv_rank_work_t *work = fv_dispatch_work(engine->dispatch, rank);
+    fv_rank_work_t *work = fv_dispatch_work(flight->dispatch, rank);
 
     for (size_t i = 0; i < work->n_items; i++) {
         fv_request_t *request = work->origins[i].request;
@@ -103,58 +184,70 @@ static void note_done(fv_engine_t *engine, uint32_t rank, const fv_ctl_done_t *d
         }
         if ((work->errors[i].status != FV_OK) && (request->error.status == FV_OK)) {
             request->error = work->errors[i];
+            flight->has_failed = true;
         }
     }
+    flight->is_rank_done[rank] = true;
+    flight->is_rank_idle = true;
+    engine->progress_us = fv_clock_us();
     engine->rank_stats[rank].n_steps++;
     engine->rank_stats[rank].busy_us += done->compute_us;
-    fv_sched_rank_memory(engine->sched, rank, &done->memory);
+    fv_sched_rank_done(engine->sched, &flight->plan, rank, &done->memory);
 }
 
-static fv_status_t run_local(fv_engine_t *engine)
+fv_status_t fv_engine_run_local(fv_engine_t *engine, fv_flight_t *flight)
 {
-    fv_rank_work_t *work = fv_dispatch_work(engine->dispatch, OWN_RANK);
+    fv_rank_work_t *work = fv_dispatch_work(flight->dispatch, OWN_RANK);
     fv_ctl_done_t done = {0};
 
+    flight->local = FV_LOCAL_RUNS;
+    if ((engine->config.link != NULL) && !engine->config.local_is_async) {
+        FV_RETURN_IF_ERR(fv_link_step_flush(engine->config.link, flight->plan.slot));
+    }
+    fv_engine_note_queue_times(flight, fv_clock_us());
     fv_status_t status = engine->config.local->step(engine->config.local_ctx, work->items, work->io,
                                                     work->n_items, &done, work->errors);
+    if (engine->look_error.status != FV_OK) { /* it knows more than what broke off our share */
+        return fv_fail((fv_status_t)engine->look_error.status, "%s", engine->look_error.text);
+    }
     if (status ==
         FV_ERR_RANK_LOST) { /* the exchange knows that somebody is gone; the link knows who */
         FV_RETURN_IF_ERR(fv_link_check(engine->config.link));
     }
     FV_RETURN_IF_ERR(status);
-    note_done(engine, OWN_RANK, &done);
+    flight->local = FV_LOCAL_NONE;
+    note_done(engine, flight, OWN_RANK, &done);
     return FV_OK;
 }
 
-/* Remote ranks first (they compute meanwhile), then our own share, then what they send back. */
-static fv_status_t run(fv_engine_t *engine, const fv_step_plan_t *plan)
+/* ------------------------------------------------------------------ ending */
+
+fv_status_t fv_engine_collect(fv_engine_t *engine, fv_flight_t *flight)
 {
     const uint32_t *ranks = NULL;
-    size_t n_ranks = 0;
+    size_t n_ranks = fv_dispatch_ranks(flight->dispatch, &ranks);
 
-    FV_RETURN_IF_ERR(fv_dispatch_build(engine->dispatch, plan, tensors_of));
-    n_ranks = fv_dispatch_ranks(engine->dispatch, &ranks);
-    for (size_t i = 0; i < n_ranks; i++) {
-        if (ranks[i] != OWN_RANK) {
-            FV_RETURN_IF_ERR(begin_remote(engine, plan->step_id, ranks[i]));
+    for (size_t i = 0; (i < n_ranks) && (flight->n_left > 0); i++) {
+        fv_rank_work_t *work = fv_dispatch_work(flight->dispatch, ranks[i]);
+        fv_ctl_done_t done;
+        bool is_done = false;
+        if ((ranks[i] == OWN_RANK) || flight->is_rank_done[ranks[i]]) {
+            continue;
         }
-    }
-    if (engine->config.link != NULL) {
-        FV_RETURN_IF_ERR(fv_link_step_flush(engine->config.link));
-    }
-    if ((n_ranks > 0) && (ranks[0] == OWN_RANK)) {
-        FV_RETURN_IF_ERR(run_local(engine));
-    }
-    for (size_t i = 0; i < n_ranks; i++) {
-        if (ranks[i] != OWN_RANK) {
-            fv_rank_work_t *work = fv_dispatch_work(engine->dispatch, ranks[i]);
-            fv_ctl_done_t done;
-            FV_RETURN_IF_ERR(fv_link_step_end(engine->config.link, ranks[i], &done, work->errors,
-                                              work->n_items));
-            note_done(engine, ranks[i], &done);
+        FV_RETURN_IF_ERR(fv_link_step_test(engine->config.link, flight->plan.slot, ranks[i],
+                                           &is_done, &done, work->errors, work->n_items));
+        if (is_done) {
+            flight->n_left--;
+            note_done(engine, flight, ranks[i], &done);
         }
     }
     return FV_OK;
+}
+
+bool fv_engine_is_complete(const fv_flight_t *flight)
+{
+    return flight->is_begun && (flight->n_left == 0) && flight->is_rank_idle &&
+           (flight->local == FV_LOCAL_NONE);
 }
 
 /* A request that failed on one rank may have been appended on others: all go back to where they were. */
@@ -180,45 +273,21 @@ static fv_status_t undo_failed(fv_engine_t *engine, const fv_step_plan_t *plan)
     return FV_OK;
 }
 
-/* Answered even when closing a session ends the service. */
-static fv_status_t note_use(fv_engine_t *engine, const fv_step_plan_t *plan)
+fv_status_t fv_engine_settle(fv_engine_t *engine)
 {
-    fv_status_t status = fv_engine_note_use(engine, plan->joined);
+    fv_flight_t *flight = fv_engine_flight(engine, 0);
 
-    if (status != FV_OK) {
-        fail_all(engine, plan->joined, status);
-    }
-    return status;
-}
-
-fv_status_t fv_engine_step(fv_engine_t *engine, bool *out_ran)
-{
-    fv_step_plan_t plan;
-    int64_t now_us = fv_clock_us();
-
-    fv_sched_next_step(engine->sched, now_us, is_cancelled, &plan);
-    *out_ran = (plan.joined != NULL) || (plan.finished != NULL);
-    answer_all(engine, plan.finished);
-    note_queue_times(plan.joined, now_us);
-    if (plan.joined == NULL) {
-        return FV_OK;
-    }
-    engine->n_running = plan.n_joined;
-    fv_status_t status = run(engine, &plan);
-    if (status == FV_OK) {
-        status = undo_failed(engine, &plan);
-    }
-    engine->n_running = 0;
-    if (status != FV_OK) {
-        fail_all(engine, plan.joined, status);
-        return status;
-    }
+    FV_RETURN_IF_ERR(undo_failed(engine, &flight->plan));
+    fv_sched_step_done(engine->sched, &flight->plan);
+    fv_engine_note_use(engine, flight->plan.joined);
     engine->n_steps++;
-    fv_sched_step_done(engine->sched, &plan);
-    FV_RETURN_IF_ERR(note_use(engine, &plan));
-    fv_trace("step %llu: %u requests, %u items, %llu tokens, %lld us",
-             (unsigned long long)plan.step_id, plan.n_joined, plan.n_items,
-             (unsigned long long)plan.n_tokens, (long long)(fv_clock_us() - now_us));
-    answer_all(engine, plan.joined);
+    engine->n_running -= flight->plan.n_joined;
+    engine->may_form = fv_sched_n_queued(engine->sched) > 0;
+    fv_trace("step %llu: %u requests, %u items, %llu tokens",
+             (unsigned long long)flight->plan.step_id, flight->plan.n_joined, flight->plan.n_items,
+             (unsigned long long)flight->plan.n_tokens);
+    add_answers(engine, flight->plan.joined);
+    engine->n_flights--;
+    engine->first_slot = (engine->first_slot + 1U) % FV_STEP_DEPTH;
     return FV_OK;
 }

@@ -46,26 +46,39 @@ FV_MUST_CHECK fv_status_t
 fv_link_send(fv_link_t *link, uint32_t rank, fv_ctl_type_t type, const void *body, size_t n_bytes);
 FV_MUST_CHECK fv_status_t fv_link_wait_done(fv_link_t *link, uint32_t rank, fv_ctl_done_t *out);
 
+/* What a rank is told of a step, and where its tensors lie. */
+typedef struct fv_link_step {
+    fv_ctl_step_t head;
+    const fv_ctl_item_t *items;
+    const fv_segment_t *inputs, *outputs;
+    size_t n_inputs, n_outputs;
+} fv_link_step_t;
+
 /*
- * Begins a step on `rank`: the control message leaves, the tensors are on their way. Borrows everything until
- * fv_link_step_end().
+ * Begins a step on `rank`: the control message leaves, the tensors are on their way. Borrows everything it points to until
+ * fv_link_step_test() has seen the end. slot: below FV_STEP_DEPTH; two steps may be under way on a rank, in two slots.
  */
 FV_MUST_CHECK fv_status_t fv_link_step_begin(fv_link_t *link,
+                                             uint32_t slot,
                                              uint32_t rank,
-                                             const fv_ctl_step_t *step,
-                                             const fv_ctl_item_t *items,
-                                             const fv_segment_t *inputs,
-                                             size_t n_inputs,
-                                             const fv_segment_t *outputs,
-                                             size_t n_outputs);
-/* Waits until all inputs have left, so that the coordinator's own share can begin without starving MPI. */
-FV_MUST_CHECK fv_status_t fv_link_step_flush(fv_link_t *link);
-/* Waits for the rank's outputs and its DONE. item_errors: one per item of the rank; filled where the rank says so. */
-FV_MUST_CHECK fv_status_t fv_link_step_end(fv_link_t *link,
-                                           uint32_t rank,
-                                           fv_ctl_done_t *out,
-                                           fv_error_t *item_errors,
-                                           size_t n_items);
+                                             const fv_link_step_t *step);
+/* Waits until all inputs of a step have left, so that the coordinator's own share can begin without starving MPI. */
+FV_MUST_CHECK fv_status_t fv_link_step_flush(fv_link_t *link, uint32_t slot);
+/* Moves them along and never waits. */
+FV_MUST_CHECK fv_status_t fv_link_step_push(fv_link_t *link, uint32_t slot);
+/*
+ * Looks whether the rank's outputs and its DONE are here; never waits. Of two steps on a rank, the older one must be seen to
+ * end first. item_errors: one per item of the rank; filled where the rank says so.
+ */
+FV_MUST_CHECK fv_status_t fv_link_step_test(fv_link_t *link,
+                                            uint32_t slot,
+                                            uint32_t rank,
+                                            bool *out_is_done,
+                                            fv_ctl_done_t *out,
+                                            fv_error_t *item_errors,
+                                            size_t n_items);
+/* How long a rank may take. */
+uint32_t fv_link_deadline_ms(const fv_link_t *link);
 
 /* For the engine's poll() while idle: fills one entry per rank, returns how many. */
 size_t fv_link_pollfds(const fv_link_t *link, struct pollfd *out, size_t cap);
@@ -73,6 +86,8 @@ size_t fv_link_pollfds(const fv_link_t *link, struct pollfd *out, size_t cap);
 FV_MUST_CHECK fv_status_t fv_link_check(fv_link_t *link);
 /* The same as a predicate for the exchange's waits; `link` is a fv_link_t. */
 bool fv_link_is_broken(void *link);
+/* Called by fv_link_is_broken(), that is, while the coordinator's own rank waits for its device or for partial states. */
+void fv_link_on_wait(fv_link_t *link, void (*on_wait)(void *arg), void *arg);
 void fv_link_stop(fv_link_t *link); /* tells every rank to leave */
 
 #endif /* FV_COORD_LINK_H */

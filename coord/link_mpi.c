@@ -21,7 +21,7 @@
 
 typedef struct fv_peer {
     int fd;
-    MPI_Request input, output;
+    MPI_Request input[FV_STEP_DEPTH], output[FV_STEP_DEPTH]; /* by slot of the step */
 } fv_peer_t;
 
 struct fv_link {
@@ -30,6 +30,8 @@ struct fv_link {
     uint64_t next_seq;
     fv_peer_t *peers;     /* [n_ranks] */
     struct pollfd *watch; /* [n_ranks], fd -1 for the coordinator itself */
+    void (*on_wait)(void *arg);
+    void *on_wait_arg;
     /* scratch of one datatype */
     int *lengths;
     MPI_Aint *addresses;
@@ -61,8 +63,11 @@ fv_status_t fv_link_create(void *mpi_comm,
     link->epoch = epoch;
     link->deadline_ms = deadline_ms;
     for (uint32_t r = 0; r < n_ranks; r++) {
-        link->peers[r] =
-            (fv_peer_t){.fd = fds[r], .input = MPI_REQUEST_NULL, .output = MPI_REQUEST_NULL};
+        link->peers[r].fd = fds[r];
+        for (uint32_t slot = 0; slot < FV_STEP_DEPTH; slot++) {
+            link->peers[r].input[slot] = MPI_REQUEST_NULL;
+            link->peers[r].output[slot] = MPI_REQUEST_NULL;
+        }
         link->watch[r] = (struct pollfd){.fd = fds[r], .events = POLLRDHUP};
     }
     *out = link;
@@ -113,9 +118,25 @@ fv_status_t fv_link_check(fv_link_t *link)
     return FV_OK;
 }
 
+void fv_link_on_wait(fv_link_t *link, void (*on_wait)(void *arg), void *arg)
+{
+    link->on_wait = on_wait;
+    link->on_wait_arg = arg;
+}
+
 bool fv_link_is_broken(void *link)
 {
-    return fv_link_check(link) != FV_OK;
+    fv_link_t *l = link;
+
+    if (l->on_wait != NULL) {
+        l->on_wait(l->on_wait_arg);
+    }
+    return fv_link_check(l) != FV_OK;
+}
+
+uint32_t fv_link_deadline_ms(const fv_link_t *link)
+{
+    return link->deadline_ms;
 }
 
 /* ------------------------------------------------------------------ control messages */
@@ -286,35 +307,30 @@ make_type(fv_link_t *link, const fv_segment_t *segments, size_t n_segments, MPI_
     return (rc == MPI_SUCCESS) ? FV_OK : mpi_error("MPI_Type_create_hindexed", rc);
 }
 
-fv_status_t fv_link_step_begin(fv_link_t *link,
-                               uint32_t rank,
-                               const fv_ctl_step_t *step,
-                               const fv_ctl_item_t *items,
-                               const fv_segment_t *inputs,
-                               size_t n_inputs,
-                               const fv_segment_t *outputs,
-                               size_t n_outputs)
+fv_status_t
+fv_link_step_begin(fv_link_t *link, uint32_t slot, uint32_t rank, const fv_link_step_t *step)
 {
     fv_peer_t *peer = &link->peers[rank];
     MPI_Datatype type = MPI_DATATYPE_NULL;
     fv_frame_piece_t body[2] = {
-        {.data = step, .n_bytes = sizeof(*step)},
-        {.data = items, .n_bytes = (size_t)step->n_items * sizeof(*items)},
+        {.data = &step->head, .n_bytes = sizeof(step->head)},
+        {.data = step->items, .n_bytes = (size_t)step->head.n_items * sizeof(*step->items)},
     };
 
-    if (step->out_bytes > 0) { /* posted first, so that the answer finds its place */
-        FV_RETURN_IF_ERR(make_type(link, outputs, n_outputs, &type));
-        int rc =
-            MPI_Irecv(MPI_BOTTOM, 1, type, (int)rank, FV_TAG_OUTPUT, link->comm, &peer->output);
+    if (step->head.out_bytes > 0) { /* posted first, so that the answer finds its place */
+        FV_RETURN_IF_ERR(make_type(link, step->outputs, step->n_outputs, &type));
+        int rc = MPI_Irecv(MPI_BOTTOM, 1, type, (int)rank, FV_TAG_OUTPUT, link->comm,
+                           &peer->output[slot]);
         (void)MPI_Type_free(&type);
         if (rc != MPI_SUCCESS) {
             return mpi_error("MPI_Irecv", rc);
         }
     }
     FV_RETURN_IF_ERR(send_message(link, rank, FV_CTL_STEP, body, 2)); /* the doorbell */
-    if (step->in_bytes > 0) {
-        FV_RETURN_IF_ERR(make_type(link, inputs, n_inputs, &type));
-        int rc = MPI_Isend(MPI_BOTTOM, 1, type, (int)rank, FV_TAG_INPUT, link->comm, &peer->input);
+    if (step->head.in_bytes > 0) {
+        FV_RETURN_IF_ERR(make_type(link, step->inputs, step->n_inputs, &type));
+        int rc =
+            MPI_Isend(MPI_BOTTOM, 1, type, (int)rank, FV_TAG_INPUT, link->comm, &peer->input[slot]);
         (void)MPI_Type_free(&type);
         if (rc != MPI_SUCCESS) {
             return mpi_error("MPI_Isend", rc);
@@ -323,18 +339,29 @@ fv_status_t fv_link_step_begin(fv_link_t *link,
     return FV_OK;
 }
 
-/* Completes one request; while it waits, watches the sockets and gives the core away. */
-static fv_status_t complete(fv_link_t *link, MPI_Request *request, const char *what, uint32_t rank)
+static fv_status_t test(MPI_Request *request, const char *what, bool *out_is_done)
 {
-    int64_t begin_us = fv_clock_us();
-    int is_done = 0;
+    int is_done = 1;
 
-    for (;;) {
+    if (*request != MPI_REQUEST_NULL) {
         int rc = MPI_Test(request, &is_done, MPI_STATUS_IGNORE);
         if (rc != MPI_SUCCESS) {
             return mpi_error(what, rc);
         }
-        if (is_done != 0) {
+    }
+    *out_is_done = is_done != 0;
+    return FV_OK;
+}
+
+/* Completes one request; while it waits, watches the sockets and gives the core away. */
+static fv_status_t complete(fv_link_t *link, MPI_Request *request, const char *what, uint32_t rank)
+{
+    int64_t begin_us = fv_clock_us();
+    bool is_done = false;
+
+    for (;;) {
+        FV_RETURN_IF_ERR(test(request, what, &is_done));
+        if (is_done) {
             return FV_OK;
         }
         int64_t waited_us = fv_clock_us() - begin_us;
@@ -351,24 +378,42 @@ static fv_status_t complete(fv_link_t *link, MPI_Request *request, const char *w
     }
 }
 
-fv_status_t fv_link_step_flush(fv_link_t *link)
+fv_status_t fv_link_step_flush(fv_link_t *link, uint32_t slot)
 {
     for (uint32_t r = 0; r < link->n_ranks; r++) {
-        if (link->peers[r].input != MPI_REQUEST_NULL) {
-            FV_RETURN_IF_ERR(complete(link, &link->peers[r].input, "tensors to a rank", r));
-        }
+        FV_RETURN_IF_ERR(complete(link, &link->peers[r].input[slot], "tensors to a rank", r));
     }
     return FV_OK;
 }
 
-fv_status_t fv_link_step_end(fv_link_t *link,
-                             uint32_t rank,
-                             fv_ctl_done_t *out,
-                             fv_error_t *item_errors,
-                             size_t n_items)
+fv_status_t fv_link_step_push(fv_link_t *link, uint32_t slot)
 {
-    if (link->peers[rank].output != MPI_REQUEST_NULL) {
-        FV_RETURN_IF_ERR(complete(link, &link->peers[rank].output, "results of a rank", rank));
+    bool is_done = false;
+
+    for (uint32_t r = 0; r < link->n_ranks; r++) {
+        FV_RETURN_IF_ERR(test(&link->peers[r].input[slot], "tensors to a rank", &is_done));
+    }
+    return FV_OK;
+}
+
+fv_status_t fv_link_step_test(fv_link_t *link,
+                              uint32_t slot,
+                              uint32_t rank,
+                              bool *out_is_done,
+                              fv_ctl_done_t *out,
+                              fv_error_t *item_errors,
+                              size_t n_items)
+{
+    fv_peer_t *peer = &link->peers[rank];
+    struct pollfd p = {.fd = peer->fd, .events = POLLIN};
+
+    FV_RETURN_IF_ERR(test(&peer->output[slot], "results of a rank", out_is_done));
+    if (!*out_is_done) {
+        return FV_OK;
+    }
+    *out_is_done = (poll(&p, 1, 0) > 0) && ((p.revents & POLLIN) != 0);
+    if (!*out_is_done) {
+        return FV_OK;
     }
     FV_RETURN_IF_ERR(read_done(link, rank, out, item_errors, n_items));
     if ((out->error.status != FV_OK) &&
@@ -376,5 +421,6 @@ fv_status_t fv_link_step_end(fv_link_t *link,
         return fv_fail((fv_status_t)out->error.status, "rank %u failed a step: %s", rank,
                        out->error.text);
     }
-    return FV_OK;
+    /* An input that the rank has taken is as good as sent; the request may need one more look. */
+    return complete(link, &peer->input[slot], "tensors to a rank", rank);
 }

@@ -29,6 +29,8 @@ typedef struct fv_local_ops {
     /* Host memory that the rank's device reaches fast, for requests and answers; NULL: malloc is as good. Any thread. */
     fv_status_t (*host_alloc)(void *ctx, size_t n_bytes, void **out);
     void (*host_free)(void *ctx, void *memory);
+    /* on_wait(arg) is called by step() on its thread while the device works, again and again. */
+    void (*on_wait)(void *ctx, void (*on_wait)(void *arg), void *arg);
 } fv_local_ops_t;
 
 #endif /* FV_COORD_LOCAL_H */

@@ -300,6 +300,10 @@ static void local_host_free(void *ctx, void *memory)
 {
     fv_worker_host_free(ctx, memory);
 }
+static void local_on_wait(void *ctx, void (*on_wait)(void *arg), void *arg)
+{
+    fv_worker_on_wait(ctx, on_wait, arg);
+}
 
 static const fv_local_ops_t k_local_ops = {
     .model = local_model,
@@ -309,6 +313,7 @@ static const fv_local_ops_t k_local_ops = {
     .close = local_close,
     .step = local_step,
     .memory = local_memory,
+    .on_wait = local_on_wait,
 };
 
 /* Beside a device with memory of its own. */
@@ -320,6 +325,7 @@ static const fv_local_ops_t k_local_pinned_ops = {
     .close = local_close,
     .step = local_step,
     .memory = local_memory,
+    .on_wait = local_on_wait,
     .host_alloc = local_host_alloc,
     .host_free = local_host_free,
 };
@@ -435,6 +441,7 @@ static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served)
         .auth = p->auth,
         .local = local_ops(p),
         .local_ctx = p->worker,
+        .local_is_async = (p->worker != NULL) && p->backend->is_async,
         .link = p->link,
         .exchange = p->exchange.name,
         .ranks = p->hellos,

@@ -24,8 +24,10 @@ fv_status_t fv_sched_create(const fv_sched_config_t *config, fv_sched_t **out)
     sched->ranks = calloc(config->n_ranks, sizeof(*sched->ranks));
     sched->pages_needed = calloc(config->n_ranks, sizeof(*sched->pages_needed));
     sched->touched_ranks = calloc(config->n_ranks, sizeof(*sched->touched_ranks));
+    sched->promises = calloc((size_t)FV_STEP_DEPTH * config->n_ranks, sizeof(*sched->promises));
     fv_status_t status = FV_OK;
-    if ((sched->ranks == NULL) || (sched->pages_needed == NULL) || (sched->touched_ranks == NULL)) {
+    if ((sched->promises == NULL) || (sched->ranks == NULL) || (sched->pages_needed == NULL) ||
+        (sched->touched_ranks == NULL)) {
         status = fv_fail(FV_ERR_NO_MEMORY, "scheduler of %u ranks", config->n_ranks);
     }
     if (status == FV_OK) {
@@ -50,6 +52,7 @@ void fv_sched_destroy(fv_sched_t *sched)
     fv_session_table_destroy(sched->sessions);
     fv_planner_destroy(sched->planner);
     free(sched->ranks);
+    free(sched->promises);
     free(sched->pages_needed);
     free(sched->touched_ranks);
     free(sched);
@@ -61,6 +64,7 @@ void fv_sched_rank_memory(fv_sched_t *sched, uint32_t rank, const fv_ctl_memory_
         fv_planner_set_rank(sched->planner, rank, memory->kv_bytes_total);
     }
     sched->ranks[rank] = *memory;
+    fv_sched_deduct_promises(sched, rank);
 }
 
 const fv_ctl_memory_t *fv_sched_rank(const fv_sched_t *sched, uint32_t rank)
@@ -471,4 +475,9 @@ uint64_t fv_sched_tokens_appended(const fv_sched_t *sched)
 uint32_t fv_sched_n_queued(const fv_sched_t *sched)
 {
     return sched->n_queued;
+}
+
+uint64_t fv_sched_bytes_queued(const fv_sched_t *sched)
+{
+    return sched->n_bytes_queued;
 }

@@ -5,20 +5,28 @@
  * requests' memory). After: coord/engine_step.c, with a step to run.
  *
  * Two kinds of events:
- *  - session commands (register, open, fork, truncate, close) take effect between steps: the core changes its tables
- *    and says which control message goes to which ranks;
+ *  - session commands (register, open, fork, truncate, close) take effect when no step is under way: the core changes its
+ *    tables and says which control message goes to which ranks;
  *  - requests queue in order of arrival. fv_sched_next_step() forms a step of everything that waits and may
- *    run together (continuous batching); fv_sched_step_done() commits it.
+ *    run together (continuous batching); fv_sched_step_done() commits it. Up to FV_STEP_DEPTH steps are under way.
  *
  * Rules of a step:
- *  - at most one request touches a given (session, layer); a later one waits for the next step, and so
- *    does everything behind it on that layer: appends keep their order;
+ *  - at most one request of all steps under way touches a given (session, layer); a later one waits for a later step, and so
+ *    does everything behind it on that layer: appends keep their order, and nobody overtakes for ever;
  *  - a request is checked against the state it will find: lengths, geometry, memory on every rank. One that fails is
  *    answered and changes nothing; the others go on;
  *  - step_tokens_max bounds the query tokens of a step (a single larger request runs alone).
  *
+ * Two steps under way. They share no (session, layer), so that either may be committed, or undone, whatever becomes of the
+ * other. A request that failed on a rank must be cut back on all ranks, and commands change tables that steps rely on: both
+ * wait until nothing is under way, which is at most two steps, because the engine forms none while one of them waits. That
+ * costs a moment and spares every proof of what commutes with a step whose outcome is open.
+ *
  * Memory. The core mirrors each rank's free pages (fv_ctl_memory_t, refreshed by every DONE) and deducts what a step
- * will take before dispatching it, so a rank never has to refuse: a full pool is seen here, with numbers.
+ * will take before dispatching it, so a rank never has to refuse: a full pool is seen here, with numbers. What is deducted for
+ * a step is its promise on the rank. The DONE of a step does not know of the next one, so the promise of the next is deducted
+ * again from what it reports. A step takes what was promised or less (a fork's last page may be copied by neither or
+ * by one of two), so the mirror is never above what the rank will have, and exact when nothing is under way.
  */
 #ifndef FV_COORD_SCHED_H
 #define FV_COORD_SCHED_H
@@ -88,6 +96,7 @@ typedef struct fv_request {
 /* A step to run. Lists are linked by fv_request_t.next, in order of arrival. */
 typedef struct fv_step_plan {
     uint64_t step_id;
+    uint32_t slot; /* below FV_STEP_DEPTH, of no other step under way; steps in a row alternate */
     fv_request_t *joined;   /* to run */
     fv_request_t *finished; /* refused, cancelled or late: answer with their error */
     uint32_t n_joined, n_items;
@@ -98,7 +107,7 @@ FV_MUST_CHECK fv_status_t fv_sched_create(const fv_sched_config_t *config, fv_sc
 void fv_sched_destroy(
     fv_sched_t *sched); /* NULL is fine; requests still queued stay the caller's */
 
-/* A rank's state: at start from its HELLO, then from every DONE. */
+/* A rank's state: at start from its HELLO, then from every DONE of a command. */
 void fv_sched_rank_memory(fv_sched_t *sched, uint32_t rank, const fv_ctl_memory_t *memory);
 const fv_ctl_memory_t *fv_sched_rank(const fv_sched_t *sched, uint32_t rank);
 
@@ -146,19 +155,27 @@ FV_MUST_CHECK fv_status_t fv_sched_close(fv_sched_t *sched,
 /* Takes `request` until it comes back in a plan. */
 void fv_sched_submit(fv_sched_t *sched, fv_request_t *request);
 uint32_t fv_sched_n_queued(const fv_sched_t *sched);
+uint64_t fv_sched_bytes_queued(const fv_sched_t *sched); /* q, k and v of those */
 
 /*
  * Forms the next step at time now_us. is_cancelled(request->user) is asked for each queued request.
- * An empty plan (nothing joined, nothing finished) means that nothing waits.
+ * An empty plan (nothing joined, nothing finished) means that nothing waits, or that all of it waits for a step under way.
+ * A plan that joined something is under way until fv_sched_step_done(); fewer than FV_STEP_DEPTH may be when this is called.
  */
 void fv_sched_next_step(fv_sched_t *sched,
                         int64_t now_us,
                         bool (*is_cancelled)(void *user),
                         fv_step_plan_t *out);
 
+/* A rank's DONE of a step under way; its DONEs come in the order of steps. */
+void fv_sched_rank_done(fv_sched_t *sched,
+                        const fv_step_plan_t *plan,
+                        uint32_t rank,
+                        const fv_ctl_memory_t *memory);
+
 /*
  * Commits a step that ran: lengths and digests of every joined request whose error is still FV_OK. A request
- * that failed on a rank (error set by the engine) leaves the lengths as they were; the engine truncates the ranks. What
+ * that failed on a rank (error set by the engine) leaves the lengths as they were; the engine truncates the ranks first. What
  * earlier appends alone could still read is freed all the same: some ranks have done so.
  */
 void fv_sched_step_done(fv_sched_t *sched, const fv_step_plan_t *plan);

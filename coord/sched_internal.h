@@ -11,29 +11,44 @@ typedef struct fv_model {
     fv_model_spec_t spec;
 } fv_model_t;
 
+/* Pages that a step under way will take on one rank. */
+typedef struct fv_promise {
+    uint64_t n_pages; /* of all models together */
+    uint32_t by_model[FV_MODELS_MAX];
+} fv_promise_t;
+
 struct fv_sched {
     fv_sched_config_t config;
     fv_session_table_t *sessions;
     fv_planner_t *planner;
     fv_model_t models[FV_MODELS_MAX];
     uint32_t n_models;
-    fv_ctl_memory_t *ranks;  /* [n_ranks] mirror of each rank's free memory */
+    fv_ctl_memory_t *ranks; /* [n_ranks] mirror of each rank's free memory, promises deducted */
+    fv_promise_t *promises; /* [FV_STEP_DEPTH, n_ranks] */
+    uint64_t under_way[FV_STEP_DEPTH]; /* step ids by slot; 0: none */
+    uint32_t last_slot;
     uint64_t *pages_needed;  /* [n_ranks] scratch of one request */
     uint32_t *touched_ranks; /* [n_ranks] scratch: the ranks with pages_needed > 0 */
     fv_request_t *queue_head, **queue_tail;
     uint32_t n_queued;
+    uint64_t n_bytes_queued;
     uint64_t next_step_id, next_mark;
     uint64_t n_tokens_appended;
 };
+
+/* sched_memory.c: deducts from a rank's mirror what the steps under way will take there. */
+void fv_sched_deduct_promises(fv_sched_t *sched, uint32_t rank);
+void fv_sched_forget_promises(fv_sched_t *sched, uint32_t slot);
 
 /* Tells the planner what a session holds now on one cell. */
 void fv_sched_account(fv_sched_t *sched, fv_session_t *session, int32_t cell, uint64_t held_bytes);
 
 /*
- * All or nothing: charges the owner's quota and takes the request's pages on every rank from the mirror, or neither.
+ * All or nothing: charges the owner's quota and takes the request's pages on every rank from the mirror, as a promise of
+ * the step in `slot`, or neither.
  * Errors: FV_ERR_EXHAUSTED.
  */
-FV_MUST_CHECK fv_status_t fv_sched_reserve(fv_sched_t *sched, fv_request_t *request);
+FV_MUST_CHECK fv_status_t fv_sched_reserve(fv_sched_t *sched, fv_request_t *request, uint32_t slot);
 
 /*
  * Item i, an append, has run, and its layer has n_tokens now. The layer's floor moves to its position, committed or

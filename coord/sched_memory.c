@@ -18,14 +18,17 @@ static uint64_t pages_free(const fv_sched_t *sched, uint32_t rank, uint32_t mode
            memory->n_slabs_free * (memory->slab_bytes / page_bytes);
 }
 
-/* Takes pages from the mirror, as the rank's pool will: loose pages first, then slabs. */
+/* Takes pages from the mirror, as the rank's pool will: loose pages first, then slabs. A rank that reported less than was
+ * promised has none left. */
 static void take_pages(fv_sched_t *sched, uint32_t rank, uint32_t model_slot, uint64_t n_pages)
 {
     fv_ctl_memory_t *memory = &sched->ranks[rank];
     size_t page_bytes = fv_model_page_bytes(&sched->models[model_slot].spec);
     uint64_t pages_per_slab = memory->slab_bytes / page_bytes;
     uint64_t loose = memory->n_pages_free[model_slot];
+    uint64_t n_free = pages_free(sched, rank, model_slot);
 
+    n_pages = (n_pages < n_free) ? n_pages : n_free;
     if (n_pages > loose) {
         uint64_t n_slabs = fv_div_up(n_pages - loose, pages_per_slab);
         memory->n_slabs_free -= (uint32_t)n_slabs;
@@ -39,6 +42,46 @@ static void take_pages(fv_sched_t *sched, uint32_t rank, uint32_t model_slot, ui
         }
     }
 }
+
+/* ------------------------------------------------------------------ promises */
+
+static fv_promise_t *promise_of(fv_sched_t *sched, uint32_t slot, uint32_t rank)
+{
+    return &sched->promises[(size_t)slot * sched->config.n_ranks + rank];
+}
+
+void fv_sched_deduct_promises(fv_sched_t *sched, uint32_t rank)
+{
+    for (uint32_t slot = 0; slot < FV_STEP_DEPTH; slot++) {
+        const fv_promise_t *promise = promise_of(sched, slot, rank);
+        for (uint32_t i = 0; (promise->n_pages > 0) && (i < sched->n_models); i++) {
+            if (promise->by_model[i] > 0) {
+                take_pages(sched, rank, i, promise->by_model[i]);
+            }
+        }
+    }
+}
+
+void fv_sched_rank_done(fv_sched_t *sched,
+                        const fv_step_plan_t *plan,
+                        uint32_t rank,
+                        const fv_ctl_memory_t *memory)
+{
+    *promise_of(sched, plan->slot, rank) = (fv_promise_t){0};
+    fv_sched_rank_memory(sched, rank, memory);
+}
+
+void fv_sched_forget_promises(fv_sched_t *sched, uint32_t slot)
+{
+    for (uint32_t rank = 0; rank < sched->config.n_ranks; rank++) {
+        fv_promise_t *promise = promise_of(sched, slot, rank);
+        if (promise->n_pages > 0) {
+            *promise = (fv_promise_t){0};
+        }
+    }
+}
+
+/* ------------------------------------------------------------------ requests */
 
 /* Adds what one appending item needs on each rank to the scratch; O(cells). */
 static uint32_t
@@ -72,7 +115,7 @@ count_pages(fv_sched_t *sched, const fv_request_t *request, uint32_t i, uint32_t
 }
 
 /* All or nothing: takes the request's pages on every rank, or none. */
-static fv_status_t take_of_ranks(fv_sched_t *sched, const fv_request_t *request)
+static fv_status_t take_of_ranks(fv_sched_t *sched, const fv_request_t *request, uint32_t slot)
 {
     uint32_t n_touched = 0;
     fv_status_t status = FV_OK;
@@ -97,7 +140,10 @@ static fv_status_t take_of_ranks(fv_sched_t *sched, const fv_request_t *request)
     for (uint32_t t = 0; t < n_touched; t++) {
         uint32_t rank = sched->touched_ranks[t];
         if (status == FV_OK) {
+            fv_promise_t *promise = promise_of(sched, slot, rank);
             take_pages(sched, rank, request->model_slot, sched->pages_needed[rank]);
+            promise->n_pages += sched->pages_needed[rank];
+            promise->by_model[request->model_slot] += (uint32_t)sched->pages_needed[rank];
         }
         sched->pages_needed[rank] = 0;
     }
@@ -138,10 +184,10 @@ static fv_status_t check_kv_quota(fv_request_t *request)
     return FV_OK;
 }
 
-fv_status_t fv_sched_reserve(fv_sched_t *sched, fv_request_t *request)
+fv_status_t fv_sched_reserve(fv_sched_t *sched, fv_request_t *request, uint32_t slot)
 {
     FV_RETURN_IF_ERR(check_kv_quota(request));
-    FV_RETURN_IF_ERR(take_of_ranks(sched, request));
+    FV_RETURN_IF_ERR(take_of_ranks(sched, request, slot));
     if (request->kv_bytes_pending > 0) { /* joins: nothing can refuse it any more */
         request->sessions[0]->owner->kv_bytes_pending += request->kv_bytes_pending;
     }

@@ -17,6 +17,11 @@
 /* gRPC and MPI count a message in a signed int; the head takes a little. */
 #define REPLY_BYTES_MAX ((uint64_t)INT32_MAX - 4096U)
 
+static uint64_t input_bytes(const fv_request_t *request)
+{
+    return (uint64_t)request->head.q.n_bytes + request->head.k.n_bytes + request->head.v.n_bytes;
+}
+
 void fv_sched_submit(fv_sched_t *sched, fv_request_t *request)
 {
     request->next = NULL;
@@ -24,6 +29,7 @@ void fv_sched_submit(fv_sched_t *sched, fv_request_t *request)
     *sched->queue_tail = request;
     sched->queue_tail = &request->next;
     sched->n_queued++;
+    sched->n_bytes_queued += input_bytes(request);
 }
 
 fv_request_t *fv_sched_take_all(fv_sched_t *sched)
@@ -33,6 +39,7 @@ fv_request_t *fv_sched_take_all(fv_sched_t *sched)
     sched->queue_head = NULL;
     sched->queue_tail = &sched->queue_head;
     sched->n_queued = 0;
+    sched->n_bytes_queued = 0;
     return all;
 }
 
@@ -243,7 +250,7 @@ static fv_status_t check_readable(const fv_request_t *request, uint32_t i)
                    i, item->position, item->layer, layer->floor);
 }
 
-static fv_status_t admit(fv_sched_t *sched, fv_request_t *request)
+static fv_status_t admit(fv_sched_t *sched, fv_request_t *request, uint32_t slot)
 {
     for (uint32_t i = 0; i < request->head.n_items; i++) {
         FV_RETURN_IF_ERR(
@@ -259,22 +266,32 @@ static fv_status_t admit(fv_sched_t *sched, fv_request_t *request)
                 fv_layer_reserve_record(&request->sessions[i]->layers[request->head.layer]));
         }
     }
-    return fv_sched_reserve(sched, request);
+    return fv_sched_reserve(sched, request, slot);
 }
 
 /* ------------------------------------------------------------------ the step */
 
 static uint64_t tensor_bytes(const fv_request_t *request)
 {
-    return (uint64_t)request->head.q.n_bytes + request->head.k.n_bytes + request->head.v.n_bytes +
-           reply_bytes(request);
+    return input_bytes(request) + reply_bytes(request);
 }
 
-/* True when a request of this step, or one waiting in front of this one, has the same (session, layer). */
-static bool must_wait(const fv_request_t *request, uint64_t step_id)
+static bool is_under_way(const fv_sched_t *sched, uint64_t step_id)
+{
+    for (uint32_t slot = 0; slot < FV_STEP_DEPTH; slot++) {
+        if ((step_id != 0) && (sched->under_way[slot] == step_id)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* True when a request of this step or of one under way, or one waiting in front of this one, has the same (session, layer). */
+static bool must_wait(const fv_sched_t *sched, const fv_request_t *request, uint64_t step_id)
 {
     for (uint32_t i = 0; i < request->head.n_items; i++) {
-        if (request->sessions[i]->layers[request->head.layer].step_mark == step_id) {
+        const fv_layer_t *layer = &request->sessions[i]->layers[request->head.layer];
+        if ((layer->step_mark == step_id) || is_under_way(sched, layer->joined_mark)) {
             return true;
         }
     }
@@ -307,16 +324,19 @@ judge(fv_sched_t *sched, fv_request_t *request, const fv_step_plan_t *plan, uint
                    ((plan->n_tokens + request->head.n_tokens > sched->config.step_tokens_max) ||
                     (n_bytes + tensor_bytes(request) > STEP_BYTES_MAX) ||
                     (plan->n_items + request->head.n_items > FV_STEP_ITEMS_MAX));
-    if (is_full || must_wait(request, plan->step_id)) {
+    if (is_full || must_wait(sched, request, plan->step_id)) {
         mark(request, plan->step_id); /* whoever comes later on these layers waits too */
         return FV_VERDICT_WAIT;
     }
-    status = admit(sched, request);
+    status = admit(sched, request, plan->slot);
     if (status != FV_OK) {
         request->error = fv_error_capture(status);
         return FV_VERDICT_REFUSE;
     }
     mark(request, plan->step_id);
+    for (uint32_t i = 0; i < request->head.n_items; i++) {
+        request->sessions[i]->layers[request->head.layer].joined_mark = plan->step_id;
+    }
     return FV_VERDICT_JOIN;
 }
 
@@ -334,12 +354,21 @@ static bool is_stale(fv_request_t *request, int64_t now_us, bool (*is_cancelled)
     return false;
 }
 
+/* The one that the step before did not have, so that slots alternate also when each step ends before the next begins. */
+static uint32_t free_slot(const fv_sched_t *sched)
+{
+    uint32_t slot = (sched->last_slot + 1U) % FV_STEP_DEPTH;
+
+    FV_ASSERT(sched->under_way[slot] == 0);
+    return slot;
+}
+
 void fv_sched_next_step(fv_sched_t *sched,
                         int64_t now_us,
                         bool (*is_cancelled)(void *user),
                         fv_step_plan_t *out)
 {
-    fv_step_plan_t plan = {.step_id = ++sched->next_step_id};
+    fv_step_plan_t plan = {.step_id = ++sched->next_step_id, .slot = free_slot(sched)};
     fv_request_t **joined_tail = &plan.joined;
     fv_request_t **finished_tail = &plan.finished;
     fv_request_t **link = &sched->queue_head;
@@ -358,6 +387,7 @@ void fv_sched_next_step(fv_sched_t *sched,
         *link = request->next;
         request->next = NULL;
         sched->n_queued--;
+        sched->n_bytes_queued -= input_bytes(request);
         if (verdict == FV_VERDICT_JOIN) {
             *joined_tail = request;
             joined_tail = &request->next;
@@ -371,6 +401,10 @@ void fv_sched_next_step(fv_sched_t *sched,
         }
     }
     sched->queue_tail = link;
+    if (plan.joined != NULL) {
+        sched->under_way[plan.slot] = plan.step_id;
+        sched->last_slot = plan.slot;
+    }
     *out = plan;
 }
 
@@ -404,4 +438,9 @@ void fv_sched_step_done(fv_sched_t *sched, const fv_step_plan_t *plan)
             }
         }
     }
+    if (plan->joined == NULL) { /* was never under way */
+        return;
+    }
+    sched->under_way[plan->slot] = 0;
+    fv_sched_forget_promises(sched, plan->slot);
 }

@@ -218,6 +218,7 @@ typedef struct fv_device_times {
 typedef struct fv_backend_ops {
     const char *name; /* "cpu", "cuda" */
     bool has_latent;  /* serves models of kind LATENT (v_in_k) */
+    bool is_async;    /* calls enqueue, and the caller's thread is free until finish() */
     fv_status_t (*create)(const fv_backend_config_t *config, fv_backend_t **out);
     void (*destroy)(fv_backend_t *backend); /* NULL is fine */
     void (*describe)(const fv_backend_t *backend, fv_device_info_t *out);

@@ -26,6 +26,14 @@
 #define FV_MODELS_MAX     64
 #define FV_STEP_ITEMS_MAX 4096
 
+/*
+ * Steps under way at once. The coordinator begins step n + 1 on the ranks while step n computes, so that its tensors travel
+ * meanwhile; it begins n + 2 only when every rank of n has answered. Each rank runs its steps in order, so a rank may be in
+ * n + 1 while another is still in n, never further. What is kept per step (request buffers, an exchange's windows) is
+ * therefore kept twice, by turns, and needs no other guard. Commands (MODEL to CLOSE) are sent only when no step is under way.
+ */
+#define FV_STEP_DEPTH 2
+
 typedef enum fv_ctl_type {
     FV_CTL_HELLO = 1, /* worker -> coordinator, first message: fv_ctl_hello_t */
     FV_CTL_MODEL,     /* fv_ctl_model_t */
@@ -104,8 +112,8 @@ typedef struct fv_ctl_close {
     uint32_t reserved;
 } fv_ctl_close_t;
 
-/* MPI message tags, all on the epoch's communicator. Steps are sequential and MPI keeps order per (source,
- * tag), so a tag needs no step number. A packed buffer travels as one message of bytes. */
+/* MPI message tags, all on the epoch's communicator. Both sides post a step's messages before the next step's, and MPI keeps
+ * order per (source, tag), so a tag needs no step number. A packed buffer travels as one message of bytes. */
 enum {
     FV_TAG_INPUT = 1,    /* coordinator -> worker: packed input, present iff in_bytes > 0 */
     FV_TAG_OUTPUT = 2,   /* worker -> coordinator: packed output, present iff out_bytes > 0 */

@@ -65,9 +65,12 @@ struct fv_worker {
     uint32_t n_session_slots;
     uint64_t n_steps;
     fv_step_work_t work;
-    fv_status_t broken;       /* not FV_OK: a backend or exchange failure; nothing works any more */
-    fv_array_t ios;           /* step_packed.c: fv_step_io_t */
-    fv_host_buffer_t in, out; /* inbox_mpi.c: packed tensors of the step */
+    fv_status_t broken; /* not FV_OK: a backend or exchange failure; nothing works any more */
+    fv_array_t ios;     /* step_packed.c: fv_step_io_t */
+    fv_host_buffer_t in[FV_STEP_DEPTH],
+        out[FV_STEP_DEPTH]; /* inbox_mpi.c: packed tensors of steps */
+    void (*on_wait)(void *arg);
+    void *on_wait_arg;
 };
 
 /* NULL when the slot is empty. */

@@ -58,7 +58,7 @@ fv_status_t fv_worker_create(const fv_worker_config_t *config, fv_worker_t **out
 /* Buffers that messages given up may still read or write. Reachable for ever: the leak is meant. */
 typedef struct abandoned {
     struct abandoned *next;
-    fv_host_buffer_t buffers[3];
+    fv_host_buffer_t buffers[1 + 2 * FV_STEP_DEPTH];
 } abandoned_t;
 
 static _Atomic(abandoned_t *) s_abandoned;
@@ -68,7 +68,9 @@ static void abandon_buffers(const fv_worker_t *worker)
     abandoned_t *a = malloc(sizeof(*a));
 
     if (a != NULL) { /* without it they leak unseen: as good */
-        *a = (abandoned_t){.buffers = {worker->work.exchange, worker->in, worker->out}};
+        memcpy(a->buffers, worker->in, sizeof(worker->in));
+        memcpy(a->buffers + FV_STEP_DEPTH, worker->out, sizeof(worker->out));
+        a->buffers[2 * FV_STEP_DEPTH] = worker->work.exchange;
         a->next = atomic_load(&s_abandoned);
         while (!atomic_compare_exchange_weak(&s_abandoned, &a->next, a)) {
         }
@@ -95,8 +97,10 @@ static void free_work(fv_worker_t *worker)
         return;
     }
     fv_host_buffer_free(&w->exchange, ops, worker->backend);
-    fv_host_buffer_free(&worker->in, ops, worker->backend);
-    fv_host_buffer_free(&worker->out, ops, worker->backend);
+    for (size_t i = 0; i < FV_STEP_DEPTH; i++) {
+        fv_host_buffer_free(&worker->in[i], ops, worker->backend);
+        fv_host_buffer_free(&worker->out[i], ops, worker->backend);
+    }
 }
 
 void fv_worker_destroy(fv_worker_t *worker)
@@ -135,15 +139,35 @@ fv_status_t fv_worker_usable(const fv_worker_t *worker)
     return FV_OK;
 }
 
+void fv_worker_on_wait(fv_worker_t *worker, void (*on_wait)(void *arg), void *arg)
+{
+    worker->on_wait = on_wait;
+    worker->on_wait_arg = arg;
+}
+
+/* Lets others use the time, and hears whether waiting is in vain. */
+static bool ask(void *arg)
+{
+    fv_worker_t *worker = arg;
+    const fv_worker_config_t *c = &worker->config;
+
+    if ((c->exchange != NULL) && (c->exchange->is_aborted != NULL)) {
+        return c->exchange->is_aborted(c->exchange_ctx);
+    }
+    if (worker->on_wait != NULL) {
+        worker->on_wait(worker->on_wait_arg);
+    }
+    return false;
+}
+
 fv_status_t fv_worker_finish(fv_worker_t *worker, fv_device_times_t *out_times)
 {
     const fv_worker_config_t *c = &worker->config;
     const fv_wait_limits_t limits = {
-        .deadline_ms = c->step_deadline_ms,
-        .is_aborted = (c->exchange != NULL) ? c->exchange->is_aborted : NULL,
-        .arg = c->exchange_ctx,
-    };
+        .deadline_ms = c->step_deadline_ms, .is_aborted = ask, .arg = worker};
 
+    (void)ask(
+        worker); /* at once: the device may not need long. Bad news keep until it is asked again. */
     return c->backend->finish(worker->backend, &limits, out_times);
 }
 

@@ -100,6 +100,12 @@ FV_MUST_CHECK fv_status_t fv_worker_truncate(fv_worker_t *worker, const fv_ctl_t
 FV_MUST_CHECK fv_status_t fv_worker_close(fv_worker_t *worker, const fv_ctl_close_t *message);
 
 /*
+ * on_wait(arg) is called while a step's device work is waited for, on the same thread, again and again: at least once a step,
+ * when all of it is enqueued. NULL: nobody. Where the exchange asks (on_poll), it asks instead of this.
+ */
+void fv_worker_on_wait(fv_worker_t *worker, void (*on_wait)(void *arg), void *arg);
+
+/*
  * Runs one step: reserve pages (copy on write where shared), append, attend, exchange, merge.
  * `items` are all items of the step in which this rank has a share, `io` one each, `item_errors` one each.
  * An item that fails (no pages) fails alone and leaves the session as it was on this rank; it still takes part

@@ -2,7 +2,8 @@
  * test_worker_serve.c - fv_worker_serve() on every rank but 0, driven by a small coordinator on rank 0.
  *
  * Goal:   models, sessions and steps over control socket and MPI give what one unsharded worker gives; refusals are
- *         answers; STOP ends the loop; a closed socket ends it at once, also in the middle of an exchange.
+ *         answers; STOP ends the loop; a closed socket ends it at once, also in the middle of an exchange. The input of a
+ *         second step comes in while the first is under way.
  * Method: rank 0 listens on a unix socket, shards each step over all ranks and itself, and runs the same items on a
  *         worker of its own that is alone.
  */
@@ -15,6 +16,7 @@
 #include "worker/worker.h"
 
 #include <math.h>
+#include <poll.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -209,11 +211,68 @@ static packed_t begin_step(int peer,
                   &packed.received);
     }
     send_to(peer, EPOCH, FV_CTL_STEP, &body, sizeof(body));
-    MPI_Isend(packed.in, (int)body.step.in_bytes, MPI_BYTE, peer, FV_TAG_INPUT, comm, &packed.sent);
+    /* Synchronous: it completes only once the rank has posted the receive. */
+    MPI_Issend(packed.in, (int)body.step.in_bytes, MPI_BYTE, peer, FV_TAG_INPUT, comm,
+               &packed.sent);
     return packed;
 }
 
-/* The item on all ranks and on the one that is alone; both must agree. */
+/* An item on all ranks and on the one that is alone. */
+typedef struct both {
+    fv_worker_t *mine, *alone;
+    const fv_model_spec_t *spec;
+    const fv_placement_t *p;
+    const fv_ctl_item_t *item;
+    tensors_t sharded, whole;
+    fv_step_io_t io, whole_io;
+    packed_t packed[RANKS_MAX];
+} both_t;
+
+static void begin_both(both_t *b, fv_random_t *r)
+{
+    fill(r, &b->sharded);
+    b->whole = b->sharded;
+    b->io = io_of(&b->sharded);
+    b->whole_io = io_of(&b->whole);
+    for (int peer = 1; peer < n_ranks; peer++) {
+        b->packed[peer] = begin_step(peer, b->spec, b->p, b->item, &b->io);
+    }
+}
+
+/* Rank 0's own share, the others' answers, and what the one that is alone says: they must agree. */
+static void end_both(both_t *b)
+{
+    fv_ctl_done_t done;
+    fv_error_t error;
+    fv_item_share_t s;
+
+    if (fv_item_share(b->spec, b->p, b->item, 0, &s)) {
+        assert_int_equal(fv_worker_step(b->mine, b->item, &b->io, 1, &done, &error), FV_OK);
+        assert_int_equal(error.status, FV_OK);
+    }
+    for (int peer = 1; peer < n_ranks; peer++) {
+        packed_t *packed = &b->packed[peer];
+
+        MPI_Wait(&packed->sent, MPI_STATUS_IGNORE);
+        MPI_Wait(&packed->received, MPI_STATUS_IGNORE);
+        if (packed->in != NULL) {
+            read_body(peer, FV_CTL_DONE, &done, sizeof(done));
+            assert_int_equal(done.error.status, FV_OK);
+            (void)fv_unpack_output(b->spec, b->p, b->item, (uint32_t)peer, packed->out, &b->io);
+            free(packed->in);
+            free(packed->out);
+        }
+    }
+    assert_int_equal(fv_worker_step(b->alone, b->item, &b->whole_io, 1, &done, &error), FV_OK);
+    assert_int_equal(error.status, FV_OK);
+    for (size_t i = 0; i < (size_t)b->item->n_tokens * N_Q_HEADS * DIM; i++) {
+        assert_true(fabsf(b->sharded.out[i] - b->whole.out[i]) <= 1e-5F);
+    }
+    for (size_t i = 0; i < (size_t)b->item->n_tokens * N_Q_HEADS; i++) {
+        assert_true(fabsf(b->sharded.lse[i] - b->whole.lse[i]) <= 1e-5F);
+    }
+}
+
 static void check_step(fv_worker_t *mine,
                        fv_worker_t *alone,
                        const fv_model_spec_t *spec,
@@ -221,43 +280,15 @@ static void check_step(fv_worker_t *mine,
                        const fv_ctl_item_t *item,
                        fv_random_t *r)
 {
-    static tensors_t sharded;
-    static tensors_t whole;
-    packed_t packed[RANKS_MAX];
-    fv_ctl_done_t done;
-    fv_error_t error;
-    fv_item_share_t s;
+    static both_t b;
 
-    fill(r, &sharded);
-    whole = sharded;
-    fv_step_io_t io = io_of(&sharded);
-    fv_step_io_t whole_io = io_of(&whole);
-    for (int peer = 1; peer < n_ranks; peer++) {
-        packed[peer] = begin_step(peer, spec, p, item, &io);
-    }
-    if (fv_item_share(spec, p, item, 0, &s)) {
-        assert_int_equal(fv_worker_step(mine, item, &io, 1, &done, &error), FV_OK);
-        assert_int_equal(error.status, FV_OK);
-    }
-    for (int peer = 1; peer < n_ranks; peer++) {
-        MPI_Wait(&packed[peer].sent, MPI_STATUS_IGNORE);
-        MPI_Wait(&packed[peer].received, MPI_STATUS_IGNORE);
-        if (packed[peer].in != NULL) {
-            read_body(peer, FV_CTL_DONE, &done, sizeof(done));
-            assert_int_equal(done.error.status, FV_OK);
-            (void)fv_unpack_output(spec, p, item, (uint32_t)peer, packed[peer].out, &io);
-            free(packed[peer].in);
-            free(packed[peer].out);
-        }
-    }
-    assert_int_equal(fv_worker_step(alone, item, &whole_io, 1, &done, &error), FV_OK);
-    assert_int_equal(error.status, FV_OK);
-    for (size_t i = 0; i < (size_t)item->n_tokens * N_Q_HEADS * DIM; i++) {
-        assert_true(fabsf(sharded.out[i] - whole.out[i]) <= 1e-5F);
-    }
-    for (size_t i = 0; i < (size_t)item->n_tokens * N_Q_HEADS; i++) {
-        assert_true(fabsf(sharded.lse[i] - whole.lse[i]) <= 1e-5F);
-    }
+    b.mine = mine;
+    b.alone = alone;
+    b.spec = spec;
+    b.p = p;
+    b.item = item;
+    begin_both(&b, r);
+    end_both(&b);
 }
 
 /* ------------------------------------------------------------------ scenarios */
@@ -361,6 +392,99 @@ static void test_sessions_and_steps(void **state)
 {
     (void)state;
     scenario(drive_sessions, FV_OK);
+}
+
+static fv_ctl_item_t append_item(uint32_t slot, uint64_t position, uint32_t n_tokens)
+{
+    return (fv_ctl_item_t){.session_slot = slot,
+                           .position = position,
+                           .kv_end = position + n_tokens,
+                           .n_tokens = n_tokens,
+                           .dtype = FV_DTYPE_F32,
+                           .flags = FV_ITEM_CAUSAL | FV_ITEM_APPEND | FV_ITEM_WANT_LSE};
+}
+
+static void open_both(fv_worker_t *mine, fv_worker_t *alone, const fv_ctl_open_t *open)
+{
+    fv_ctl_open_t whole = *open;
+
+    whole.placement = (fv_placement_t){.n_head_parts = 1, .n_ctx_parts = 1, .shard_tokens = 64};
+    assert_int_equal(fv_worker_open(mine, open), FV_OK);
+    assert_int_equal(fv_worker_open(alone, &whole), FV_OK);
+    ask_all(FV_CTL_OPEN, open, sizeof(*open));
+}
+
+/* Rank 0 does not join the first step's exchange before the workers have taken the second one's input. */
+static void check_pair(both_t *first, both_t *second, fv_random_t *r)
+{
+    int64_t deadline_us = fv_clock_us() + 4000000;
+    int is_sent = 0;
+
+    begin_both(first, r);
+    begin_both(second, r);
+    for (int peer = 1; peer < n_ranks; peer++) {
+        struct pollfd answer = {.fd = fds[peer], .events = POLLIN};
+
+        assert_non_null(second->packed[peer].in);
+        for (is_sent = 0; is_sent == 0;) {
+            MPI_Test(&second->packed[peer].sent, &is_sent, MPI_STATUS_IGNORE);
+            if ((is_sent == 0) && (fv_clock_us() > deadline_us)) {
+                fail_msg("rank %d does not take the second step's input", peer);
+            }
+        }
+        assert_int_equal(poll(&answer, 1, 0), 0); /* it is in the first step still */
+    }
+    end_both(first);
+    end_both(second);
+}
+
+static void drive_two_steps(fv_worker_t *mine)
+{
+    static both_t first;
+    static both_t second;
+    fv_worker_t *alone = make_worker(0, 1, NULL);
+    fv_ctl_model_t model = {.spec = make_spec()};
+    fv_random_t r = {fv_random_seed(1)};
+    fv_ctl_open_t opens[2] = {make_open(0, 1, (uint16_t)n_ranks),
+                              make_open(5, (uint16_t)n_ranks, 1)};
+    uint64_t position = 0;
+
+    assert_non_null(alone);
+    first.mine = second.mine = mine;
+    first.alone = second.alone = alone;
+    first.spec = second.spec = &model.spec;
+    first.p = &opens[0].placement;
+    second.p = &opens[1].placement;
+    assert_int_equal(fv_worker_model(mine, &model), FV_OK);
+    assert_int_equal(fv_worker_model(alone, &model), FV_OK);
+    ask_all(FV_CTL_MODEL, &model, sizeof(model));
+    open_both(mine, alone, &opens[0]);
+    open_both(mine, alone, &opens[1]);
+    while (position < 64U * (uint64_t)n_ranks) { /* until every rank has a part */
+        fv_ctl_item_t item = append_item(0, position, N_TOKENS);
+
+        check_step(mine, alone, &model.spec, &opens[0].placement, &item, &r);
+        position += N_TOKENS;
+    }
+    for (uint32_t i = 0; i < 4U; i++) {
+        fv_ctl_item_t items[2] = {append_item(0, position, 1U + i),
+                                  append_item(5, (uint64_t)i * N_TOKENS, N_TOKENS)};
+
+        first.item = &items[0];
+        second.item = &items[1];
+        check_pair(&first, &second, &r);
+        position += items[0].n_tokens;
+    }
+    for (int p = 1; p < n_ranks; p++) {
+        send_to(p, EPOCH, FV_CTL_STOP, NULL, 0);
+    }
+    fv_worker_destroy(alone);
+}
+
+static void test_the_next_input_comes_while_a_step_is_under_way(void **state)
+{
+    (void)state;
+    scenario(drive_two_steps, FV_OK);
 }
 
 /* Refusals are answers: the loop goes on after each. */
@@ -488,6 +612,7 @@ int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_sessions_and_steps),
+        cmocka_unit_test(test_the_next_input_comes_while_a_step_is_under_way),
         cmocka_unit_test(test_refusals_are_answers),
         cmocka_unit_test(test_a_bad_step_ends_the_loop),
         cmocka_unit_test(test_a_closed_socket_ends_the_loop),

@@ -3,9 +3,11 @@
  *
  * Goal:   whatever clients do in whatever order, each request gets exactly one answer, lengths are those of a simple model
  *         of the service, the coordinator's view of every rank's memory and of what each session holds and has freed is
- *         exact, a rank never has to refuse, and when all is closed all memory is free again.
+ *         exact when nothing is under way and never above the truth, a rank never has to refuse, and when all is closed all
+ *         memory is free again.
  * Method: real workers (page tables, pools, forks, copy on write) over a backend that moves no data; each seed is
- *         a story of random commands, requests, retries, cancellations, deadlines and rank failures. The laws are
+ *         a story of random commands, requests, retries, cancellations, deadlines and rank failures, with up to two
+ *         steps under way: each rank runs them when it likes, in order, and its DONE arrives later. The laws are
  *         checked after every event. FV_SEED repeats one story, FV_SIM_STORIES sets how many.
  */
 #include "common/policy.h"
@@ -23,7 +25,7 @@
 #define N_LAYERS       2
 #define N_MODELS       3
 #define N_LOG_MAX      256
-#define N_EVENTS       200
+#define N_EVENTS       300
 
 /* The model of the service: what one layer of one session holds. */
 typedef struct model_layer {
@@ -43,6 +45,19 @@ typedef struct model_session {
     model_layer_t layers[N_LAYERS];
 } model_session_t;
 
+/* A step under way: what each rank has done of it, and its DONE while that is on its way. */
+typedef struct story_step {
+    fv_step_plan_t plan;
+    uint32_t broken; /* this rank fails its first item; N_RANKS_MAX: none */
+    bool has_failed;
+    enum {
+        STEP_TO_RUN,
+        STEP_HAS_RUN,
+        STEP_IS_DONE
+    } ranks[N_RANKS_MAX];
+    fv_ctl_memory_t memory[N_RANKS_MAX];
+} story_step_t;
+
 typedef struct story {
     fv_random_t random;
     fv_sched_t *sched;
@@ -53,8 +68,10 @@ typedef struct story {
     model_session_t sessions[N_SESSIONS_MAX];
     uint64_t n_ids;
     int64_t now_us;
-    uint32_t n_waiting; /* submitted, not yet answered */
-    uint64_t n_served, n_refused, n_exhausted, n_freed_refused;
+    uint32_t n_waiting;                /* submitted, not yet answered */
+    story_step_t steps[FV_STEP_DEPTH]; /* oldest first */
+    uint32_t n_steps;
+    uint64_t n_served, n_refused, n_exhausted, n_freed_refused, n_pairs, n_undone;
 } story_t;
 
 static fv_status_t no_exchange(void *ctx,
@@ -89,6 +106,10 @@ static void check_memory(story_t *s)
         fv_ctl_memory_t actual;
         fv_worker_memory(s->workers[r], &actual);
         const fv_ctl_memory_t *mirror = fv_sched_rank(s->sched, r);
+        if (s->n_steps > 0) {
+            assert_true(mirror->kv_bytes_free <= actual.kv_bytes_free);
+            continue;
+        }
         assert_int_equal(mirror->kv_bytes_free, actual.kv_bytes_free);
         assert_int_equal(mirror->n_slabs_free, actual.n_slabs_free);
     }
@@ -111,7 +132,7 @@ static void check_lengths(story_t *s)
 /* What the coordinator says that a session holds is what the workers hold of it. */
 static void check_held(story_t *s)
 {
-    for (int i = 0; i < N_SESSIONS_MAX; i++) {
+    for (int i = 0; (s->n_steps == 0) && (i < N_SESSIONS_MAX); i++) {
         const model_session_t *m = &s->sessions[i];
         const fv_session_t *session = m->is_open ? fv_sched_session(s->sched, &m->id) : NULL;
 
@@ -387,45 +408,64 @@ static void check_refusal(story_t *s, fv_case_request_t *r)
     s->n_refused++;
 }
 
-/* The ranks' part of a step; rank `broken` (or none) fails its first item. */
-static void run_ranks(story_t *s, const fv_step_plan_t *plan, uint32_t broken)
+/* Rank runs its part of a step. */
+static void run_rank(story_t *s, story_step_t *step, uint32_t rank)
 {
     static uint8_t zeros[1 << 20];
+    static fv_ctl_item_t items[256];
+    static fv_step_io_t io[256];
+    static fv_request_t *origins[256];
+    static fv_error_t errors[256];
+    fv_ctl_done_t done;
+    size_t n = 0;
 
-    for (uint32_t rank = 0; rank < s->n_ranks; rank++) {
-        static fv_ctl_item_t items[256];
-        static fv_step_io_t io[256];
-        static fv_request_t *origins[256];
-        static fv_error_t errors[256];
-        fv_ctl_done_t done;
-        size_t n = 0;
-        for (fv_request_t *r = plan->joined; r != NULL; r = r->next) {
-            for (uint32_t i = 0; i < r->head.n_items; i++) {
-                fv_item_share_t share;
-                if (fv_item_share(r->spec, &r->sessions[i]->placement, &r->ctl_items[i], rank,
-                                  &share)) {
-                    assert_true(n < FV_COUNT(items));
-                    items[n] = r->ctl_items[i];
-                    io[n] = (fv_step_io_t){.q = zeros, .k = zeros, .v = zeros, .out = zeros};
-                    origins[n++] = r;
-                }
+    for (fv_request_t *r = step->plan.joined; r != NULL; r = r->next) {
+        for (uint32_t i = 0; i < r->head.n_items; i++) {
+            fv_item_share_t share;
+            if (fv_item_share(r->spec, &r->sessions[i]->placement, &r->ctl_items[i], rank,
+                              &share)) {
+                assert_true(n < FV_COUNT(items));
+                items[n] = r->ctl_items[i];
+                io[n] = (fv_step_io_t){.q = zeros, .k = zeros, .v = zeros, .out = zeros};
+                origins[n++] = r;
             }
-        }
-        if (n == 0) {
-            continue;
-        }
-        memset(errors, 0, sizeof(errors));
-        assert_int_equal(fv_worker_step(s->workers[rank], items, io, n, &done, errors), FV_OK);
-        for (size_t i = 0; i < n; i++) {
-            if (errors[i].status != FV_OK) {
-                fail_msg("rank %u had to refuse: %s", rank, errors[i].text);
-            }
-        }
-        fv_sched_rank_memory(s->sched, rank, &done.memory);
-        if (rank == broken) {
-            origins[0]->error.status = FV_ERR_INTERNAL;
         }
     }
+    if (n == 0) { /* not asked */
+        step->ranks[rank] = STEP_IS_DONE;
+        return;
+    }
+    memset(errors, 0, sizeof(errors));
+    assert_int_equal(fv_worker_step(s->workers[rank], items, io, n, &done, errors), FV_OK);
+    for (size_t i = 0; i < n; i++) {
+        if (errors[i].status != FV_OK) {
+            fail_msg("rank %u had to refuse: %s", rank, errors[i].text);
+        }
+    }
+    step->memory[rank] = done.memory;
+    step->ranks[rank] = STEP_HAS_RUN;
+    if (rank == step->broken) {
+        origins[0]->error.status = FV_ERR_INTERNAL;
+        step->has_failed = true;
+    }
+}
+
+/* One rank goes on by one: it runs the next step that it has not run, or its oldest DONE arrives. False: it has nothing to do. */
+static bool advance(story_t *s, uint32_t rank, bool may_run)
+{
+    for (uint32_t i = 0; i < s->n_steps; i++) {
+        story_step_t *step = &s->steps[i];
+        if (step->ranks[rank] == STEP_TO_RUN) {
+            run_rank(s, step, rank);
+            return true;
+        }
+        if ((step->ranks[rank] == STEP_HAS_RUN) && !may_run) {
+            fv_sched_rank_done(s->sched, &step->plan, rank, &step->memory[rank]);
+            step->ranks[rank] = STEP_IS_DONE;
+            return true;
+        }
+    }
+    return may_run ? advance(s, rank, false) : false;
 }
 
 /* A request that failed on a rank is cut back on all of them, as the engine does. */
@@ -474,28 +514,95 @@ static void free_list(story_t *s, fv_request_t *r)
     }
 }
 
-static bool do_step(story_t *s)
+/* Forms a step, as the engine does: not while one under way has failed. */
+static bool do_begin(story_t *s)
 {
-    fv_step_plan_t plan;
+    story_step_t *step = &s->steps[s->n_steps];
     bool fails = pick(s, 0, 19) == 0;
+    fv_step_plan_t plan;
 
+    if ((s->n_steps == FV_STEP_DEPTH) || ((s->n_steps > 0) && s->steps[0].has_failed)) {
+        return false;
+    }
     fv_sched_next_step(s->sched, s->now_us, fv_case_is_cancelled, &plan);
     for (fv_request_t *r = plan.finished; r != NULL; r = r->next) {
         check_refusal(s, fv_case_of(r));
     }
-    run_ranks(s, &plan, fails ? (uint32_t)pick(s, 0, s->n_ranks - 1) : UINT32_MAX);
-    for (fv_request_t *r = plan.joined; r != NULL; r = r->next) {
+    bool has_refused = plan.finished != NULL;
+    free_list(s, plan.finished);
+    if (plan.joined == NULL) {
+        return has_refused;
+    }
+    if (s->n_steps > 0) {
+        assert_int_not_equal(plan.slot, s->steps[0].plan.slot);
+        s->n_pairs++;
+    }
+    memset(step, 0, sizeof(*step));
+    step->plan = plan;
+    step->broken = fails ? (uint32_t)pick(s, 0, s->n_ranks - 1) : N_RANKS_MAX;
+    s->n_steps++;
+    return true;
+}
+
+static bool is_complete(const story_t *s, const story_step_t *step)
+{
+    for (uint32_t r = 0; r < s->n_ranks; r++) {
+        if (step->ranks[r] != STEP_IS_DONE) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void settle(story_t *s, story_step_t *step)
+{
+    for (fv_request_t *r = step->plan.joined; r != NULL; r = r->next) {
         if (r->error.status != FV_OK) {
             undo(s, r);
+            s->n_undone++;
         } else {
             apply_to_model(s, fv_case_of(r));
         }
     }
-    fv_sched_step_done(s->sched, &plan);
-    bool ran = (plan.joined != NULL) || (plan.finished != NULL);
-    free_list(s, plan.finished);
-    free_list(s, plan.joined);
-    return ran;
+    fv_sched_step_done(s->sched, &step->plan);
+    free_list(s, step->plan.joined);
+    s->n_steps--;
+    s->steps[0] = s->steps[1];
+}
+
+/* Commits the oldest step once all its ranks are done; one with a failure when nothing else is under way. */
+static bool do_settle(story_t *s)
+{
+    if ((s->n_steps == 0) || !is_complete(s, &s->steps[0]) ||
+        (s->steps[0].has_failed && (s->n_steps > 1) && !is_complete(s, &s->steps[1]))) {
+        return false;
+    }
+    settle(s, &s->steps[0]);
+    return true;
+}
+
+static bool advance_any(story_t *s)
+{
+    uint32_t first = (uint32_t)pick(s, 0, s->n_ranks - 1);
+    bool may_run = pick(s, 0, 1) == 0;
+
+    for (uint32_t i = 0; i < s->n_ranks; i++) {
+        if (advance(s, (first + i) % s->n_ranks, may_run)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* What a command waits for. */
+static void end_steps(story_t *s)
+{
+    while (s->n_steps > 0) {
+        if (!do_settle(s)) {
+            assert_true(advance_any(s));
+        }
+        check_memory(s);
+    }
 }
 
 /* ------------------------------------------------------------------ stories */
@@ -557,9 +664,9 @@ static void begin(story_t *s, uint64_t seed)
 
 static void end(story_t *s)
 {
-    while (do_step(s)) {
-        check_memory(s);
-    }
+    do {
+        end_steps(s);
+    } while (do_begin(s));
     assert_int_equal(s->n_waiting, 0); /* exactly one answer each */
     while (pick_session(s, true) != NULL) {
         do_close(s);
@@ -578,6 +685,9 @@ static void tell_story(story_t *s)
     for (int event = 0; event < N_EVENTS; event++) {
         int64_t dice = pick(s, 0, 99);
         s->now_us += pick(s, 0, 200);
+        if (dice < 20) {
+            end_steps(s);
+        }
         if (dice < 8) {
             do_open(s);
         } else if (dice < 12) {
@@ -586,10 +696,14 @@ static void tell_story(story_t *s)
             do_truncate(s);
         } else if (dice < 20) {
             do_close(s);
-        } else if (dice < 70) {
+        } else if (dice < 50) {
             do_submit(s);
+        } else if (dice < 65) {
+            (void)do_begin(s);
+        } else if (dice < 90) {
+            (void)advance_any(s);
         } else {
-            (void)do_step(s);
+            (void)do_settle(s);
         }
         check_memory(s);
         check_lengths(s);
@@ -606,6 +720,8 @@ static void test_stories(void **state)
     uint64_t n_refused = 0;
     uint64_t n_exhausted = 0;
     uint64_t n_freed_refused = 0;
+    uint64_t n_pairs = 0;
+    uint64_t n_undone = 0;
     story_t *s = malloc(sizeof(*s));
 
     (void)state;
@@ -625,14 +741,19 @@ static void test_stories(void **state)
         n_refused += s->n_refused;
         n_exhausted += s->n_exhausted;
         n_freed_refused += s->n_freed_refused;
+        n_pairs += s->n_pairs;
+        n_undone += s->n_undone;
     }
     free(s);
-    print_message("%llu served, %llu refused, %llu of them for want of memory\n",
+    print_message("%llu served, %llu refused, %llu of them for want of memory; %llu undone; "
+                  "%llu steps begun beside another\n",
                   (unsigned long long)n_served, (unsigned long long)n_refused,
-                  (unsigned long long)n_exhausted);
+                  (unsigned long long)n_exhausted, (unsigned long long)n_undone,
+                  (unsigned long long)n_pairs);
     if (n_stories >= 100) { /* the stories must have something to tell */
         assert_true((n_served > 1000) && (n_refused > 1000) && (n_exhausted > 10) &&
                     (n_freed_refused > 10));
+        assert_true((n_pairs > 1000) && (n_undone > 10));
     }
 }
 

@@ -136,6 +136,57 @@ static void expect_refusal(fixture_t *f, fv_case_request_t *r, int status, const
     free(r);
 }
 
+/* Two steps under way share no (session, layer), and a rank's DONE of the first does not give back what the second will take. */
+static void test_two_steps_under_way(void **state)
+{
+    fixture_t *f = *state;
+    fv_sharding_t on_one_rank = {.mode = FV_SHARDING_HEADS, .is_set = 1, .max_ranks = 1};
+    fv_session_id_t s = fv_case_open(f->sched, f->model_id, &on_one_rank);
+    fv_case_request_t *r[4] = {fv_case_request(0, true), fv_case_request(0, true),
+                               fv_case_request(1, true), fv_case_request(1, true)};
+    uint32_t rank = fv_sched_session(f->sched, &s)->placement.ranks[0];
+    uint64_t free_before = fv_sched_rank(f->sched, rank)->kv_bytes_free;
+    fv_step_plan_t first;
+    fv_step_plan_t second;
+    fv_step_plan_t third;
+
+    for (int i = 0; i < 4; i++) {
+        fv_case_add(r[i], s, (uint64_t)(i % 2) * 10U, 10, (uint32_t)i);
+        fv_case_sizes(r[i], &f->spec);
+    }
+    fv_sched_submit(f->sched, &r[0]->request);
+    fv_sched_next_step(f->sched, 0, fv_case_is_cancelled, &first);
+    fv_ctl_memory_t after_first = *fv_sched_rank(f->sched, rank);
+    for (int i = 1; i < 4; i++) {
+        fv_sched_submit(f->sched, &r[i]->request);
+    }
+    fv_sched_next_step(f->sched, 0, fv_case_is_cancelled, &second);
+    assert_ptr_equal(first.joined, &r[0]->request);
+    assert_ptr_equal(second.joined, &r[2]->request); /* layer 0 is under way; r[3] is behind r[2] */
+    assert_int_equal(second.n_joined, 1);
+    assert_int_not_equal(first.slot, second.slot);
+    uint64_t free_in_both = fv_sched_rank(f->sched, rank)->kv_bytes_free;
+    assert_true((free_in_both < after_first.kv_bytes_free) &&
+                (after_first.kv_bytes_free < free_before));
+    fv_sched_rank_done(f->sched, &first, rank, &after_first);
+    assert_int_equal(fv_sched_rank(f->sched, rank)->kv_bytes_free, free_in_both);
+    fv_sched_step_done(f->sched, &first);
+    fv_sched_next_step(f->sched, 0, fv_case_is_cancelled, &third);
+    assert_ptr_equal(third.joined, &r[1]->request); /* now layer 1 is under way */
+    assert_int_equal(third.n_joined, 1);
+    assert_int_equal(fv_sched_n_queued(f->sched), 1);
+    assert_int_equal(fv_sched_bytes_queued(f->sched),
+                     r[3]->request.head.q.n_bytes + 2U * r[3]->request.head.k.n_bytes);
+    fv_sched_step_done(f->sched, &second);
+    fv_sched_step_done(f->sched, &third);
+    assert_ptr_equal(run_step(f).joined, &r[3]->request);
+    assert_int_equal(length(f, s, 0), 20);
+    assert_int_equal(length(f, s, 1), 20);
+    for (int i = 0; i < 4; i++) {
+        free(r[i]);
+    }
+}
+
 static void test_wrong_requests_are_named(void **state)
 {
     fixture_t *f = *state;
@@ -360,6 +411,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST(test_append_then_retry_then_refusals),
+        TEST(test_two_steps_under_way),
         TEST(test_query_only_reads_without_appending),
         TEST(test_wrong_requests_are_named),
         TEST(test_same_layer_waits_in_order),
