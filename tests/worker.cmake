@@ -24,6 +24,7 @@ foreach(_name test_exchange_mpi test_worker_serve)
             SKIP_RETURN_CODE 77 ENVIRONMENT "ASAN_OPTIONS=detect_leaks=0")
     endforeach()
 endforeach()
+fv_add_test(test_worker_times unit SOURCES unit/test_worker_times.c LIBS fv_worker)
 fv_add_test(test_worker unit SOURCES unit/test_worker.c ${_rig} LIBS fv_worker Threads::Threads)
 fv_add_test(test_worker_alloc unit SOURCES unit/test_worker_alloc.c LIBS fv_worker)
 target_link_options(test_worker_alloc PRIVATE
