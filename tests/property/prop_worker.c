@@ -105,6 +105,9 @@ static void one_latent(uint32_t n_ranks, int32_t groups, uint32_t n_per_slice, u
         assert_int_equal(fv_rig_append(&rig, slot, 0, 3), FV_OK);
         assert_int_equal(fv_rig_append(&rig, slot + 3U, 0, 70), FV_OK);
     }
+    if (n_ctx == 1U) { /* neither heads nor slices have anything to say to each other */
+        assert_int_equal(fv_local_hub_messages(rig.hub), 0);
+    }
     fv_rig_destroy(&rig);
 }
 

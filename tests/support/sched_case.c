@@ -120,7 +120,7 @@ void fv_case_sizes(fv_case_request_t *r, const fv_model_spec_t *spec)
 
     r->request.head.q.n_bytes = n * (size_t)(spec->n_q_heads * spec->head_dim_qk) * e;
     r->request.head.k.n_bytes = n_kv * (size_t)(spec->n_kv_heads * spec->head_dim_qk) * e;
-    r->request.head.v.n_bytes = n_kv * (size_t)(spec->n_kv_heads * spec->head_dim_v) * e;
+    r->request.head.v.n_bytes = n_kv * (size_t)(spec->n_kv_heads * fv_model_v_dim_sent(spec)) * e;
 }
 
 bool fv_case_is_cancelled(void *user)
