@@ -17,7 +17,9 @@
 #define SPIN_US  2000 /* of asking without pause */
 #define YIELD_US 20000
 #define NAP_NS   50000
-#define ASK_US   1000 /* between two questions whether to give up */
+#define ASK_US \
+    50 /* between two calls of is_aborted(), which others use to get on with their work */
+#define QUERY_US 1000 /* between two questions to the driver, which take us each */
 
 const fv_wait_limits_t fv_cuda_long = {.deadline_ms = 30000};
 
@@ -70,19 +72,18 @@ static void pause_after(int64_t waited_us)
     }
 }
 
-/* Now and then: has the device failed, and is there still something to wait for? */
-static fv_status_t
-look_round(fv_backend_t *backend, const fv_wait_limits_t *limits, int64_t waited_us)
+/* Has the device failed? A stream that is idle has written the word, or is about to be seen to. */
+static fv_status_t ask_driver(const fv_backend_t *backend)
 {
     const cudaError_t error = cudaStreamQuery(backend->stream);
 
-    if (error !=
-        cudaErrorNotReady) { /* idle streams have written the word, or are about to be seen to */
-        FV_RETURN_IF_ERR(fv_cuda_check(error, "the step's work"));
-    }
-    if (limits == NULL) {
-        return FV_OK;
-    }
+    return (error == cudaErrorNotReady) ? FV_OK : fv_cuda_check(error, "the step's work");
+}
+
+/* Is there still something to wait for? */
+static fv_status_t
+ask_caller(fv_backend_t *backend, const fv_wait_limits_t *limits, int64_t waited_us)
+{
     if ((limits->is_aborted != NULL) && limits->is_aborted(limits->arg)) {
         return give_up(backend, FV_ERR_RANK_LOST, waited_us);
     }
@@ -97,16 +98,21 @@ fv_status_t fv_cuda_wait(fv_backend_t *backend, const fv_wait_limits_t *limits)
     fv_cuda_outbox_t *o = &backend->outbox;
     const volatile uint32_t *n_done = &o->record->n_done;
     const int64_t begin_us = fv_clock_us();
-    int64_t next_us = begin_us + ASK_US;
+    int64_t ask_us = begin_us + ASK_US;
+    int64_t query_us = begin_us + QUERY_US;
 
     o->n_done++;
     FV_RETURN_IF_ERR(FV_CUDA(fv_done_launch(o->record, o->n_done, backend->stream)));
     while (*n_done != o->n_done) {
         const int64_t now_us = fv_clock_us();
 
-        if (now_us >= next_us) {
-            next_us = now_us + ASK_US;
-            FV_RETURN_IF_ERR(look_round(backend, limits, now_us - begin_us));
+        if (now_us >= query_us) {
+            query_us = now_us + QUERY_US;
+            FV_RETURN_IF_ERR(ask_driver(backend));
+        }
+        if ((limits != NULL) && (now_us >= ask_us)) {
+            ask_us = now_us + ASK_US;
+            FV_RETURN_IF_ERR(ask_caller(backend, limits, now_us - begin_us));
         }
         pause_after(now_us - begin_us);
     }
