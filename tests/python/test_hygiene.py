@@ -133,7 +133,8 @@ def test_opened_and_closed_many_times(own_service):
             service.connect().close()
         rss, n_fds = resources(pid)
         assert n_fds <= before[1] + 4
-        assert rss <= before[0] + 4096, f"{rss - before[0]} KiB more after {n} sessions"
+        is_sanitized = b"__asan_init" in Path(os.environ["FOVEAD"]).read_bytes()  # it keeps what is freed
+        assert is_sanitized or rss <= before[0] + 4096, f"{rss - before[0]} KiB more after {n} sessions"
         status = client.status()
         assert status.n_sessions == 0 and status.kv_bytes_free == status.kv_bytes_total
 
