@@ -197,6 +197,8 @@ run_case(fv_scale_rank_t *r, const fv_scale_case_t *c, fv_scale_result_t *result
         (*n)++;
         if (r->rank == 0) {
             fv_scale_print(result);
+            fv_scale_write(r, results,
+                           *n); /* every time: what is ended from outside keeps its figures */
         }
     }
     free(one_rank);
@@ -253,7 +255,6 @@ int main(int argc, char **argv)
         run_cases(&rank, k_time, sizeof(k_time) / sizeof(k_time[0]), results, &n_results);
     }
     if (rank.rank == 0) {
-        fv_scale_write(&rank, results, n_results);
         (void)printf("%zu results\n", n_results);
     }
     fv_scale_rank_close(&rank);

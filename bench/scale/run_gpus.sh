@@ -27,8 +27,9 @@ else
     launch=(mpirun --oversubscribe --bind-to none --mca btl "self,vader" -np "$n")
 fi
 
+# (--foreground: in our process group, so that who ends us ends the ranks, too)
 echo "== $n ranks equal one?"
-timeout "${FV_LAUNCH_CHECK_SECONDS:-180}" "${launch[@]}" "$bench" --check "$@" 2>&1 | tee "$results/check.txt"
+timeout --foreground -k 10 "${FV_LAUNCH_CHECK_SECONDS:-180}" "${launch[@]}" "$bench" --check "$@" 2>&1 | tee "$results/check.txt"
 code=${PIPESTATUS[0]}
 if [[ $code -ne 0 ]]; then
     echo "run_gpus: the check failed with code $code: nothing is timed"
@@ -36,7 +37,7 @@ if [[ $code -ne 0 ]]; then
 fi
 echo
 echo "== figures"
-timeout "${FV_LAUNCH_SECONDS:-600}" "${launch[@]}" "$bench" --json "$results/scale.json" --csv "$results/scale.csv" "$@" 2>&1 |
+timeout --foreground -k 10 "${FV_LAUNCH_SECONDS:-600}" "${launch[@]}" "$bench" --json "$results/scale.json" --csv "$results/scale.csv" "$@" 2>&1 |
     tee "$results/table.txt"
 code=${PIPESTATUS[0]}
 [[ $code -eq 0 ]] || echo "run_gpus: bench_scale ended with code $code"
