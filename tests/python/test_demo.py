@@ -8,12 +8,14 @@ import pytest
 pytest.importorskip("regex")
 pytest.importorskip("threadpoolctl")
 
+import fovea
 from fovea.demo import weights as gguf_weights
 from fovea.demo.__main__ import main
 from fovea.demo.attention import FoveaAttention, LocalAttention
 from fovea.demo.check import check_answer
 from fovea.demo.generate import Sampling, generate
 from fovea.demo.llama import Llama
+from fovea.demo.policy import parse_layers, parse_policy
 from fovea.demo.tokenizer import TextStream, Tokenizer, chat_prompt
 from fovea.demo.weights import Config, LayerWeights, Weights
 
@@ -177,3 +179,16 @@ def test_the_whole_demo(service, real_weights, capsys):
     assert "Paris" in printed
     assert "every token id is identical" in printed
     assert "tokens/s" in printed and "rank 0" in printed
+
+
+def test_policy_texts():
+    policy = parse_policy("s2:block=16,local=4,stride=4,offset=-1,dense=1,per=q@odd", 6)
+    assert policy.policy == fovea.S2(16, 4, 4, 0, -1, 1, False, "q_head")
+    assert policy.layers == [1, 3, 5]
+    assert parse_policy("s2:s2-16", 3) == fovea.LayerPolicy(fovea.S2(preset="s2-16"), [0, 1, 2])
+    assert parse_policy("s2:block=64,local=1,stride=2,homo@0-4:2,5", 6).layers == [0, 2, 4, 5]
+    assert parse_policy("window:256,4@0", 6) == fovea.LayerPolicy(fovea.Window(256, 4), [0])
+    assert parse_layers("even", 5) == [0, 2, 4]
+    for text in ("s3:x", "s2:block=x", "s2:per=v,block=1", "s2:s2-16@9", "s2:s2-16@x", "window:", "s2:wrong=1"):
+        with pytest.raises(ValueError, match="--policy"):
+            parse_policy(text, 6)

@@ -8,7 +8,7 @@ _BAR = 32
 
 
 def format_placement(placement: pb.Placement) -> str:
-    """One line per share: rank, heads, tokens, bytes, and a bar of the context it holds."""
+    """A line for each share (rank, heads, tokens, bytes, a bar of the context it holds) and each sparse policy."""
     lines = [
         f"session {placement.session_id}: {placement.mode}, {placement.n_tokens} tokens",
     ]
@@ -24,6 +24,12 @@ def format_placement(placement: pb.Placement) -> str:
         lines.append(
             f"  rank {share.rank:<3} {heads:<14} {q_heads:<14} |{_bar(placement, share)}| "
             f"{share.n_tokens:>6} tokens  {_bytes(share.kv_bytes)}"
+        )
+    for pattern in placement.patterns:
+        kind = pattern.policy.WhichOneof("policy")
+        lines.append(
+            f"  {len(pattern.policy.layers)} {kind} layers keep {_bytes(pattern.kv_bytes)}, "
+            f"have freed {_bytes(pattern.freed_bytes)}"
         )
     return "\n".join(lines)
 

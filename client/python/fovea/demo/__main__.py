@@ -21,6 +21,7 @@ from fovea.demo.attention import FoveaAttention
 from fovea.demo.check import check_answer
 from fovea.demo.generate import Answer, Sampling, generate
 from fovea.demo.llama import Llama
+from fovea.demo.policy import parse_policy
 from fovea.demo.report import Printer, format_status, format_times, format_total
 from fovea.demo.tokenizer import TextStream, chat_prompt
 from fovea.demo.weights import Weights
@@ -54,6 +55,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--sharding", choices=("auto", "heads", "context"), default="auto")
     p.add_argument("--shard-tokens", type=int, default=0, help="tokens per turn of a sharded context")
     p.add_argument(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="KIND:PATTERN[@LAYERS]",
+        help="some layers read only a part of the context: s2:s2-16@odd, s2:block=16,local=4,stride=4, "
+        "window:256,4@0-9; repeatable, a later one wins. The model was not trained for it: its text changes",
+    )
+    p.add_argument(
         "--threads", type=int, default=0, help="numpy's, per frontend (default: cores / (frontends + 1))"
     )
     p.add_argument("--prefill-chunk", type=int, default=512, help="tokens per prefill request")
@@ -68,6 +77,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             p.error(f"--{name.replace('_', '-')}: given {getattr(args, name)}, expected at least 1")
     if args.threads < 0 or args.shard_tokens < 0 or args.temperature < 0:
         p.error("--threads, --shard-tokens, --temperature: expected 0 or more")
+    if args.check and args.policy:
+        p.error("--check compares with dense attention: it can not be had with --policy")
     if args.check and args.kv_dtype != "f32":
         p.error("--check compares with float32 attention: it needs --kv-dtype f32")
     return args
@@ -88,6 +99,7 @@ class Frontend:
                 n_kv_heads=c.n_kv_heads,
                 head_dim_qk=c.head_dim,
                 kv_dtype=args.kv_dtype,
+                policies=[parse_policy(text, c.n_layers) for text in args.policy],
                 sharding=fovea.Sharding(args.sharding, args.shard_tokens),
             )
         )
