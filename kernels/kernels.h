@@ -169,13 +169,20 @@ typedef struct fv_merge_item {
 } fv_merge_item_t;
 
 /*
- * One peer of an exchange in which devices write partial states into each other's memory (worker/exchange_nccl.h): what
- * the merge tells it, and what it waits for. Device addresses.
+ * One peer of an exchange in which devices write partial states into each other's memory (worker/exchange_nccl.h).
+ * Device addresses. Large messages were written by attend; the merge tells the peer so, and waits to be told:
+ *     *signal becomes `value` when all that was enqueued before is there; *awaited must become `value` or later.
+ * Small ones the merge itself brings over, each 4 bytes with `value` beside them (LL, for "low latency"): nothing needs
+ * to be told. `send` lies in this device's memory, its words go to ll_send[i] = {word, value}; the peer's are awaited in
+ * ll_recv, and merge items name them as if they lay, without values, at ll_recv.
  */
 typedef struct fv_merge_pair {
-    uint32_t *
-        signal; /* in the peer's memory: becomes `value` when all that was enqueued before is there */
-    const uint32_t *awaited; /* in this device's memory: waited for until it is `value` or later */
+    uint32_t *signal;                /* NULL: nothing to tell */
+    const uint32_t *awaited;         /* NULL: nothing to wait for */
+    const uint32_t *send;            /* 16-byte aligned, as the two below */
+    uint32_t *ll_send;               /* in the peer's memory, 2 * send_bytes */
+    const uint32_t *ll_recv;         /* in this device's memory, 2 * recv_bytes */
+    uint64_t send_bytes, recv_bytes; /* multiples of 16; 0: not this way */
     uint32_t value;
     uint32_t reserved;
 } fv_merge_pair_t;

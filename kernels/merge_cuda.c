@@ -13,6 +13,8 @@
 
 #define ROWS_MAX  ((uint64_t)1 << 40)
 #define UNITS_MAX ((size_t)1 << 24)
+#define BLOCKS_PER_SM_LL \
+    2U /* all blocks of a launch with LL run at once: each sends before it waits */
 
 /* The kernel reads states by 16 bytes. */
 static bool is_direct(const fv_backend_t *backend, const float *src, size_t n, size_t alignment)
@@ -163,14 +165,39 @@ static size_t item_out_bytes(const fv_backend_t *backend, const fv_merge_item_t 
     return n_bytes;
 }
 
+/* A state that arrives by LL: words lie twice as far from the message's begin. True if it is one. */
+static bool
+find_ll(const fv_merge_sync_t *sync, const float *o, const float *lse, fv_merge_part_t *part)
+{
+    for (size_t i = 0; (sync != NULL) && (i < sync->n_pairs); i++) {
+        const fv_merge_pair_t *pair = &sync->pairs[i];
+        const uintptr_t begin = (uintptr_t)pair->ll_recv;
+        const uintptr_t at = (uintptr_t)o;
+
+        if ((pair->recv_bytes > 0U) && (at >= begin) && (at - begin < pair->recv_bytes)) {
+            part->o = (const float *)(begin + 2U * (at - begin));
+            part->lse_log2 = (const float *)(begin + 2U * ((uintptr_t)lse - begin));
+            part->value = pair->value;
+            part->pair = (uint32_t)i;
+            return true;
+        }
+    }
+    return false;
+}
+
 static fv_status_t make_unit(fv_backend_t *backend,
                              const fv_merge_item_t *item,
+                             const fv_merge_sync_t *sync,
                              fv_merge_unit_t *unit,
                              fv_merge_part_t *parts)
 {
     const size_t n_rows = (size_t)item->n_rows;
 
     for (int32_t i = 0; i < item->n_parts; i++) {
+        parts[i] = (fv_merge_part_t){.value = 0};
+        if (find_ll(sync, item->o[i], item->lse_log2[i], &parts[i])) {
+            continue;
+        }
         parts[i].o = stage_floats(backend, item->o[i], n_rows * (size_t)item->head_dim_v, 16U);
         parts[i].lse_log2 = stage_floats(backend, item->lse_log2[i], n_rows, sizeof(float));
     }
@@ -244,7 +271,7 @@ static fv_status_t fill_blob(fv_backend_t *backend,
             .row_begin = n_rows,
             .part_begin = (uint32_t)(part - (const fv_merge_part_t *)parts_at),
         };
-        FV_RETURN_IF_ERR(make_unit(backend, &items[i], unit, part));
+        FV_RETURN_IF_ERR(make_unit(backend, &items[i], sync, unit, part));
         n_rows += items[i].n_rows;
         part += items[i].n_parts;
         unit++;
@@ -280,12 +307,19 @@ fv_status_t fv_cuda_merge(fv_backend_t *backend,
     if ((plan.n_rows == 0) && (plan.n_pairs == 0)) {
         return FV_OK;
     }
+    launch.n_blocks_ll = (uint32_t)backend->n_sms * BLOCKS_PER_SM_LL;
     launch.blob_bytes = fv_align_up(fv_merge_parts_at(plan.n_pairs, plan.n_units) +
                                         plan.n_parts * sizeof(fv_merge_part_t),
                                     16U);
     launch.n_rows = plan.n_rows;
     launch.n_pairs = (uint32_t)plan.n_pairs;
     launch.n_units = (uint32_t)plan.n_units;
+    for (size_t i = 0; i < plan.n_pairs; i++) {
+        const uint64_t quads = sync->pairs[i].send_bytes / 16U;
+
+        launch.ll_quads = (quads > launch.ll_quads) ? quads : launch.ll_quads;
+        launch.n_flags += (sync->pairs[i].signal != NULL) ? 1U : 0U;
+    }
     if (sync != NULL) {
         launch.deadline_ns = (uint64_t)sync->deadline_ms * 1000000U;
         launch.abort = sync->abort;

@@ -3,11 +3,15 @@
  *
  * Decode path: station 8 of 10. Before: merge_cuda.c. After: worker/step.c.
  *
- * With pairs, this kernel is also the end of the exchange: peers wrote their states straight into this device's memory,
- * as this device did into theirs. Block 0 tells each peer that all of it is there (release), every block waits until each
- * peer has said so (acquire). Waiting is safe however many blocks fit the device: the signals come from block 0, which
- * is the first to run and signals before it waits, so no rank waits for a block that has no room. It is bounded too, by
- * the device's clock and by a word that the host can set.
+ * With pairs, this kernel is also the end of the exchange (fv_merge_pair_t). Large states were written by the attention
+ * of each rank straight into the memory of the one that merges them: block 0 tells each peer that all of it is there
+ * (release), every block waits until each peer has said so (acquire). Small ones this kernel copies over first, LL: each
+ * word comes with its own proof of being there, so nothing is told, released or acquired; a reader asks for the words it
+ * needs until they are there.
+ *
+ * Waiting is safe. With flags, whatever the number of blocks: block 0 signals before it waits and is the first to run.
+ * With LL, because all blocks of the launch fit the device at once, and each sends its part before it waits. It is
+ * bounded too, by the device's clock and by a word that the host can set.
  */
 #include "kernels/merge_cuda.h"
 
@@ -47,43 +51,122 @@ static __device__ __forceinline__ uint32_t look(const uint32_t *at)
     return value;
 }
 
+/* After look number n: has waiting lasted too long, or has the host ended it? Then it is noted that `pair` never came. */
+static __device__ __forceinline__ bool
+is_in_vain(const fv_merge_launch_t &p, uint32_t n, uint64_t *begin, uint32_t pair)
+{
+    if (n % POLLS != POLLS - 1U) {
+        return false;
+    }
+    const uint64_t now = clock_ns();
+
+    *begin = (*begin == 0) ? now : *begin;
+    if ((now - *begin <= p.deadline_ns) && (*p.abort == 0)) {
+        return false;
+    }
+    *p.gave_up = pair + 1U;
+    return true;
+}
+
 /* Values count up and wrap: later ones will do, a peer may be ahead by one. */
-static __device__ bool await(const fv_merge_launch_t &p, const uint32_t *at, uint32_t value)
+static __device__ bool
+await(const fv_merge_launch_t &p, const uint32_t *at, uint32_t value, uint32_t pair)
 {
     uint64_t begin = 0;
 
-    for (uint32_t i = 0;; i++) {
-        if ((int32_t)(look(at) - value) >= 0) {
-            return true;
+    for (uint32_t n = 0; (int32_t)(look(at) - value) < 0; n++) {
+        if (is_in_vain(p, n, &begin, pair)) {
+            return false;
         }
-        if (i % POLLS == POLLS - 1U) {
-            const uint64_t now = clock_ns();
+    }
+    return true;
+}
 
-            begin = (begin == 0) ? now : begin;
-            if ((now - begin > p.deadline_ns) || (*p.abort != 0)) {
-                return false;
+/* Two words and their proofs; each half of 8 bytes is written and read as one. */
+static __device__ __forceinline__ void send_ll(uint32_t *at, uint32_t a, uint32_t b, uint32_t value)
+{
+    asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %3, %2, %3};" ::"l"(at), "r"(a), "r"(b),
+                 "r"(value)
+                 : "memory");
+}
+
+static __device__ __forceinline__ uint4 look_ll(const uint32_t *at)
+{
+    uint4 x;
+
+    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(at)
+                 : "memory");
+    return x;
+}
+
+static __device__ __forceinline__ uint2 look_ll2(const uint32_t *at)
+{
+    uint2 x;
+
+    asm volatile("ld.relaxed.sys.global.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(x.x), "=r"(x.y)
+                 : "l"(at)
+                 : "memory");
+    return x;
+}
+
+static __device__ __forceinline__ bool has_come(uint4 x, uint32_t value)
+{
+    return (x.y == value) && (x.w == value);
+}
+
+/* This launch's small messages, dealt out over all its threads. */
+static __device__ __forceinline__ void send_all_ll(const fv_merge_launch_t &p,
+                                                   const fv_merge_pair_t *pairs)
+{
+    for (uint64_t quad = (uint64_t)blockIdx.x * THREADS + threadIdx.x; quad < p.ll_quads;
+         quad += (uint64_t)gridDim.x * THREADS) {
+        for (uint32_t i = 0; i < p.n_pairs; i++) {
+            const fv_merge_pair_t &pair = pairs[i];
+
+            if (quad < pair.send_bytes / 16U) {
+                const uint4 x = __ldcg((const uint4 *)pair.send + quad);
+
+                send_ll(pair.ll_send + quad * 8U, x.x, x.y, pair.value);
+                send_ll(pair.ll_send + quad * 8U + 4U, x.z, x.w, pair.value);
             }
         }
     }
 }
 
-/* True when all peers' states are there. The same answer for the whole block. */
+/* True when all states that flags stand for are there. The same answer for the whole block. */
 static __device__ bool meet(const fv_merge_launch_t &p, const fv_merge_pair_t *pairs)
 {
     bool is_there = true;
 
     if (blockIdx.x == 0) {
         for (uint32_t i = threadIdx.x; i < p.n_pairs; i += THREADS) {
-            signal(pairs[i].signal, pairs[i].value);
+            if (pairs[i].signal != NULL) {
+                signal(pairs[i].signal, pairs[i].value);
+            }
         }
     }
     for (uint32_t i = threadIdx.x; is_there && (i < p.n_pairs); i += THREADS) {
-        is_there = await(p, pairs[i].awaited, pairs[i].value);
-        if (!is_there) {
-            *p.gave_up = i + 1U;
-        }
+        is_there = (pairs[i].awaited == NULL) || await(p, pairs[i].awaited, pairs[i].value, i);
     }
     return __syncthreads_and(is_there ? 1 : 0) != 0;
+}
+
+/* LL: the launch does not end before each peer has begun the step, though no row here may need what it sends. */
+static __device__ void see_all_begun(const fv_merge_launch_t &p, const fv_merge_pair_t *pairs)
+{
+    for (uint32_t i = threadIdx.x; i < p.n_pairs; i += THREADS) {
+        uint64_t begin = 0;
+
+        for (uint32_t n = 0;
+             (pairs[i].recv_bytes > 0U) && (look_ll2(pairs[i].ll_recv).y != pairs[i].value); n++) {
+            if (is_in_vain(p, n, &begin, i)) {
+                break;
+            }
+        }
+    }
 }
 
 /* The unit that holds the row. */
@@ -188,21 +271,91 @@ typedef struct batch {
     float lse[AT_ONCE];
 } batch_t;
 
-static __device__ __forceinline__ void load_batch(batch_t *b, const job_t &job, uint32_t first)
+/* This lane's columns of a part that comes by LL, with their proofs. */
+typedef struct words {
+    uint4 low[COLS], high[COLS];
+    uint2 lse;
+} words_t;
+
+static __device__ __forceinline__ void
+look_words(words_t *w, const job_t &job, const fv_merge_part_t &part)
 {
-    const uint32_t lane = threadIdx.x & 31U;
+    w->lse = look_ll2((const uint32_t *)part.lse_log2 + 2U * job.i);
+#pragma unroll
+    for (uint32_t c = 0; c < COLS; c++) {
+        const uint32_t col = min((c * 32U + (threadIdx.x & 31U)) * 4U, job.dv - 4U);
+        const uint32_t *at = (const uint32_t *)part.o + 2U * (job.i * job.dv + col);
+
+        if (c * 128U < job.dv) {
+            w->low[c] = look_ll(at);
+            w->high[c] = look_ll(at + 4);
+        }
+    }
+}
+
+/* Are all words there? Then they are the part's row. */
+static __device__ __forceinline__ bool
+take_words(batch_t *b, uint32_t i, const words_t &w, const job_t &job, uint32_t value)
+{
+    bool is_there = w.lse.y == value;
+
+#pragma unroll
+    for (uint32_t c = 0; c < COLS; c++) {
+        if (c * 128U < job.dv) {
+            b->o[i][c] = make_float4(__uint_as_float(w.low[c].x), __uint_as_float(w.low[c].z),
+                                     __uint_as_float(w.high[c].x), __uint_as_float(w.high[c].z));
+            is_there = is_there && has_come(w.low[c], value) && has_come(w.high[c], value);
+        }
+    }
+    b->lse[i] = __uint_as_float(w.lse.x);
+    return is_there;
+}
+
+static __device__ __forceinline__ void
+load_plain(batch_t *b, uint32_t i, const job_t &job, const fv_merge_part_t &part)
+{
+    b->lse[i] = __ldcg(part.lse_log2 + job.i);
+#pragma unroll
+    for (uint32_t c = 0; c < COLS; c++) {
+        const uint32_t col = min((c * 32U + (threadIdx.x & 31U)) * 4U, job.dv - 4U);
+
+        if (c * 128U < job.dv) {
+            b->o[i][c] = __ldcg((const float4 *)(part.o + job.i * job.dv + col));
+        }
+    }
+}
+
+/* All loads are under way before the first is looked at; what has not come is looked for again. */
+template <bool HAS_LL>
+static __device__ __forceinline__ void
+load_batch(const fv_merge_launch_t &p, batch_t *b, const job_t &job, uint32_t first)
+{
+    words_t words[AT_ONCE];
 
 #pragma unroll
     for (uint32_t i = 0; i < AT_ONCE; i++) {
-        const fv_merge_part_t part = job.parts[min(first + i, job.n_parts - 1U)];
+        b->lse[i] = -INFINITY;
+        if (first + i < job.n_parts) {
+            const fv_merge_part_t &part = job.parts[first + i];
 
-        b->lse[i] = __ldcg(part.lse_log2 + job.i);
+            if (!HAS_LL || (part.value == 0U)) {
+                load_plain(b, i, job, part);
+            } else {
+                look_words(&words[i], job, part);
+            }
+        }
+    }
 #pragma unroll
-        for (uint32_t c = 0; c < COLS; c++) {
-            const uint32_t col = min((c * 32U + lane) * 4U, job.dv - 4U);
+    for (uint32_t i = 0; i < AT_ONCE; i++) {
+        if (HAS_LL && (first + i < job.n_parts) && (job.parts[first + i].value != 0U)) {
+            const fv_merge_part_t &part = job.parts[first + i];
+            uint64_t begin = 0;
 
-            if (c * 128U < job.dv) {
-                b->o[i][c] = __ldcg((const float4 *)(part.o + job.i * job.dv + col));
+            for (uint32_t n = 0; !take_words(b, i, words[i], job, part.value); n++) {
+                if (is_in_vain(p, n, &begin, part.pair)) {
+                    break;
+                }
+                look_words(&words[i], job, part);
             }
         }
     }
@@ -259,16 +412,17 @@ static __device__ __forceinline__ void store_row(const job_t &job, const row_sum
 }
 
 /* One row by one warp. A NaN lse may be dropped by the maximum; its weight is NaN and takes the row with it. */
-static __device__ __forceinline__ void merge_row(const job_t &job)
+template <bool HAS_LL>
+static __device__ __forceinline__ void merge_row(const fv_merge_launch_t &p, const job_t &job)
 {
     row_sum_t sum = {};
     float top = -INFINITY;
     batch_t b;
 
-    load_batch(&b, job, 0);
+    load_batch<HAS_LL>(p, &b, job, 0);
     if (job.n_parts <= AT_ONCE) { /* one round of loads */
 #pragma unroll
-        for (uint32_t i = 0; i < AT_ONCE; i++) { /* the last part again and again does no harm */
+        for (uint32_t i = 0; i < AT_ONCE; i++) { /* those that do not exist are empty */
             top = (b.lse[i] > top) ? b.lse[i] : top;
         }
         add_batch(&sum, b, job, 0, top);
@@ -281,12 +435,14 @@ static __device__ __forceinline__ void merge_row(const job_t &job)
         top = (lse > top) ? lse : top;
     }
     for (uint32_t first = 0; first < job.n_parts; first += AT_ONCE) {
-        load_batch(&b, job, first);
+        load_batch<HAS_LL>(p, &b, job, first);
         add_batch(&sum, b, job, first, top);
     }
     store_row(job, sum, top);
 }
 
+/* Without LL the code is smaller and more blocks run at once. */
+template <bool HAS_LL>
 static __device__ __forceinline__ void merge(const fv_merge_launch_t &p, const uint8_t *blob)
 {
     const fv_merge_pair_t *pairs = (const fv_merge_pair_t *)blob;
@@ -304,18 +460,27 @@ static __device__ __forceinline__ void merge(const fv_merge_launch_t &p, const u
         job = make_job(units, p.n_units, parts, row);
     }
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    if ((p.attended_ns != nullptr) && (blockIdx.x == 0) && (threadIdx.x == 0)) {
-        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(*p.attended_ns));
+    const uint64_t attended_ns = clock_ns();
+
+    if (HAS_LL) {
+        send_all_ll(p, pairs);
     }
-    if (!meet(p, pairs)) {
+    if ((p.n_flags > 0U) && !meet(p, pairs)) {
         return;
     }
+    if ((p.attended_ns != nullptr) && (blockIdx.x == 0) && (threadIdx.x == 0)) {
+        *p.attended_ns =
+            attended_ns; /* over the bus: not before the signal, whose release would wait for it */
+    }
     while (row < p.n_rows) {
-        merge_row(job);
+        merge_row<HAS_LL>(p, job);
         row += stride;
         if (row < p.n_rows) {
             job = make_job(units, p.n_units, parts, row);
         }
+    }
+    if (HAS_LL && (blockIdx.x == 0)) {
+        see_all_begun(p, pairs);
     }
 }
 
@@ -323,18 +488,19 @@ template <uint32_t BYTES> struct blob_t {
     alignas(16) uint8_t data[BYTES];
 };
 
-template <uint32_t BYTES>
+template <uint32_t BYTES, bool HAS_LL>
 static __global__ void __launch_bounds__(THREADS)
     merge_kernel(const __grid_constant__ fv_merge_launch_t p,
                  const __grid_constant__ blob_t<BYTES> blob)
 {
-    merge(p, blob.data);
+    merge<HAS_LL>(p, blob.data);
 }
 
+template <bool HAS_LL>
 static __global__ void __launch_bounds__(THREADS)
     merge_staged_kernel(const __grid_constant__ fv_merge_launch_t p)
 {
-    merge(p, p.blob);
+    merge<HAS_LL>(p, p.blob);
 }
 
 static __global__ void __launch_bounds__(THREADS) empty_kernel(float *lse_log2, uint64_t n)
@@ -353,10 +519,14 @@ start(const void *kernel, const fv_merge_launch_t *launch, void **args, cudaStre
     cudaLaunchAttribute attribute = {};
     uint64_t n_blocks = (launch->n_rows + WARPS - 1U) / WARPS;
 
+    const uint64_t n_senders = (launch->ll_quads + THREADS - 1U) / THREADS;
+    const uint64_t most = (launch->ll_quads > 0U) ? launch->n_blocks_ll : BLOCKS_MAX;
+
+    n_blocks = (n_blocks < n_senders) ? n_senders : n_blocks;
     n_blocks = (n_blocks < 1U) ? 1U : n_blocks; /* nothing to merge, but somebody to tell */
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.gridDim = dim3((uint32_t)((n_blocks < BLOCKS_MAX) ? n_blocks : BLOCKS_MAX));
+    config.gridDim = dim3((uint32_t)((n_blocks < most) ? n_blocks : most));
     config.blockDim = dim3(THREADS);
     config.stream = stream;
     config.attrs = &attribute;
@@ -365,7 +535,7 @@ start(const void *kernel, const fv_merge_launch_t *launch, void **args, cudaStre
 }
 
 /* The parameters' blob is read up to the kernel's size, so it is copied into a buffer of that size. */
-template <uint32_t BYTES>
+template <uint32_t BYTES, bool HAS_LL>
 static cudaError_t start_inline(const fv_merge_launch_t *launch, cudaStream_t stream)
 {
     static thread_local blob_t<BYTES> blob;
@@ -375,24 +545,30 @@ static cudaError_t start_inline(const fv_merge_launch_t *launch, cudaStream_t st
     for (uint64_t i = 0; i < launch->blob_bytes; i += 16U) {
         *(uint4 *)(blob.data + i) = *(const uint4 *)(launch->blob + i);
     }
-    return start((const void *)merge_kernel<BYTES>, launch, args, stream);
+    return start((const void *)merge_kernel<BYTES, HAS_LL>, launch, args, stream);
 }
 
-cudaError_t fv_merge_launch(const fv_merge_launch_t *launch, cudaStream_t stream)
+template <bool HAS_LL>
+static cudaError_t choose(const fv_merge_launch_t *launch, cudaStream_t stream)
 {
     if (launch->blob_bytes <= 1024U) {
-        return start_inline<1024U>(launch, stream);
+        return start_inline<1024U, HAS_LL>(launch, stream);
     }
     if (launch->blob_bytes <= 8192U) {
-        return start_inline<8192U>(launch, stream);
+        return start_inline<8192U, HAS_LL>(launch, stream);
     }
     if (launch->blob_bytes <= FV_MERGE_BLOB_MAX) {
-        return start_inline<FV_MERGE_BLOB_MAX>(launch, stream);
+        return start_inline<FV_MERGE_BLOB_MAX, HAS_LL>(launch, stream);
     }
     fv_merge_launch_t copy = *launch;
     void *args[1] = {&copy};
 
-    return start((const void *)merge_staged_kernel, launch, args, stream);
+    return start((const void *)merge_staged_kernel<HAS_LL>, launch, args, stream);
+}
+
+cudaError_t fv_merge_launch(const fv_merge_launch_t *launch, cudaStream_t stream)
+{
+    return (launch->ll_quads > 0U) ? choose<true>(launch, stream) : choose<false>(launch, stream);
 }
 
 cudaError_t fv_merge_empty_launch(float *lse_log2, uint64_t n, cudaStream_t stream)

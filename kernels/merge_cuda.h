@@ -20,10 +20,12 @@ extern "C" {
 
 #define FV_MERGE_BLOB_MAX 30720U /* bytes that travel as parameters; a kernel takes 32764 in all */
 
-/* One source of a unit's rows. Device addresses. */
+/* One source of a unit's rows. Device addresses. With a value: LL, every word is {word, value} and waited for. */
 typedef struct fv_merge_part {
     const float *o;        /* [n_rows, dv] */
     const float *lse_log2; /* [n_rows] */
+    uint32_t value;        /* 0: plain */
+    uint32_t pair;         /* LL: of the pairs */
 } fv_merge_part_t;
 
 /* fv_merge_item_t with the device's pointers. */
@@ -43,13 +45,15 @@ typedef struct fv_merge_launch {
         *blob; /* host memory if it is at most FV_MERGE_BLOB_MAX bytes, else device memory */
     uint64_t blob_bytes;
     uint64_t n_rows;
+    uint64_t ll_quads;              /* 16-byte pieces of the longest LL message that is sent */
     uint64_t deadline_ns;           /* of waiting for pairs */
     const volatile uint32_t *abort; /* mapped host memory; NULL when there are no pairs */
     volatile uint32_t *gave_up;     /* alike */
     uint64_t *attended_ns;          /* alike: %globaltimer when what was before is done; or NULL */
     uint32_t n_pairs, n_units;
-    uint32_t is_staged; /* the blob lies in device memory */
-    uint32_t reserved;
+    uint32_t is_staged;   /* the blob lies in device memory */
+    uint32_t n_flags;     /* pairs with something to tell or to wait for */
+    uint32_t n_blocks_ll; /* most blocks of a launch with ll_quads */
 } fv_merge_launch_t;
 
 /* Where units and parts begin in the blob. */

@@ -3,8 +3,9 @@
  *
  * Decode path: station 8 of 10. Before: worker/partials.c. After: kernels (merge).
  *
- * Direct (exchange_regions.h): the decode kernel writes states straight into the window of the rank that merges them, so
- * the exchange is done when the attention is; the merge kernel signals and waits. Nothing is launched for it.
+ * Direct (exchange_regions.h): small messages are copied over by the merge kernel itself; large ones the decode kernel
+ * writes straight into the window of the rank that merges them, so that the exchange is done when the attention is, and
+ * the merge kernel signals and waits. Nothing is launched for either.
  * The rest: NCCL's grouped send and receive between pieces of ordinary device memory, on the same stream.
  * A step whose peer does not come ends by a deadline, on the device and on the host; afterwards nothing works any more.
  */
@@ -38,6 +39,9 @@ static fv_status_t post(const fv_exchange_nccl_t *exchange, const fv_exchange_pe
     fv_exchange_route_t route = fv_exchange_route_of(&exchange->place, peer);
     int rank = (int)(peer->rank - exchange->config.first_rank);
 
+    if (route.is_ll) {
+        return FV_OK;
+    }
     if (!route.is_send_direct && (peer->send_bytes > 0U)) {
         FV_RETURN_IF_ERR(fv_nccl_check(ncclSend(peer->send, peer->send_bytes, ncclUint8, rank,
                                                 exchange->comm, exchange->stream),

@@ -269,7 +269,9 @@ static fv_status_t warm_up(fv_exchange_nccl_t *exchange)
     size_t half = FV_EXCHANGE_FLAG_BYTES * (size_t)c->n_ranks;
     ncclResult_t result = ncclSuccess;
 
-    FV_RETURN_IF_ERR(fv_nccl_reserve_spill(exchange, 2U * half));
+    /* what small messages need, so that decode never allocates */
+    FV_RETURN_IF_ERR(fv_nccl_reserve_spill(
+        exchange, 2U * half + exchange->n_reached * exchange->place.regions.ll_bytes));
     FV_RETURN_IF_ERR(fv_nccl_check(ncclGroupStart(), "ncclGroupStart"));
     for (uint32_t r = c->first_rank; (r < c->n_ranks) && (result == ncclSuccess); r++) {
         uint8_t *at = exchange->place.spill + r * (size_t)FV_EXCHANGE_FLAG_BYTES;

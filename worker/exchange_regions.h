@@ -5,7 +5,14 @@
  *
  * A rank's window is memory that the other ranks of its NVLink domain (its sources) write into:
  *
- *     flags, one line each source | parity 0: a region each source | parity 1: a region each source
+ *     flags, one line each source | LL regions | regions
+ *
+ * LL regions and regions alike: parity 0, one each source, then parity 1, one each source.
+ *
+ * A pair whose messages of a step are small, and that has one each way, sends them through LL regions: the merge kernel
+ * copies them over with the number of the step beside every 4 bytes, and whoever reads waits for the number
+ * (kernels.h, fv_merge_pair_t). That saves the release of everything written before, 1.45 us of 4.5 (docs/gpu.md), and
+ * the way of the flag after it, but takes twice the bytes. Else:
  *
  * Source a writes its message of a step to b into b's region (parity, a), then sets b's flag a to the number of the step
  * as the pair (a, b) counts them: only steps in which something travels between the two, either way. The parity is that
@@ -17,6 +24,9 @@
  * of them has no message for the other. So no rank needs to know that others ended a step; that the coordinator ends
  * each step on all ranks before the next begins is one more reason, not the only one.
  *
+ * For LL the same holds: having read b's message number n + 1 is as good as having seen its flag. LL regions hold
+ * nothing but LL, so no old data is taken for a number.
+ *
  * The region of a rank itself holds its own states, which never travel.
  */
 #ifndef FV_WORKER_EXCHANGE_REGIONS_H
@@ -27,10 +37,14 @@
 
 #define FV_EXCHANGE_FLAG_BYTES   128U /* a line: neighbours do not disturb each other */
 #define FV_EXCHANGE_REGION_ALIGN 4096U
+#define FV_EXCHANGE_LL_BYTES \
+    ((size_t)768 << 10) /* above, the doubled bytes cost more than the release */
 
 typedef struct fv_exchange_regions {
     uint32_t n_sources;
     size_t region_bytes; /* of one message at most */
+    size_t
+        ll_bytes; /* of one message that goes by LL at most; its region has twice as many. 0: no LL */
 } fv_exchange_regions_t;
 
 /* False when the window is too small to be of use. */
@@ -41,16 +55,22 @@ size_t fv_exchange_flag_at(uint32_t source);
 size_t
 fv_exchange_region_at(const fv_exchange_regions_t *regions, uint32_t parity, uint32_t source);
 
+size_t
+fv_exchange_ll_region_at(const fv_exchange_regions_t *regions, uint32_t parity, uint32_t source);
+
 /* How the two messages of a pair travel in a step. */
 typedef struct fv_exchange_route {
+    bool is_ll; /* both by LL; nothing below holds then but is_paired */
     bool is_send_direct,
         is_recv_direct; /* through a region; else by send and receive, if not empty */
-    bool is_paired;     /* the step counts for the pair: flags are set and waited for */
+    bool is_paired;     /* the step counts for the pair */
 } fv_exchange_route_t;
 
-/* Both ends find the same, the one's send being the other's receive: region_bytes is the same on all ranks. */
-fv_exchange_route_t
-fv_exchange_route(bool is_reached, size_t region_bytes, size_t send_bytes, size_t recv_bytes);
+/* Both ends find the same, the one's send being the other's receive: regions are the same on all ranks. */
+fv_exchange_route_t fv_exchange_route(bool is_reached,
+                                      const fv_exchange_regions_t *regions,
+                                      size_t send_bytes,
+                                      size_t recv_bytes);
 
 /* ------------------------------------------------------------------ a rank's messages */
 

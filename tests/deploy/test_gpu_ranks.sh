@@ -58,6 +58,9 @@ until_steps() {
 lose() { # SIGNAL OPTION...
     local signal=$1 begin client code what="SIG$1 ${*:2}" pids
     shift
+    # A dead rank must not make mpirun kill the other; a stopped one nobody but mpirun ends.
+    export OMPI_MCA_orte_enable_recovery=0
+    [[ $signal != KILL ]] || OMPI_MCA_orte_enable_recovery=1
     ranks "$@" || return
     grep -qE "exchange nccl" "$work/log" || fail "$what: the banner names no NCCL exchange"
     timeout 60 "$fovea" --address "$address" bench --layers 1 --context 300 --duration 40 --sharding context \

@@ -209,7 +209,8 @@ static void live_through_windows(uint32_t n_ranks,
     fv_rig_live(&rig, 120);
     assert_true(rig.n_checked > 60U);
     assert_true((rig.n_exhausted > 0U) == (arena_bytes < ARENA_BYTES));
-    assert_true(fv_local_windows_direct(windows) > 20U);
+    assert_true((window_bytes < ((size_t)64 << 20)) || (fv_local_windows_ll(windows) > 20U));
+    assert_true(fv_local_windows_direct(windows) + fv_local_windows_ll(windows) > 20U);
     assert_true((fv_local_windows_rest(windows) > 0U) ==
                 ((domain_ranks < n_ranks) || (window_bytes < ((size_t)1 << 20))));
     fv_rig_destroy(&rig);
@@ -220,6 +221,8 @@ static void live_through_windows(uint32_t n_ranks,
 static void test_windows_equal_the_oracle(void **state)
 {
     (void)state;
+    live_through_windows(2, 2, (size_t)64 << 20, ARENA_BYTES, seed * 23U); /* LL */
+    live_through_windows(2, 2, (size_t)64 << 20, (size_t)640 << 10, seed * 29U);
     live_through_windows(2, 2, (size_t)16 << 20, ARENA_BYTES, seed * 11U);
     live_through_windows(3, 3, (size_t)64 << 10, ARENA_BYTES, seed * 13U); /* some do not fit */
     live_through_windows(4, 2, (size_t)16 << 20, ARENA_BYTES, seed * 17U); /* two domains */

@@ -18,7 +18,7 @@ typedef struct rank_side {
     void *hub_ctx;
     uint8_t *window;
     size_t spill_bytes;
-    uint64_t n_direct, n_rest;
+    uint64_t n_direct, n_ll, n_rest;
     fv_exchange_message_t messages[2 * FV_LOCAL_RANKS_MAX];
 } rank_side_t;
 
@@ -93,6 +93,16 @@ uint64_t fv_local_windows_direct(const fv_local_windows_t *windows)
     return n;
 }
 
+uint64_t fv_local_windows_ll(const fv_local_windows_t *windows)
+{
+    uint64_t n = 0;
+
+    for (uint32_t r = 0; r < windows->n_ranks; r++) {
+        n += windows->sides[r].n_ll;
+    }
+    return n;
+}
+
 uint64_t fv_local_windows_rest(const fv_local_windows_t *windows)
 {
     uint64_t n = 0;
@@ -129,6 +139,38 @@ begin(void *ctx, fv_exchange_peer_t *peers, size_t n_peers, size_t own_bytes, ui
     return fv_exchange_place(&side->place, peers, n_peers, own_bytes, own);
 }
 
+/* LL: a word and its proof are one store. */
+static void send_ll(const fv_merge_pair_t *pair)
+{
+    _Atomic uint64_t *to = (_Atomic uint64_t *)(void *)pair->ll_send;
+
+    for (size_t i = 0; i < pair->send_bytes / sizeof(uint32_t); i++) {
+        atomic_store_explicit(&to[i], ((uint64_t)pair->value << 32U) | pair->send[i],
+                              memory_order_release);
+    }
+}
+
+/* A merge on the CPU reads plain states where the message begins: its words close up, once all are there. */
+static fv_status_t receive_ll(const fv_merge_pair_t *pair, time_t begin_s)
+{
+    _Atomic uint64_t *from = (_Atomic uint64_t *)(void *)(uintptr_t)pair->ll_recv;
+    uint32_t *plain = (uint32_t *)(void *)(uintptr_t)pair->ll_recv;
+    size_t n = pair->recv_bytes / sizeof(uint32_t);
+
+    for (size_t i = 0; i < n; i++) {
+        while ((atomic_load_explicit(&from[i], memory_order_acquire) >> 32U) != pair->value) {
+            if (time(NULL) - begin_s > DEADLINE_S) {
+                return fv_fail(FV_ERR_TIMED_OUT, "local windows: a word never came");
+            }
+            (void)sched_yield();
+        }
+    }
+    for (size_t i = 0; i < n; i++) {
+        plain[i] = (uint32_t)atomic_load_explicit(&from[i], memory_order_relaxed);
+    }
+    return FV_OK;
+}
+
 /* What the merge kernel does: tell each peer, then wait for each. */
 static fv_status_t meet(const fv_exchange_place_t *place)
 {
@@ -136,12 +178,20 @@ static fv_status_t meet(const fv_exchange_place_t *place)
     time_t begin_s = time(NULL);
 
     for (size_t i = 0; i < place->n_pairs; i++) {
+        if (pairs[i].ll_send != NULL) {
+            send_ll(&pairs[i]);
+            continue;
+        }
         atomic_store_explicit((_Atomic uint32_t *)(void *)pairs[i].signal, pairs[i].value,
                               memory_order_release);
     }
     for (size_t i = 0; i < place->n_pairs; i++) {
         _Atomic uint32_t *flag = (_Atomic uint32_t *)(void *)(uintptr_t)pairs[i].awaited;
 
+        if (pairs[i].ll_send != NULL) {
+            FV_RETURN_IF_ERR(receive_ll(&pairs[i], begin_s));
+            continue;
+        }
         while ((int32_t)(atomic_load_explicit(flag, memory_order_acquire) - pairs[i].value) < 0) {
             if (time(NULL) - begin_s > DEADLINE_S) {
                 return fv_fail(FV_ERR_TIMED_OUT, "local windows: no signal");
@@ -166,6 +216,10 @@ run(void *ctx, const fv_exchange_peer_t *peers, size_t n_peers, const fv_merge_s
         fv_exchange_route_t route = fv_exchange_route_of(&side->place, p);
 
         side->n_direct += route.is_send_direct ? 1U : 0U;
+        if (route.is_ll) {
+            side->n_ll++;
+            continue;
+        }
         if (!route.is_send_direct && (p->send_bytes > 0U)) {
             sends[n_sends++] = (fv_exchange_message_t){p->rank, p->send, p->send_bytes};
             side->n_rest++;

@@ -24,7 +24,8 @@ void fv_local_windows_destroy(fv_local_windows_t *windows); /* NULL is fine */
 /* The exchange_ctx of a rank. */
 void *fv_local_windows_ctx(fv_local_windows_t *windows, uint32_t rank);
 
-/* Messages that went straight, and those that did not. Call between steps. */
+/* Messages that went straight, by LL, and neither way. Call between steps. */
+uint64_t fv_local_windows_ll(const fv_local_windows_t *windows);
 uint64_t fv_local_windows_direct(const fv_local_windows_t *windows);
 uint64_t fv_local_windows_rest(const fv_local_windows_t *windows);
 

@@ -14,7 +14,8 @@
 #include <string.h>
 
 #define RANKS_MAX 5
-#define WINDOW    ((size_t)1 << 20)
+#define WINDOW    ((size_t)96 << 20)
+#define SPILL     ((size_t)256 << 20)
 
 static uint64_t seed;
 
@@ -36,7 +37,10 @@ static void test_regions_fill_the_window(void **state)
             for (uint32_t k = 0; k < 2U * n; k++) {
                 size_t at = fv_exchange_region_at(&r, k / n, k % n);
 
-                assert_true(at >= flags_end);
+                assert_true(at >= flags_end + 4U * n * r.ll_bytes);
+                assert_true((r.ll_bytes == 0U) ||
+                            (fv_exchange_ll_region_at(&r, k / n, k % n) ==
+                             fv_exchange_ll_region_at(&r, 0, 0) + k * 2U * r.ll_bytes));
                 assert_true(at + r.region_bytes <= windows[i]);
                 assert_true(
                     (k == 0U) ||
@@ -51,18 +55,31 @@ static void test_regions_fill_the_window(void **state)
     assert_false(fv_exchange_regions_make(WINDOW, 0, &r));
 }
 
+static fv_exchange_route_t way(bool is_reached, size_t ll_bytes, size_t sent, size_t received)
+{
+    fv_exchange_regions_t regions = {.n_sources = 2, .region_bytes = 100, .ll_bytes = ll_bytes};
+
+    return fv_exchange_route(is_reached, &regions, sent, received);
+}
+
 static void test_ways(void **state)
 {
-    fv_exchange_route_t r = fv_exchange_route(true, 100, 100, 101);
+    fv_exchange_route_t r = way(true, 0, 100, 101);
 
     (void)state;
-    assert_true(r.is_send_direct && !r.is_recv_direct && r.is_paired);
-    r = fv_exchange_route(true, 100, 0, 1);
+    assert_true(r.is_send_direct && !r.is_recv_direct && r.is_paired && !r.is_ll);
+    r = way(true, 0, 0, 1);
     assert_true(!r.is_send_direct && r.is_recv_direct && r.is_paired);
-    r = fv_exchange_route(true, 100, 101, 101);
+    r = way(true, 50, 101, 101);
     assert_true(!r.is_send_direct && !r.is_recv_direct && !r.is_paired);
-    r = fv_exchange_route(false, 100, 1, 1);
-    assert_true(!r.is_send_direct && !r.is_recv_direct && !r.is_paired);
+    r = way(false, 50, 1, 1);
+    assert_true(!r.is_send_direct && !r.is_recv_direct && !r.is_paired && !r.is_ll);
+    r = way(true, 50, 50, 50);
+    assert_true(r.is_ll && r.is_paired && !r.is_send_direct && !r.is_recv_direct);
+    r = way(true, 50, 51, 50); /* both or none */
+    assert_true(!r.is_ll && r.is_send_direct && r.is_recv_direct);
+    r = way(true, 50, 50, 0); /* nothing to read would come back */
+    assert_true(!r.is_ll && r.is_send_direct && r.is_paired);
 }
 
 /* ------------------------------------------------------------------ several ranks */
@@ -76,6 +93,7 @@ typedef struct world {
     uint8_t
         *last[RANKS_MAX][RANKS_MAX]; /* where the pair's message lay, in its step number last_seq */
     uint32_t last_seq[RANKS_MAX][RANKS_MAX];
+    uint64_t n_ll, n_direct;
 } world_t;
 
 static void open_world(world_t *w, int n, size_t window_bytes)
@@ -84,7 +102,7 @@ static void open_world(world_t *w, int n, size_t window_bytes)
     w->n = n;
     for (int r = 0; r < n; r++) {
         w->windows[r] = malloc(window_bytes);
-        w->spills[r] = malloc(WINDOW * 4U);
+        w->spills[r] = malloc(SPILL);
         assert_true((w->windows[r] != NULL) && (w->spills[r] != NULL));
     }
     for (int r = 0; r < n; r++) {
@@ -145,8 +163,7 @@ static void step(world_t *w, size_t sizes[RANKS_MAX][RANKS_MAX])
                     .rank = (uint32_t)o, .send_bytes = sizes[r][o], .recv_bytes = sizes[o][r]};
             }
         }
-        assert_true(fv_exchange_spill_bytes(&w->places[r], peers[r], n_peers[r], 100) <=
-                    WINDOW * 4U);
+        assert_true(fv_exchange_spill_bytes(&w->places[r], peers[r], n_peers[r], 100) <= SPILL);
         assert_int_equal(fv_exchange_place(&w->places[r], peers[r], n_peers[r], 100, &own), FV_OK);
         assert_true((own >= w->windows[r]) && (own < w->windows[r] + WINDOW));
     }
@@ -167,7 +184,19 @@ static void step(world_t *w, size_t sizes[RANKS_MAX][RANKS_MAX])
             assert_int_equal(pair != NULL, pair_of_peer != NULL);
             if (pair != NULL) { /* what the one sets is what the other waits for */
                 assert_ptr_equal(pair->signal, pair_of_peer->awaited);
+                assert_ptr_equal(pair->ll_send, pair_of_peer->ll_recv);
+                assert_int_equal(pair->send_bytes, pair_of_peer->recv_bytes);
                 assert_int_equal(pair->value, pair_of_peer->value);
+            }
+            if ((pair != NULL) && (pair->ll_send != NULL)) {
+                assert_ptr_equal(pair->send, mine->send);
+                assert_ptr_equal(pair->ll_recv, mine->recv);
+                assert_true((w->last_seq[r][o] + 1U != pair->value) ||
+                            ((const uint8_t *)pair->ll_send != w->last[r][o]));
+                w->last[r][o] = (uint8_t *)pair->ll_send;
+                w->last_seq[r][o] = pair->value;
+                w->n_ll++;
+                continue;
             }
             if (is_direct) {
                 assert_non_null(pair);
@@ -175,11 +204,12 @@ static void step(world_t *w, size_t sizes[RANKS_MAX][RANKS_MAX])
                 if (w->last_seq[r][o] + 1U == pair->value) {
                     assert_ptr_not_equal(mine->send, w->last[r][o]);
                 }
+                w->n_direct++;
                 w->last[r][o] = mine->send;
                 w->last_seq[r][o] = pair->value;
             } else if (sizes[r][o] > 0U) {
                 assert_true((mine->send >= w->spills[r]) &&
-                            (mine->send + sizes[r][o] <= w->spills[r] + WINDOW * 4U));
+                            (mine->send + sizes[r][o] <= w->spills[r] + SPILL));
             }
         }
     }
@@ -202,11 +232,12 @@ static void test_both_ends_agree(void **state)
 
                 sizes[k / RANKS_MAX][k % RANKS_MAX] =
                     (kind < 4)   ? 0U
-                    : (kind < 9) ? (size_t)fv_random_int(&random, 1, 4096)
-                                 : (size_t)fv_random_int(&random, 1, WINDOW / 2);
+                    : (kind < 9) ? (size_t)fv_random_int(&random, 1, 4096) * 16U
+                                 : (size_t)fv_random_int(&random, 1, WINDOW / 4);
             }
             step(&w, sizes);
         }
+        assert_true((w.n_ll > 20U) && (w.n_direct > 20U));
         close_world(&w);
     }
 }
@@ -224,7 +255,7 @@ static void test_the_count_wraps(void **state)
     for (int i = 0; i < 4; i++) {
         step(&w, sizes);
     }
-    assert_int_equal(w.known[0][1].seq, 2);
+    assert_int_equal(w.known[0][1].seq, 4); /* 0 is left out */
     close_world(&w);
 }
 
