@@ -37,8 +37,9 @@
 
 #define FV_EXCHANGE_FLAG_BYTES   128U /* a line: neighbours do not disturb each other */
 #define FV_EXCHANGE_REGION_ALIGN 4096U
-#define FV_EXCHANGE_LL_BYTES \
-    ((size_t)768 << 10) /* above, the doubled bytes cost more than the release */
+
+/* Above it the doubled bytes of LL cost more than the release. */
+#define FV_EXCHANGE_LL_BYTES ((size_t)64 << 10)
 
 typedef struct fv_exchange_regions {
     uint32_t n_sources;

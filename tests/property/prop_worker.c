@@ -21,6 +21,8 @@
 #    define random_spec fv_rig_random_sparse_spec
 #    define IS_CUDA     false
 #endif
+#define WINDOW_FLAGS \
+    (((size_t)2 << 20) - 65536U) /* too small for LL, large enough for every message */
 
 static uint64_t seed;
 
@@ -223,10 +225,10 @@ static void test_windows_equal_the_oracle(void **state)
     (void)state;
     live_through_windows(2, 2, (size_t)64 << 20, ARENA_BYTES, seed * 23U); /* LL */
     live_through_windows(2, 2, (size_t)64 << 20, (size_t)640 << 10, seed * 29U);
-    live_through_windows(2, 2, (size_t)16 << 20, ARENA_BYTES, seed * 11U);
-    live_through_windows(3, 3, (size_t)64 << 10, ARENA_BYTES, seed * 13U); /* some do not fit */
-    live_through_windows(4, 2, (size_t)16 << 20, ARENA_BYTES, seed * 17U); /* two domains */
-    live_through_windows(2, 2, (size_t)16 << 20, (size_t)640 << 10, seed * 19U); /* empty sets */
+    live_through_windows(2, 2, WINDOW_FLAGS, ARENA_BYTES, seed * 11U);
+    live_through_windows(3, 3, (size_t)64 << 10, ARENA_BYTES, seed * 13U);   /* some do not fit */
+    live_through_windows(4, 2, WINDOW_FLAGS, ARENA_BYTES, seed * 17U);       /* two domains */
+    live_through_windows(2, 2, WINDOW_FLAGS, (size_t)640 << 10, seed * 19U); /* empty sets */
 }
 
 int main(void)
