@@ -12,4 +12,7 @@ if(FV_WITH_CUDA AND TARGET fv_worker_cuda) # several GPUs, with NCCL
     fv_add_test(test_exchange_cuda gpu
                 SOURCES gpu/test_exchange_cuda.c ${_gpu_rig} support/step_pack.c support/local_exchange.c
                 LIBS fv_worker CUDA::cudart_static Threads::Threads m TIMEOUT 300)
+    add_test(NAME test_gpu_ranks COMMAND ${CMAKE_CURRENT_SOURCE_DIR}/deploy/test_gpu_ranks.sh $<TARGET_FILE:fovead>
+             $<TARGET_FILE:fovea_cli>)
+    set_tests_properties(test_gpu_ranks PROPERTIES LABELS gpu TIMEOUT 180 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu)
 endif()
