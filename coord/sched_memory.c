@@ -32,6 +32,7 @@ static void take_pages(fv_sched_t *sched, uint32_t rank, uint32_t model_slot, ui
     if (n_pages > loose) {
         uint64_t n_slabs = fv_div_up(n_pages - loose, pages_per_slab);
         memory->n_slabs_free -= (uint32_t)n_slabs;
+        memory->kv_bytes_free -= n_slabs * (memory->slab_bytes % page_bytes); /* holds no page */
         loose += n_slabs * pages_per_slab;
     }
     loose -= n_pages;

@@ -23,7 +23,7 @@
 #define N_RANKS_MAX    5
 #define N_SESSIONS_MAX 12
 #define N_LAYERS       2
-#define N_MODELS       3
+#define N_MODELS       5
 #define N_LOG_MAX      256
 #define N_EVENTS       300
 
@@ -212,6 +212,10 @@ static void do_open(story_t *s)
     int64_t model = pick(s, 0, N_MODELS - 1);
     memcpy(request.model_id, s->model_ids[model], FV_MODEL_ID_BYTES);
     request.sharding = (fv_sharding_t){.mode = (int32_t)pick(s, 0, 2), .is_set = 1};
+    if (s->specs[model].sharding.mode == FV_SHARDING_LATENT) { /* a session can not choose that */
+        request.sharding.mode = FV_SHARDING_LATENT;
+        request.sharding.groups = s->specs[model].sharding.groups;
+    }
     memset(m, 0, sizeof(*m));
     m->id = fresh_id(s);
     assert_int_equal(fv_sched_open(s->sched, &request, &(fv_birth_t){.id = m->id}, &message),
@@ -625,6 +629,22 @@ static void make_sparse(story_t *s, fv_model_spec_t *spec)
     spec->layer_policy[1] = 2;
 }
 
+/* One latent for all heads; or as many slices of it as there are ranks for. */
+static void make_latent(story_t *s, fv_model_spec_t *spec, bool is_sliced)
+{
+    spec->kind = FV_MODEL_LATENT;
+    spec->n_kv_heads = 0;
+    spec->head_dim_qk = 0;
+    spec->latent_dim = 128;
+    spec->rope_dim = 16;
+    spec->softmax_scale = 0.1F;
+    if (is_sliced) {
+        spec->sharding.mode = FV_SHARDING_LATENT;
+        spec->sharding.groups = (s->n_ranks >= 4U) ? 4 : (s->n_ranks >= 2U) ? 2 : 1;
+        spec->sharding.max_ranks = (int32_t)pick(s, spec->sharding.groups, N_RANKS_MAX);
+    }
+}
+
 static void begin(story_t *s, uint64_t seed)
 {
     memset(s, 0, sizeof(*s));
@@ -646,11 +666,14 @@ static void begin(story_t *s, uint64_t seed)
         static fv_ctl_model_t message;
         fv_register_response_t response;
         bool is_new = false;
-        s->specs[i] = fv_case_spec((i == 0) ? "small" : ((i == 1) ? "large" : "sparse"));
+        static const char *const names[N_MODELS] = {"small", "large", "sparse", "latent", "slices"};
+        s->specs[i] = fv_case_spec(names[i]);
         s->specs[i].n_kv_heads = (i == 0) ? 2 : 4;
         s->specs[i].head_dim_qk = (i == 0) ? 16 : 64;
         if (i == 2) {
             make_sparse(s, &s->specs[i]);
+        } else if (i >= 3) {
+            make_latent(s, &s->specs[i], i == 4);
         }
         assert_int_equal(fv_sched_register(s->sched, &s->specs[i], &response, &is_new, &message),
                          FV_OK);
