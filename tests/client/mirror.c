@@ -190,7 +190,17 @@ static fv_policy_t policy_of(const fovea_model_spec_t *s, uint32_t layer)
         if (is_named) {
             policy = (fv_policy_t){.kind = (int32_t)p->kind,
                                    .window_tokens = (int32_t)p->window_tokens,
-                                   .sink_tokens = (int32_t)p->sink_tokens};
+                                   .sink_tokens = (int32_t)p->sink_tokens,
+                                   .block_tokens = (int32_t)p->s2.block_tokens,
+                                   .local_blocks = (int32_t)p->s2.local_blocks,
+                                   .vert_stride = (int32_t)p->s2.vert_stride,
+                                   .head_sliding_step = p->s2.head_sliding_step,
+                                   .head_sliding_offset = p->s2.head_sliding_offset,
+                                   .num_dense_heads = (int32_t)p->s2.num_dense_heads,
+                                   .homo_head = p->s2.homo_head ? 1 : 0,
+                                   .pattern_per = (int32_t)p->s2.pattern_per};
+            policy.n_heads = (int32_t)((p->s2.pattern_per == FOVEA_PATTERN_Q_HEAD) ? s->n_q_heads
+                                                                                   : s->n_kv_heads);
         }
     }
     return policy;

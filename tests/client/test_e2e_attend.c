@@ -141,6 +141,62 @@ static void test_window_and_sinks(void **state)
     fv_e2e_close(e, &session);
 }
 
+/* Layer 0 is S2, its numbers given one by one (the oracle resolves nothing); what it frees shows in the placement. */
+static void test_s2(void **state)
+{
+    fv_e2e_t *e = *state;
+    const uint32_t layer_zero = 0;
+    fovea_policy_t sparse = {.kind = FOVEA_POLICY_S2,
+                             .layers = &layer_zero,
+                             .n_layers = 1,
+                             .s2 = {.block_tokens = 64,
+                                    .local_blocks = 2,
+                                    .vert_stride = 5,
+                                    .head_sliding_step = 1,
+                                    .head_sliding_offset = -3,
+                                    .pattern_per = FOVEA_PATTERN_KV_HEAD}};
+    fovea_model_spec_t spec = {.name = "s2",
+                               .n_layers = 2,
+                               .n_q_heads = 4,
+                               .n_kv_heads = 2,
+                               .head_dim_qk = 64,
+                               .head_dim_v = 64,
+                               .kv_dtype = FOVEA_DTYPE_F32,
+                               .policies = &sparse,
+                               .n_policies = 1};
+    fovea_model_t model = fv_e2e_model(e, &spec);
+    fovea_session_id_t session = fv_e2e_open(e, &model);
+    const uint64_t page_bytes = 64U * 2U * 64U * 4U;
+    fovea_placement_t placement = {0};
+    fovea_error_t error = {FOVEA_OK, ""};
+    fv_mirror_t m;
+
+    assert_int_equal(model.n_warnings, 1); /* 2 heads read 2 of every 5 blocks */
+    fv_mirror_init(&m, &spec, &session, 0, 800);
+    fv_e2e_step(e, &m, 150, FOVEA_DTYPE_F32, 0);
+    for (int i = 0; i < 60; i++) {
+        fv_e2e_step(e, &m, (i % 3 == 0) ? 20 : 1, FOVEA_DTYPE_F32, 0);
+    }
+    assert_int_equal(m.n_tokens, 590);
+    fv_assert_ok(fovea_get_placement(e->client, &session, 0, &placement, &error), error);
+    assert_int_equal(placement.n_patterns, 1);
+    assert_int_equal(placement.patterns[0].policy.s2.vert_stride, 5);
+    assert_int_equal(placement.patterns[0].policy.n_layers, 1);
+    assert_int_equal(placement.patterns[0].floor, 589);
+    /* blocks 8 and 9 are local; of 0..7 head 0 keeps 3, and head 1 keeps 2 and 7 */
+    assert_int_equal(placement.patterns[0].kv_bytes, (2U * 2U + 3U) * page_bytes);
+    assert_int_equal(placement.patterns[0].freed_bytes, (20U - 7U) * page_bytes);
+    fovea_placement_free(&placement);
+    fv_mirror_fini(&m);
+    fv_e2e_close(e, &session);
+    sparse.s2 = (fovea_s2_t){.preset = "s2-3"};
+    assert_int_equal(fovea_register_model(e->client, &spec, 0, &model, &error),
+                     FOVEA_INVALID_ARGUMENT);
+    fv_assert_error(&error, FOVEA_INVALID_ARGUMENT, "preset", "s2-3", "phi3-small");
+    sparse.s2 = (fovea_s2_t){.preset = "s2-8"};
+    fv_assert_ok(fovea_register_model(e->client, &spec, 0, &model, &error), error);
+}
+
 /* One request of ragged items: decode, prefill and an empty session's first token, mixed. */
 static void test_ragged_batch(void **state)
 {
@@ -258,8 +314,11 @@ static void test_lse_is_optional(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_shapes_and_dtypes), cmocka_unit_test(test_window_and_sinks),
-        cmocka_unit_test(test_ragged_batch),      cmocka_unit_test(test_nan_stays_in_its_row),
+        cmocka_unit_test(test_shapes_and_dtypes),
+        cmocka_unit_test(test_window_and_sinks),
+        cmocka_unit_test(test_s2),
+        cmocka_unit_test(test_ragged_batch),
+        cmocka_unit_test(test_nan_stays_in_its_row),
         cmocka_unit_test(test_lse_is_optional),
     };
 

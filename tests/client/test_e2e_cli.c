@@ -269,6 +269,34 @@ static void test_attend_and_placement(void **state)
     (void)snprintf(words, sizeof(words), "close %s", session);
     expect(0, words);
 
+    (void)snprintf(
+        words, sizeof(words),
+        "attend -q %s/q.npy -k %s/k.npy -v %s/v.npy --out %s/o.npy --keep --layers 4 --s2 "
+        "block=16,local=1,stride=4 --s2-layers even",
+        dir, dir, dir, dir);
+    expect(0, words);
+    take_line(session);
+    for (char *line = strtok(g_output, "\n"); line != NULL; line = strtok(NULL, "\n")) {
+        if (strlen(line) == 32) {
+            (void)snprintf(session, sizeof(session), "%s", line);
+        }
+    }
+    (void)snprintf(words, sizeof(words), "placement %s --svg %s/p.svg", session, dir);
+    expect(0, words);
+    says("S2: blocks of 16, 1 local, every 4.");
+    says("in 2 layers: 0 2");
+    says("3 blocks of 16 tokens");
+    says("0         |#.#|"); /* head 0 reads every 4th, and its own */
+    says("1         |..#|"); /* head 1 the one before each */
+    (void)snprintf(words, sizeof(words), "%s/p.svg", dir);
+    assert_int_equal(unlink(words), 0);
+    (void)snprintf(words, sizeof(words), "close %s", session);
+    expect(0, words);
+    expect(2, "models register --layers 4 --s2 block=16,wrong=1");
+    says("--s2: given \"wrong\"");
+    expect(2, "models register --layers 4 --s2 s2-8 --s2-layers 4");
+    says("--s2-layers");
+
     write_tensor("v.npy", exam.k, exam.request.k_bytes / 37, 2, 32); /* one token only */
     (void)snprintf(words, sizeof(words), "attend -q %s/q.npy -k %s/k.npy -v %s/v.npy", dir, dir,
                    dir);

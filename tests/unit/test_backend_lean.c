@@ -117,12 +117,54 @@ static void test_extreme_lines(void **state)
     assert_true((counts[0] == 31) || (counts[0] == 32));
 }
 
+/* S2: a row is its head's kept list. Sessions of any length, heads of any pattern: shares differ by at most one tile. */
+static void test_kept_lists_are_cut_evenly(void **state)
+{
+    fv_lean_group_t groups[GROUPS_MAX];
+    int32_t counts[200];
+    fv_rng_t rng = {fv_test_seed(13)};
+
+    (void)state;
+    for (int n = 0; n < N_LINES / 3; n++) {
+        fv_policy_t policy = fv_s2_random(&rng, 32, 8);
+        fv_lean_line_t line = {.groups = groups, .n_shares = (int32_t)fv_rng_range(&rng, 1, 200)};
+        int32_t fewest = INT32_MAX;
+        int32_t most = 0;
+
+        memset(groups, 0, sizeof(groups));
+        for (uint64_t g = 0; g < GROUPS_MAX; g++) {
+            int64_t end = fv_rng_range(&rng, 1, 100000);
+            fv_tile_query_t q = {.policy = policy,
+                                 .shard = {.shard_tokens = FV_PAGE_TOKENS, .n_parts = 1},
+                                 .q_begin = end - 1,
+                                 .q_end = end,
+                                 .kv_end = end,
+                                 .head = fv_policy_head(&policy, (int32_t)(g % 8U), 4, 0),
+                                 .causal = true};
+
+            groups[g].tiles = fv_tiles_make(&q);
+            groups[g].n_tiles = fv_tiles_count(&groups[g].tiles);
+            groups[g].cost_begin = line.cost;
+            groups[g].tile_cost = 1000;
+            line.cost += 1000U * (uint64_t)groups[g].n_tiles;
+            line.n_groups++;
+        }
+        walk(&line, counts);
+        for (int32_t share = 0; share < line.n_shares; share++) {
+            fewest = (counts[share] < fewest) ? counts[share] : fewest;
+            most = (counts[share] > most) ? counts[share] : most;
+        }
+        assert_true(most - fewest <= 1);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_each_tile_once),
         cmocka_unit_test(test_equal_shares),
         cmocka_unit_test(test_extreme_lines),
+        cmocka_unit_test(test_kept_lists_are_cut_evenly),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
