@@ -46,11 +46,15 @@ fv_status_t fv_engine_close_idle(fv_engine_t *engine, int64_t now_us, int64_t *o
         *out_next_us = engine->sweep_due_us;
         return FV_OK;
     }
+    /* While requests wait, time stands still for sessions: theirs were last seen when a step was formed. */
+    bool has_waiting = (fv_sched_n_queued(engine->sched) > 0) ||
+                       (atomic_load_explicit(&engine->inbox, memory_order_relaxed) != NULL);
+    int64_t seen_us = has_waiting ? fv_sched_formed_us(engine->sched) : now_us;
     uint32_t n = fv_session_table_count(table);
     uint32_t n_looks = (n / SWEEP_PART > SWEEP_MIN) ? (n / SWEEP_PART) : SWEEP_MIN;
     for (uint32_t i = 0; (i < n) && (i < n_looks); i++) {
         const fv_session_t *session = fv_session_table_round(table);
-        if (now_us - session->used_us >= idle_us) {
+        if (seen_us - session->used_us >= idle_us) {
             fv_session_id_t id = session->id;
             FV_RETURN_IF_ERR(fv_engine_close_session(engine, &id));
             n_closed++;

@@ -472,6 +472,11 @@ uint64_t fv_sched_tokens_appended(const fv_sched_t *sched)
     return sched->n_tokens_appended;
 }
 
+int64_t fv_sched_formed_us(const fv_sched_t *sched)
+{
+    return sched->formed_us;
+}
+
 uint32_t fv_sched_n_queued(const fv_sched_t *sched)
 {
     return sched->n_queued;

@@ -155,6 +155,8 @@ FV_MUST_CHECK fv_status_t fv_sched_close(fv_sched_t *sched,
 /* Takes `request` until it comes back in a plan. */
 void fv_sched_submit(fv_sched_t *sched, fv_request_t *request);
 uint32_t fv_sched_n_queued(const fv_sched_t *sched);
+/* When a step was formed last: the sessions of requests that waited then were used then. */
+int64_t fv_sched_formed_us(const fv_sched_t *sched);
 uint64_t fv_sched_bytes_queued(const fv_sched_t *sched); /* q, k and v of those */
 
 /*

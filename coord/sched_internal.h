@@ -33,6 +33,7 @@ struct fv_sched {
     uint32_t n_queued;
     uint64_t n_bytes_queued;
     uint64_t next_step_id, next_mark;
+    int64_t formed_us; /* when a step was formed last */
     uint64_t n_tokens_appended;
 };
 

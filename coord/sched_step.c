@@ -158,7 +158,7 @@ static fv_status_t resolve_item(fv_sched_t *sched, fv_request_t *request, uint32
                        "items[%u].session_id: the session is in this request twice", i);
     }
     session->layers[request->head.layer].request_mark = mark;
-    session->used_us = request->received_us;
+    session->used_us = sched->formed_us; /* it waits, or joins: either is no idleness */
     return FV_OK;
 }
 
@@ -374,6 +374,7 @@ void fv_sched_next_step(fv_sched_t *sched,
     fv_request_t **link = &sched->queue_head;
     uint64_t n_bytes = 0;
 
+    sched->formed_us = now_us;
     while (*link != NULL) {
         fv_request_t *request = *link;
         fv_verdict_t verdict = FV_VERDICT_REFUSE;

@@ -407,6 +407,68 @@ static void test_full_pool_after_a_fork(void **state)
 
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
+/* Owners see their own, quotas hold within a step, and whoever waits counts as used. */
+static void test_owners_quotas_and_use(void **state)
+{
+    fixture_t *f = *state;
+    static fv_principal_t owner = {.name = "owner", .sessions_max = 2};
+    static fv_principal_t other = {.name = "other"};
+    fv_open_request_t open = {0};
+    fv_ctl_open_t message;
+    fv_birth_t birth[3] = {{.id = {{0xa1}}, .owner = &owner, .now_us = 5},
+                           {.id = {{0xa2}}, .owner = &owner, .now_us = 6},
+                           {.id = {{0xa3}}, .owner = &owner}};
+    fv_case_request_t *r[3];
+    fv_step_plan_t plan;
+
+    memcpy(open.model_id, f->model_id, sizeof(open.model_id));
+    assert_int_equal(fv_sched_open(f->sched, &open, &birth[0], &message), FV_OK);
+    assert_int_equal(fv_sched_open(f->sched, &open, &birth[1], &message), FV_OK);
+    assert_int_equal(fv_sched_open(f->sched, &open, &birth[2], &message), FV_ERR_EXHAUSTED);
+    assert_null(fv_sched_session(f->sched, &birth[2].id));
+    assert_int_equal(owner.n_sessions, 2);
+    r[0] = fv_case_request(0, true);
+    fv_case_add(r[0], birth[0].id, 0, 1, 0);
+    fv_case_sizes(r[0], &f->spec);
+    r[0]->request.principal = &other;
+    expect_refusal(f, r[0], FV_ERR_NOT_FOUND, "items[0].session_id: no session");
+
+    /* one page of every head of a layer for each: the second would be one too many */
+    uint64_t layer_bytes = fv_model_page_bytes(&f->spec) * (uint64_t)f->spec.n_kv_heads;
+    owner.kv_bytes_max = layer_bytes;
+    for (int i = 0; i < 3; i++) { /* 0 joins, 1 waits behind it on the layer, 2 is refused */
+        r[i] = fv_case_request(0, true);
+        fv_case_add(r[i], birth[(i == 2) ? 1 : 0].id, (i == 1) ? 1 : 0, 1, 0);
+        fv_case_sizes(r[i], &f->spec);
+        r[i]->request.principal = &owner;
+        fv_sched_submit(f->sched, &r[i]->request);
+    }
+    fv_sched_next_step(f->sched, 100, fv_case_is_cancelled, &plan);
+    assert_ptr_equal(plan.joined, &r[0]->request);
+    assert_ptr_equal(plan.finished, &r[2]->request);
+    assert_int_equal(r[2]->request.error.status, FV_ERR_EXHAUSTED);
+    assert_non_null(strstr(r[2]->request.error.text, "quota of owner"));
+    assert_int_equal(owner.kv_bytes_pending, layer_bytes);
+    fv_sched_step_done(f->sched, &plan);
+    assert_int_equal(owner.kv_bytes_pending, 0);
+    assert_int_equal(owner.kv_bytes, layer_bytes);
+    fv_sched_next_step(f->sched, 200, fv_case_is_cancelled, &plan); /* the one that waited */
+    assert_ptr_equal(plan.joined, &r[1]->request);
+    assert_int_equal(fv_sched_session(f->sched, &birth[0].id)->used_us, 200);
+    assert_int_equal(fv_sched_formed_us(f->sched), 200);
+    fv_sched_step_done(f->sched, &plan);
+    for (int i = 0; i < 2; i++) {
+        fv_ctl_close_t close;
+        fv_placement_t placement;
+        assert_int_equal(fv_sched_close(f->sched, &birth[i].id, &close, &placement), FV_OK);
+    }
+    assert_int_equal(owner.n_sessions, 0);
+    assert_int_equal(owner.kv_bytes, 0);
+    for (int i = 0; i < 3; i++) {
+        free(r[i]);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -415,6 +477,7 @@ int main(void)
         TEST(test_query_only_reads_without_appending),
         TEST(test_wrong_requests_are_named),
         TEST(test_same_layer_waits_in_order),
+        TEST(test_owners_quotas_and_use),
         TEST(test_step_tokens_bound_a_step),
         TEST(test_cancelled_and_late_leave_the_queue),
         TEST(test_full_pool_refuses_with_numbers_and_all_or_nothing),
