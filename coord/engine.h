@@ -35,8 +35,10 @@ typedef struct fv_engine_config {
     fv_auth_t *auth;             /* told to read its file again by SIGHUP; NULL: none */
     const fv_local_ops_t *local; /* NULL: dedicated coordinator */
     void *local_ctx;
-    bool local_is_async;         /* its step() leaves this thread free while the device works */
-    fv_link_t *link;             /* NULL: one rank */
+    bool local_is_async; /* its step() leaves this thread free while the device works */
+    uint64_t
+        inline_pairs_max; /* (query, KV token) pairs served on the rpc thread; 0 = 65536, ms of a CPU */
+    fv_link_t *link;      /* NULL: one rank */
     const char *exchange;        /* "none", "mpi" */
     const fv_ctl_hello_t *ranks; /* [n_ranks] as they introduced themselves; copied */
 } fv_engine_config_t;

@@ -17,16 +17,22 @@
 #define SMALL_BYTES ((size_t)64 << 10)
 
 /*
- * A request at most this large, with at most this many (query token, KV token) pairs, is served on the rpc thread: some
+ * A request at most this large, with at most inline_pairs_max (query token, KV token) pairs, is served on the rpc thread: some
  * milliseconds at the very most. What it keeps waiting meanwhile would wait for the step anyway; only long steps are worth
  * a hand-over, so that gRPC's own business (cancellations, pings) and the copying of large requests go on beside them.
  */
 #define INLINE_BYTES_MAX ((size_t)2 << 20)
-#define INLINE_PAIRS_MAX 65536U
+#define INLINE_PAIRS_CPU 65536U
 /* A request that comes this soon after the last answer was waiting behind it: there are several in flight. */
 #define LONE_GAP_US 5
 /* So many in a row that came alone: one client with one request in flight. */
 #define LONE_RUN 16U
+
+static uint64_t inline_pairs_max(const fv_engine_t *engine)
+{
+    return (engine->config.inline_pairs_max > 0U) ? engine->config.inline_pairs_max
+                                                  : INLINE_PAIRS_CPU;
+}
 
 static void ring(fv_engine_t *engine)
 {
@@ -89,7 +95,8 @@ void fv_engine_on_idle(void *ctx)
     if (engine->n_deferred == 0) {
         return;
     }
-    bool is_small = engine->deferred_pairs <= INLINE_PAIRS_MAX; /* all of it together, too */
+    bool is_small =
+        engine->deferred_pairs <= inline_pairs_max(engine); /* all of it together, too */
     engine->n_lone = (engine->n_deferred == 1) ? (engine->n_lone + 1U) : 0U;
     engine->n_deferred = 0;
     engine->deferred_pairs = 0;
@@ -99,7 +106,7 @@ void fv_engine_on_idle(void *ctx)
     engine->served_us = fv_clock_us();
 }
 
-/* n_pairs: the work it brings; over INLINE_PAIRS_MAX it goes to the engine's thread. */
+/* n_pairs: the work it brings; over inline_pairs_max() it goes to the engine's thread. */
 static void push(fv_engine_t *engine, fv_entry_t *entry, uint64_t n_pairs)
 {
     fv_entry_t *head = atomic_load_explicit(&engine->inbox, memory_order_relaxed);
@@ -109,7 +116,7 @@ static void push(fv_engine_t *engine, fv_entry_t *entry, uint64_t n_pairs)
         /* release: the entry's fields are written before it can be seen */
     } while (!atomic_compare_exchange_weak_explicit(&engine->inbox, &head, entry,
                                                     memory_order_seq_cst, memory_order_relaxed));
-    if ((n_pairs > INLINE_PAIRS_MAX) || (engine->config.link != NULL)) {
+    if ((n_pairs > inline_pairs_max(engine)) || (engine->config.link != NULL)) {
         ring_if_asleep(engine);
         return;
     }
@@ -245,18 +252,20 @@ static void take_digests(const fv_attend_request_t *head,
 }
 
 /* (query token, KV token) pairs of a request; UINT64_MAX: too many, or too many bytes, to be served on the spot. */
-static uint64_t
-count_pairs(const fv_attend_request_t *head, const fv_attend_item_t *items, size_t n_bytes)
+static uint64_t count_pairs(const fv_attend_request_t *head,
+                            const fv_attend_item_t *items,
+                            size_t n_bytes,
+                            uint64_t pairs_max)
 {
     uint64_t n_pairs = 0;
 
-    if ((n_bytes > INLINE_BYTES_MAX) || (head->n_tokens > INLINE_PAIRS_MAX) ||
+    if ((n_bytes > INLINE_BYTES_MAX) || (head->n_tokens > pairs_max) ||
         (!head->append &&
          !head->causal)) { /* the last reads a whole layer, whose length only the engine knows */
         return UINT64_MAX;
     }
     for (uint32_t i = 0; i < head->n_items; i++) {
-        if (items[i].position > INLINE_PAIRS_MAX) {
+        if (items[i].position > pairs_max) {
             return UINT64_MAX;
         }
         n_pairs += items[i].n_tokens * (items[i].position + items[i].n_tokens);
@@ -318,7 +327,8 @@ static void take_attend(fv_engine_t *engine,
         .user = job,
     };
     fv_call_ref(call);
-    push(engine, &job->entry, count_pairs(&head, engine->scan_items, l.n_bytes));
+    push(engine, &job->entry,
+         count_pairs(&head, engine->scan_items, l.n_bytes, inline_pairs_max(engine)));
 }
 
 void fv_engine_on_message(void *ctx,

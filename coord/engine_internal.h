@@ -65,6 +65,7 @@ typedef struct fv_flight {
         is_rank_idle; /* a rank has done its share, and has nothing left to do unless a next step comes */
     bool has_failed;    /* a request failed on a rank: it must be undone */
     bool is_timed;      /* queue_us is noted */
+    bool is_prefetched; /* our own device was told where its tensors are */
     bool *is_rank_done; /* [n_ranks] */
     size_t n_left;      /* other ranks that have not answered */
 } fv_flight_t;

@@ -186,6 +186,28 @@ static fv_flight_t *next_local(fv_engine_t *engine)
     return NULL;
 }
 
+/* Our own share of the next step, if it has one: its tensors may travel to the device that works on this one's. */
+static void prefetch_next(fv_engine_t *engine)
+{
+    const fv_engine_config_t *c = &engine->config;
+    fv_flight_t *next = (engine->n_flights > 1U) ? fv_engine_flight(engine, 1) : NULL;
+
+    if ((next == NULL) || next->is_prefetched || (next->local != FV_LOCAL_WAITS) ||
+        (c->local->prefetch == NULL)) {
+        return;
+    }
+    next->is_prefetched = true;
+    for (fv_request_t *r = next->plan.joined; r != NULL; r = r->next) {
+        const fv_tensors_t *t = &fv_job_of(r)->tensors;
+
+        c->local->prefetch(c->local_ctx, t->q, r->head.q.n_bytes);
+        if (r->head.append) {
+            c->local->prefetch(c->local_ctx, t->k, r->head.k.n_bytes);
+            c->local->prefetch(c->local_ctx, t->v, r->head.v.n_bytes);
+        }
+    }
+}
+
 /* All that can be done without waiting. *out_did: something was. */
 static fv_status_t look(fv_engine_t *engine, bool is_computing, bool *out_did)
 {
@@ -208,6 +230,9 @@ static fv_status_t look(fv_engine_t *engine, bool is_computing, bool *out_did)
         }
     }
     FV_RETURN_IF_ERR(begin_formed(engine));
+    if (is_computing) {
+        prefetch_next(engine);
+    }
     if (is_computing || !engine->config.local_is_async || (next_local(engine) == NULL)) {
         fv_engine_answer(engine); /* else the device comes first; answers go out while it works */
     }

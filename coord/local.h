@@ -29,6 +29,8 @@ typedef struct fv_local_ops {
     /* Host memory that the rank's device reaches fast, for requests and answers; NULL: malloc is as good. Any thread. */
     fv_status_t (*host_alloc)(void *ctx, size_t n_bytes, void **out);
     void (*host_free)(void *ctx, void *memory);
+    /* From on_wait() alone, a hint: these bytes of the next step's inputs, in memory of host_alloc(), are final. */
+    void (*prefetch)(void *ctx, const void *data, size_t n_bytes);
     /* on_wait(arg) is called by step() on its thread while the device works, again and again. */
     void (*on_wait)(void *ctx, void (*on_wait)(void *arg), void *arg);
 } fv_local_ops_t;

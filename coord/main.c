@@ -30,6 +30,8 @@
 #include <unistd.h>
 
 #define EPOCH 1U
+/* A GPU does as many in a few ms: batch 64 at 64k tokens, or a prefill of 2k. */
+#define INLINE_PAIRS_CUDA ((uint64_t)4 << 20)
 
 enum {
     EXIT_CLEAN = 0,
@@ -300,6 +302,10 @@ static void local_host_free(void *ctx, void *memory)
 {
     fv_worker_host_free(ctx, memory);
 }
+static void local_prefetch(void *ctx, const void *data, size_t n_bytes)
+{
+    fv_worker_prefetch(ctx, data, n_bytes);
+}
 static void local_on_wait(void *ctx, void (*on_wait)(void *arg), void *arg)
 {
     fv_worker_on_wait(ctx, on_wait, arg);
@@ -313,6 +319,7 @@ static const fv_local_ops_t k_local_ops = {
     .close = local_close,
     .step = local_step,
     .memory = local_memory,
+    .prefetch = local_prefetch,
     .on_wait = local_on_wait,
 };
 
@@ -325,6 +332,7 @@ static const fv_local_ops_t k_local_pinned_ops = {
     .close = local_close,
     .step = local_step,
     .memory = local_memory,
+    .prefetch = local_prefetch,
     .on_wait = local_on_wait,
     .host_alloc = local_host_alloc,
     .host_free = local_host_free,
@@ -427,6 +435,7 @@ static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served)
 {
     fv_engine_t *engine = NULL;
     fv_rpc_t *rpc = NULL;
+    bool is_cuda = strcmp(p->backend->name, "cuda") == 0;
     fv_engine_config_t config = {
         .sched = {.n_ranks = (uint32_t)p->n_ranks,
                   .sessions_max = (uint32_t)p->config.sessions_max,
@@ -434,7 +443,7 @@ static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served)
                   .items_max = (uint32_t)p->config.batch_max,
                   .step_tokens_max = (uint32_t)p->config.step_tokens_max,
                   .shard_tokens = (uint32_t)p->config.shard_tokens,
-                  .cost = fv_plan_cost_cpu()},
+                  .cost = is_cuda ? fv_plan_cost_cuda() : fv_plan_cost_cpu()},
         .request_memory_bytes = p->config.request_memory,
         .drain_timeout_ms = (uint32_t)p->config.drain_timeout_ms,
         .session_idle_s = p->config.session_idle_s,
@@ -442,6 +451,7 @@ static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served)
         .local = local_ops(p),
         .local_ctx = p->worker,
         .local_is_async = (p->worker != NULL) && p->backend->is_async,
+        .inline_pairs_max = is_cuda ? INLINE_PAIRS_CUDA : 0U,
         .link = p->link,
         .exchange = p->exchange.name,
         .ranks = p->hellos,

@@ -30,7 +30,8 @@ typedef struct fv_plan_cost {
         rank_macs_per_us; /* of latent models, whose many heads share what is read; 0 = no limit */
 } fv_plan_cost_t;
 
-fv_plan_cost_t fv_plan_cost_cpu(void); /* defaults measured on CPU ranks */
+fv_plan_cost_t fv_plan_cost_cpu(void);  /* defaults measured on CPU ranks */
+fv_plan_cost_t fv_plan_cost_cuda(void); /* and on GPU ranks of one host */
 
 typedef struct fv_planner fv_planner_t;
 

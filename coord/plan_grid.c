@@ -26,6 +26,19 @@ fv_plan_cost_t fv_plan_cost_cpu(void)
                             .rank_macs_per_us = 200000.0};
 }
 
+/*
+ * An H100 or H200: what decode reaches of its memory, the exchange over NVLink with its merge, and the same control
+ * message and tensors as above, which come over a socket and host memory (bench/results/).
+ */
+fv_plan_cost_t fv_plan_cost_cuda(void)
+{
+    return (fv_plan_cost_t){.rank_bytes_per_us = 3000000.0,
+                            .fanout_us = 40.0,
+                            .exchange_us = 4.0,
+                            .exchange_bytes_per_us = 200000.0,
+                            .rank_macs_per_us = 200000000.0};
+}
+
 /* fv_placement_tokens() of part 0. */
 static uint64_t
 fullest_tokens(const fv_plan_length_t *length, uint32_t shard_tokens, uint32_t n_parts)

@@ -81,7 +81,7 @@ static const uint8_t *stage_rows(fv_backend_t *backend,
     uint8_t *staged = NULL;
 
     if (reaches(backend, src, row_bytes, n_rows, *token_bytes)) {
-        return src;
+        return fv_cuda_ahead_source(backend, src, (n_rows - 1U) * *token_bytes + row_bytes);
     }
     staged = backend->staging_host + fv_cuda_stage_still(backend, row_bytes * n_rows);
     for (size_t t = 0; t < n_rows; t++) {

@@ -31,6 +31,7 @@ static void free_device(fv_backend_t *backend)
     }
     fv_cuda_outbox_destroy(&backend->outbox);
     (void)cudaFree(backend->tables_device);
+    fv_cuda_ahead_destroy(&backend->ahead);
     fv_cuda_staging_free(backend);
     (void)cudaFree(backend->arena);
     fv_lean_plan_free(backend);
@@ -110,6 +111,7 @@ static fv_status_t cuda_init(fv_backend_t *backend, const fv_backend_config_t *c
         FV_RETURN_IF_ERR(FV_CUDA(cudaMalloc((void **)&backend->arena, config->kv_arena_bytes)));
     }
     FV_RETURN_IF_ERR(create_tables(backend));
+    FV_RETURN_IF_ERR(fv_cuda_ahead_create(&backend->ahead));
     FV_RETURN_IF_ERR(fv_lean_plan_init(backend));
     return fv_cuda_reserve(backend, 1);
 }
@@ -121,10 +123,11 @@ static void print_sizes(const fv_backend_t *backend)
 
     fv_info(
         "GPU %d, KiB: KV %.0f, page tables %.0f, staging 2 x %.0f (host and GPU), pieces of cut rows %.0f, "
-        "units of the pull kernel %.0f (host)",
+        "units of the pull kernel %.0f (host), inputs ahead of their step %.0f",
         backend->device, (double)backend->kv_arena_bytes * kib, (double)backend->tables_bytes * kib,
         (double)backend->staging_bytes * kib, (double)fv_lean_plan_device_bytes(backend) * kib,
-        (double)(backend->outbox.mapped_max * sizeof(*backend->outbox.mapped)) * kib);
+        (double)(backend->outbox.mapped_max * sizeof(*backend->outbox.mapped)) * kib,
+        (double)(2U * backend->ahead.half_bytes) * kib);
 }
 
 static fv_status_t cuda_create(const fv_backend_config_t *config, fv_backend_t **out)
@@ -153,8 +156,8 @@ static void cuda_describe(const fv_backend_t *backend, fv_device_info_t *out)
                    backend->n_sms, backend->device);
     out->n_threads = backend->n_sms;
     out->kv_arena_bytes = backend->kv_arena_bytes;
-    out->workspace_bytes =
-        backend->staging_bytes + backend->tables_bytes + fv_lean_plan_device_bytes(backend);
+    out->workspace_bytes = backend->staging_bytes + backend->tables_bytes +
+                           fv_lean_plan_device_bytes(backend) + 2U * backend->ahead.half_bytes;
 }
 
 static fv_status_t cuda_host_alloc(fv_backend_t *backend, size_t n_bytes, void **out)
@@ -214,6 +217,13 @@ static fv_status_t cuda_merge(fv_backend_t *backend,
                               const fv_merge_sync_t *sync)
 {
     LOCKED(backend, fv_cuda_merge(backend, items, n_items, sync));
+}
+
+static void cuda_prefetch(fv_backend_t *backend, const void *data, size_t n_bytes)
+{
+    (void)pthread_mutex_lock(&backend->pinned_lock);
+    fv_cuda_prefetch(backend, data, n_bytes);
+    (void)pthread_mutex_unlock(&backend->pinned_lock);
 }
 
 int32_t fv_backend_cuda_count(void)
@@ -281,6 +291,7 @@ const fv_backend_ops_t fv_backend_cuda = {
     .describe = cuda_describe,
     .host_alloc = cuda_host_alloc,
     .host_free = cuda_host_free,
+    .prefetch = cuda_prefetch,
     .append = cuda_append,
     .copy_pages = fv_cuda_copy_pages,
     .attend = cuda_attend,

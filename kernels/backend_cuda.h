@@ -63,6 +63,30 @@ typedef struct fv_cuda_outbox_mark {
     size_t staging_used, staging_sent, staging_top;
 } fv_cuda_outbox_mark_t;
 
+#define FV_CUDA_LEASES_MAX 64U
+
+/* Inputs of one step that travelled ahead of it: sources, and where they are on the device. */
+typedef struct fv_cuda_ahead_step {
+    struct {
+        const uint8_t *src;
+        uint8_t *dst;
+        size_t n_bytes;
+    } leases[FV_CUDA_LEASES_MAX];
+    size_t n_leases, used; /* bytes of this step's half of the area */
+    bool is_used;          /* the step's stream waits for the copies */
+} fv_cuda_ahead_step_t;
+
+typedef struct fv_cuda_ahead {
+    cudaStream_t stream;
+    cudaEvent_t copied; /* the last copy */
+    uint8_t *area;      /* device: two halves */
+    size_t half_bytes;
+    fv_cuda_ahead_step_t steps[2];
+    uint32_t now;     /* of the step that is described or works; the other one fills */
+    bool is_open;     /* a step works and is waited for: what comes now is the next one's */
+    uint64_t n_bytes; /* that steps found on the device, since the start */
+} fv_cuda_ahead_t;
+
 struct fv_backend {
     int device;
     int32_t n_sms;
@@ -70,6 +94,7 @@ struct fv_backend {
     char name[64];
     cudaStream_t stream;
     fv_cuda_outbox_t outbox;
+    fv_cuda_ahead_t ahead;
     fv_status_t lost; /* not FV_OK: a step was given up; nothing waits for the device any more */
     uint8_t *arena;   /* device */
     size_t kv_arena_bytes;
@@ -175,6 +200,18 @@ FV_MUST_CHECK fv_status_t fv_cuda_flush(fv_backend_t *backend);
 
 fv_cuda_outbox_mark_t fv_cuda_outbox_mark(const fv_backend_t *backend);
 void fv_cuda_outbox_back(fv_backend_t *backend, const fv_cuda_outbox_mark_t *mark);
+
+/* ------------------------------------------------------------------ ahead_cuda.c */
+
+FV_MUST_CHECK fv_status_t fv_cuda_ahead_create(fv_cuda_ahead_t *ahead);
+void fv_cuda_ahead_destroy(fv_cuda_ahead_t *ahead);
+void fv_cuda_prefetch(fv_backend_t *backend, const void *data, size_t n_bytes);
+/* Where the device reads [src, src + n_bytes), which it reaches: its own memory if they travelled ahead, else src. */
+const uint8_t *fv_cuda_ahead_source(fv_backend_t *backend, const void *src, size_t n_bytes);
+/* Before the step's first launch: what reads copies waits for them. */
+FV_MUST_CHECK fv_status_t fv_cuda_ahead_join(fv_backend_t *backend);
+/* The step has ended; what travelled ahead meanwhile belongs to the next. */
+void fv_cuda_ahead_next(fv_backend_t *backend);
 
 /* ------------------------------------------------------------------ wait_cuda.c */
 

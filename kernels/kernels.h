@@ -232,6 +232,11 @@ typedef struct fv_backend_ops {
     /* Host memory that the device reaches fast (pinned); CPU: page-aligned. These two from any thread. */
     fv_status_t (*host_alloc)(fv_backend_t *backend, size_t n_bytes, void **out);
     void (*host_free)(fv_backend_t *backend, void *memory);
+    /*
+     * A hint, while a step works: n_bytes of the next step's inputs lie at `data`, in memory of host_alloc(), and stay as
+     * they are until that step's finish(). The device may fetch them beside what it does. NULL: nothing to gain.
+     */
+    void (*prefetch)(fv_backend_t *backend, const void *data, size_t n_bytes);
     fv_status_t (*append)(fv_backend_t *backend, const fv_append_item_t *items, size_t n_items);
     fv_status_t (*copy_pages)(fv_backend_t *backend, const fv_page_copy_t *copies, size_t n_copies);
     fv_status_t (*attend)(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items);

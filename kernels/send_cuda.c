@@ -77,8 +77,8 @@ static fv_status_t place_stretches(fv_backend_t *backend)
         const fv_cuda_stretch_t *s = &o->stretches[i];
 
         if ((n_bytes > PULL_BYTES_MAX) && (s->n_bytes >= DMA_BYTES_MIN)) {
-            FV_RETURN_IF_ERR(FV_CUDA(cudaMemcpyAsync(s->dst, s->src, s->n_bytes,
-                                                     cudaMemcpyHostToDevice, backend->stream)));
+            FV_RETURN_IF_ERR(FV_CUDA(
+                cudaMemcpyAsync(s->dst, s->src, s->n_bytes, cudaMemcpyDefault, backend->stream)));
             continue;
         }
         for (size_t at = 0; at < s->n_bytes; at += FV_PULL_BYTES) {
@@ -135,6 +135,7 @@ fv_status_t fv_cuda_flush(fv_backend_t *backend)
     fv_cuda_outbox_t *o = &backend->outbox;
 
     FV_RETURN_IF_ERR(fv_cuda_send_staged(backend));
+    FV_RETURN_IF_ERR(fv_cuda_ahead_join(backend));
     FV_RETURN_IF_ERR(place_stretches(backend));
     for (size_t at = 0; at < o->n_units; at += o->mapped_max) {
         const size_t left = o->n_units - at;

@@ -229,7 +229,8 @@ stage_query(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_run_t *ru
         fv_cuda_is_pinned(backend, q, n_bytes)) {
         FV_RETURN_IF_ERR(fv_cuda_stage_space(backend, n_bytes, &offset));
         run->q = fv_cuda_on_device(backend, offset);
-        return fv_cuda_send_bytes(backend, fv_cuda_on_device(backend, offset), q, n_bytes);
+        return fv_cuda_send_bytes(backend, fv_cuda_on_device(backend, offset),
+                                  fv_cuda_ahead_source(backend, q, n_bytes), n_bytes);
     }
     offset = fv_cuda_stage(backend, n_bytes);
     run->q = fv_cuda_on_device(backend, offset);

@@ -133,9 +133,13 @@ fv_cuda_finish(fv_backend_t *backend, const fv_wait_limits_t *limits, fv_device_
 {
     FV_RETURN_IF_ERR(fv_cuda_usable(backend));
     FV_RETURN_IF_ERR(fv_cuda_flush(backend));
-    FV_RETURN_IF_ERR(fv_cuda_wait(backend, limits));
+    backend->ahead.is_open = true;
+    fv_status_t status = fv_cuda_wait(backend, limits);
+    backend->ahead.is_open = false;
+    FV_RETURN_IF_ERR(status);
     read_times(backend->outbox.record, out_times);
     backend->outbox.has_begun = false;
     fv_cuda_staging_reset(backend);
+    fv_cuda_ahead_next(backend);
     return FV_OK;
 }

@@ -5,6 +5,8 @@ if(FV_WITH_CUDA)
     find_package(CUDAToolkit REQUIRED)
     fv_add_test(test_cuda_tables gpu SOURCES gpu/test_cuda_tables.c LIBS fv_attn_case fv_kernels CUDA::cudart_static
                 TIMEOUT 120)
+    fv_add_test(test_cuda_ahead gpu SOURCES gpu/test_cuda_ahead.c LIBS fv_attn_case fv_kernels CUDA::cudart_static
+                TIMEOUT 60)
 endif()
 if(FV_WITH_CUDA AND TARGET fv_worker_cuda) # several GPUs, with NCCL
     find_package(CUDAToolkit REQUIRED)

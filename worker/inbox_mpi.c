@@ -314,6 +314,7 @@ static void look_ahead(inbox_t *in)
         status = fv_mpi_check(MPI_Test(&a->input, &is_done, &mpi_status), "MPI_Test");
         if ((status == FV_OK) && (is_done != 0)) {
             status = note_input(a, &mpi_status);
+            fv_worker_prefetch(in->worker, a->in->data, a->step.in_bytes);
         }
     }
     if (status != FV_OK) {

@@ -139,6 +139,13 @@ fv_status_t fv_worker_usable(const fv_worker_t *worker)
     return FV_OK;
 }
 
+void fv_worker_prefetch(fv_worker_t *worker, const void *data, size_t n_bytes)
+{
+    if (worker->config.backend->prefetch != NULL) {
+        worker->config.backend->prefetch(worker->backend, data, n_bytes);
+    }
+}
+
 void fv_worker_on_wait(fv_worker_t *worker, void (*on_wait)(void *arg), void *arg)
 {
     worker->on_wait = on_wait;

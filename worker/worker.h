@@ -105,6 +105,9 @@ FV_MUST_CHECK fv_status_t fv_worker_close(fv_worker_t *worker, const fv_ctl_clos
  */
 void fv_worker_on_wait(fv_worker_t *worker, void (*on_wait)(void *arg), void *arg);
 
+/* For on_wait() alone: inputs of the next step are at `data`, in memory of the backend's host_alloc(); see kernels.h. */
+void fv_worker_prefetch(fv_worker_t *worker, const void *data, size_t n_bytes);
+
 /*
  * Runs one step: reserve pages (copy on write where shared), append, attend, exchange, merge.
  * `items` are all items of the step in which this rank has a share, `io` one each, `item_errors` one each.
