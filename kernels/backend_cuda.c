@@ -4,7 +4,6 @@
 #include "kernels/backend_cuda.h"
 
 #include "kernels/lean_cuda_launch.h"
-#include "kernels/lean_plan_cuda.h"
 
 #include <stdio.h>
 #include <stdlib.h>

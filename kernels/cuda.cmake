@@ -18,6 +18,6 @@ if(FV_WERROR)
 endif()
 
 target_sources(fv_kernels PRIVATE backend_cuda.c staging_cuda.c send_cuda.c wait_cuda.c append_cuda.c attend_cuda.c stage_cuda.c
-                                  lean_plan_cuda.c merge_cuda.c)
+                                  lean_plan_cuda.c lean_late_cuda.c merge_cuda.c)
 target_compile_definitions(fv_kernels PUBLIC FV_WITH_CUDA)
 target_link_libraries(fv_kernels PRIVATE fv_kernels_cuda CUDA::cudart_static)
