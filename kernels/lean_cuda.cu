@@ -76,5 +76,10 @@ cudaError_t fv_lean_cuda_launch(const fv_lean_launch_t *launch, cudaStream_t str
         attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }
-    return cudaLaunchKernelEx(&config, kernel, *launch);
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, *launch);
+
+    if (error != cudaSuccess) {
+        (void)cudaGetLastError(); /* it was said: no other call shall find it */
+    }
+    return error;
 }

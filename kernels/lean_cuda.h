@@ -97,13 +97,11 @@ typedef struct fv_lean_share {
     uint32_t index;     /* of the share itself */
     uint32_t first;     /* share in which the group cut by this one's begin began */
     uint32_t n_first;   /* pieces of that group; | FV_LEAN_LATE */
-    uint32_t
-        n_last; /* pieces of the group that begins here and is cut by this one's end; | FV_LEAN_LATE */
+    uint32_t n_last;    /* of the group that begins here and goes on in the next; | FV_LEAN_LATE */
     const fv_page_ref_t *pages; /* of the first tile: device memory */
-    const uint8_t
-        *q; /* of its first group, where that is one stretch of rows and the launch is_exact */
+    const uint8_t *q;           /* of its first group: n_q_rows side by side */
     uint32_t n_direct; /* tiles of its group whose pages follow it there; 0: look them up */
-    uint32_t n_q_rows; /* of that stretch; 0: look them up */
+    uint32_t n_q_rows; /* 0: look them up; the launch is_exact otherwise */
 } fv_lean_share_t;
 
 #define FV_LEAN_LATE 0x80000000U
@@ -133,9 +131,8 @@ typedef struct fv_lean_launch {
     uint32_t n_late, n_late_units;
     uint32_t n_tiles, n_shares, n_ctas;
     int32_t is_cooperative; /* must be unless n_late is 0 */
-    int32_t
-        is_dependent; /* may start before the work ahead of it in the stream is done: waits for it itself */
-    int32_t is_exact; /* both head dims are DV_MAX of the kernel and Q has one part */
+    int32_t is_dependent; /* starts before the work ahead of it in the stream is done, and waits */
+    int32_t is_exact;     /* both head dims are DV_MAX of the kernel and Q has one part */
     int32_t head_dim_qk, head_dim_v;
     int32_t n_q_parts; /* most of any run */
     int32_t slot_rows;
@@ -150,8 +147,8 @@ typedef struct fv_lean_launch {
     int32_t kind;    /* fv_lean_kind_t */
     int32_t m_warps; /* 1, 2 or 4: warps along rows; the others are along tokens */
 #if defined(FV_LEAN_TRACE)
-    uint64_t *
-        trace; /* [n_ctas][8] ns: begin, first K, last tile, end; SM; last wait for pieces over; share, pages there */
+    /* [n_ctas][8] ns: begin, first K, last tile, end; SM; last wait for pieces over; share and pages there */
+    uint64_t *trace;
 #endif
 } fv_lean_launch_t;
 

@@ -67,9 +67,8 @@ size_t fv_lean_plan_stage_bytes(const fv_backend_t *backend)
 {
     const size_t n = (size_t)backend->shares_max;
 
-    /* a late group has at least two pieces */
     return FV_CUDA_STAGE_BYTES(n * sizeof(fv_lean_share_t)) +
-           FV_CUDA_STAGE_BYTES((n / 2U + 1U) * sizeof(fv_lean_late_t));
+           FV_CUDA_STAGE_BYTES(n * sizeof(fv_lean_late_t));
 }
 
 /* Shared memory: as many ring slots as two CTAs of an SM can have, or one CTA if those are too few. */
@@ -254,7 +253,7 @@ static void make_shares(fv_backend_t *backend,
         }
     }
     count_pieces(runs, begins, shares, launch->n_shares);
-    offset = fv_cuda_stage(backend, (launch->n_shares / 2U + 1U) * sizeof(*late));
+    offset = fv_cuda_stage(backend, launch->n_shares * sizeof(*late));
     launch->late = fv_cuda_on_device(backend, offset);
     late = fv_cuda_on_host(backend, offset);
     fv_lean_plan_late(tuning, launch, runs, shares, late);
@@ -306,7 +305,9 @@ fv_status_t fv_lean_plan(fv_backend_t *backend, const fv_lean_draft_t *draft)
     launch.v_xor = v.mask;
     launch.slot_bytes =
         FV_PAGE_TOKENS * ((launch.k_bytes > launch.v_bytes) ? launch.k_bytes : launch.v_bytes);
-    launch.is_exact = (draft->n_q_parts == 1) && (g->head_dim_qk == g->head_dim_v) &&
+    /* K and V as the tensor cores take them, Q too: no other kind has such a kernel */
+    launch.is_exact = ((g->kind == (int32_t)FV_LEAN_BF16) || (g->kind == (int32_t)FV_LEAN_F16)) &&
+                      (draft->n_q_parts == 1) && (g->head_dim_qk == g->head_dim_v) &&
                       ((g->head_dim_v == 64) || (g->head_dim_v == 128));
     FV_RETURN_IF_ERR(set_ring(backend, draft, &launch, &ctas));
     make_shares(backend, draft, &launch, (uint32_t)(backend->n_sms * ctas));
