@@ -9,13 +9,17 @@
  *     bytes = sum over items of n_kv_heads * kv_end * 2 * head_dim * 2      (K and V, bf16)
  *     floor = 1.4 us + bytes / streaming read
  *
- * Peers: the best of any kernel that shared/reference measured on an H100, copied here as microseconds.
+ * Peers: the best of any kernel that was measured on an H100 (docs/gpu.md), as microseconds: quoted on an H100 only.
+ *
+ * FV_BENCH_TUNE="name=value,...;name=value,..." times each case under each of these variants of fv_lean_tuning_t; an
+ * empty one is the shipped one.
  */
 #include "bench/cuda_peak.h"
 #include "kernels/backend_cuda.h"
 #include "tests/support/attn_case.h"
 
 #include <math.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -107,6 +111,8 @@ typedef struct bench {
     double bytes; /* of one set */
     size_t set_pages, n_sets;
     fv_lean_launch_t launches[SETS_MAX];
+    fv_lean_tuning_t tuning; /* the shipped one */
+    bool is_h100;
     double read_gbps;
     FILE *json;
 } bench_t;
@@ -355,7 +361,8 @@ static void print_trace(bench_t *b)
 {
     static uint64_t rows[1024][8];
     static double column[1024];
-    static const char *const k_names[] = {"begin", "first K", "tiles done", "end"};
+    static const char *const k_names[] = {"begin", "first K", "tiles done",
+                                          "end",   "",        "pieces there"};
     const size_t n = b->launches[0].n_ctas;
     uint64_t *trace = NULL;
     uint64_t begin = UINT64_MAX;
@@ -374,12 +381,15 @@ static void print_trace(bench_t *b)
     for (size_t i = 0; i < n; i++) {
         begin = (rows[i][0] < begin) ? rows[i][0] : begin;
     }
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < 8; k++) {
         for (size_t i = 0; i < n; i++) {
-            column[i] = (double)(rows[i][k] - begin) * 1e-3;
+            column[i] = (rows[i][k] == 0) ? 0.0 : ((double)(rows[i][k] - begin) * 1e-3);
+        }
+        if (k == 4) { /* which SM */
+            continue;
         }
         qsort(column, n, sizeof(column[0]), compare_double);
-        (void)printf("    %-10s min %7.1f p10 %7.1f p50 %7.1f p90 %7.1f max %7.1f\n", k_names[k],
+        (void)printf("    %-12s min %7.1f p10 %7.1f p50 %7.1f p90 %7.1f max %7.1f\n", k_names[k],
                      column[0], column[n / 10], column[n / 2], column[n * 9 / 10], column[n - 1]);
     }
 }
@@ -412,8 +422,9 @@ static void print_shape(const bench_t *b, const bench_case_t *c)
     (void)fprintf(b->json, "]}\n");
 }
 
-static void run_case(bench_t *b, const bench_case_t *c)
+static void run_case(bench_t *b, const bench_case_t *c, const char *variant)
 {
+    const double peer_us = b->is_h100 ? c->peer_us : 0.0;
     double error = 0.0;
     double us = 0.0;
     double floor_us = 0.0;
@@ -429,23 +440,80 @@ static void run_case(bench_t *b, const bench_case_t *c)
     floor_us = LAUNCH_US + b->bytes / b->read_gbps * 1e-3;
     (void)printf("%-28s %8.1f MB %9.1f us %7.0f GB/s floor %9.1f x%.3f", c->name, b->bytes * 1e-6,
                  us, b->bytes / us * 1e-3, floor_us, us / floor_us);
-    if (c->peer_us > 0.0) {
-        (void)printf("  peer %8.1f (%.2f of it)", c->peer_us, us / c->peer_us);
+    if (peer_us > 0.0) {
+        (void)printf("  peer %8.1f (%.2f of it)", peer_us, us / peer_us);
     }
-    (void)printf("  sets %zu err %.1e\n", b->n_sets, error);
+    (void)printf("  sets %zu err %.1e %s\n", b->n_sets, error, variant);
     if (b->json != NULL) {
         (void)fprintf(
             b->json,
             "{\"case\":\"%s\",\"bytes\":%.0f,\"us\":%.2f,\"gbps\":%.1f,\"floor_us\":%.2f,\"ratio\":%.4f,"
-            "\"peer_us\":%.1f,\"sets\":%zu,\"row_error\":%.2e,\"read_gbps\":%.1f,",
-            c->name, b->bytes, us, b->bytes / us * 1e-3, floor_us, us / floor_us, c->peer_us,
-            b->n_sets, error, b->read_gbps);
+            "\"peer_us\":%.1f,\"sets\":%zu,\"row_error\":%.2e,\"read_gbps\":%.1f,\"variant\":\"%s\",",
+            c->name, b->bytes, us, b->bytes / us * 1e-3, floor_us, us / floor_us, peer_us,
+            b->n_sets, error, b->read_gbps, variant);
         print_shape(b, c);
     }
 #if defined(FV_LEAN_TRACE)
     print_trace(b);
 #endif
     (void)fflush(stdout);
+}
+
+/* Reads one variant, up to ';' or the end, into the backend's tuning; returns what follows it, or NULL. */
+static const char *read_variant(bench_t *b, const char *text, char *name, size_t n_name)
+{
+    static const struct {
+        const char *name;
+        size_t offset;
+    } k_fields[] = {
+        {"ctas16", offsetof(fv_lean_tuning_t, ctas_max[0])},
+        {"ctas32", offsetof(fv_lean_tuning_t, ctas_max[1])},
+        {"ahead", offsetof(fv_lean_tuning_t, bytes_ahead)},
+        {"rounds", offsetof(fv_lean_tuning_t, rounds_min[0])},
+        {"rounds32", offsetof(fv_lean_tuning_t, rounds_min[1])},
+        {"first", offsetof(fv_lean_tuning_t, first_percent)},
+        {"tail", offsetof(fv_lean_tuning_t, tail_tiles[0])},
+        {"tail32", offsetof(fv_lean_tuning_t, tail_tiles[1])},
+        {"early", offsetof(fv_lean_tuning_t, early_bytes)},
+        {"last", offsetof(fv_lean_tuning_t, tail_bytes)},
+        {"coop", offsetof(fv_lean_tuning_t, is_cooperative)},
+        {"direct", offsetof(fv_lean_tuning_t, is_direct)},
+        {"dependent", offsetof(fv_lean_tuning_t, is_dependent)},
+    };
+    const size_t length = strcspn(text, ";");
+    const char *at = text;
+
+    (void)snprintf(name, n_name, "%.*s", (int)length, text);
+    b->backend->tuning = b->tuning;
+    while (at < text + length) {
+        const size_t n = strcspn(at, "=");
+        char *end = NULL;
+
+        for (size_t i = 0; i < sizeof(k_fields) / sizeof(k_fields[0]); i++) {
+            if ((strlen(k_fields[i].name) == n) && (strncmp(k_fields[i].name, at, n) == 0)) {
+                const uint32_t value = (uint32_t)strtoul(at + n + 1U, &end, 10);
+
+                memcpy((char *)&b->backend->tuning + k_fields[i].offset, &value, sizeof(value));
+            }
+        }
+        if (end == NULL) {
+            die("FV_BENCH_TUNE: unknown field");
+        }
+        at = (*end == ',') ? (end + 1) : end;
+    }
+    return (text[length] == ';') ? (text + length + 1U) : NULL;
+}
+
+/* A case as shipped, or under each variant asked for. */
+static void run_variants(bench_t *b, const bench_case_t *c)
+{
+    const char *text = (getenv("FV_BENCH_TUNE") != NULL) ? getenv("FV_BENCH_TUNE") : "";
+    char name[128];
+
+    while (text != NULL) {
+        text = read_variant(b, text, name, sizeof(name));
+        run_case(b, c, name);
+    }
 }
 
 static void prepare(bench_t *b, size_t arena_bytes)
@@ -455,9 +523,7 @@ static void prepare(bench_t *b, size_t arena_bytes)
     void *memory = NULL;
 
     check(fv_backend_cuda.create(&config, &b->backend), "create");
-    if (getenv("FV_BENCH_CTAS") != NULL) {
-        b->backend->ctas_max = (int32_t)strtol(getenv("FV_BENCH_CTAS"), NULL, 10);
-    }
+    b->tuning = b->backend->tuning;
     b->n_pages = config.kv_arena_bytes / PAGE_BYTES;
     b->order = must_alloc(b->n_pages, sizeof(*b->order));
     for (size_t i = 0; i < b->n_pages; i++) {
@@ -487,7 +553,26 @@ static void prepare(bench_t *b, size_t arena_bytes)
     check(fv_cuda_finish(b->backend, NULL, NULL), "fill");
 }
 
-/* bench_kernels_cuda [JSON file or - [GiB of KV [only cases whose name contains this]]] */
+/* True if `name` contains one of the texts that `only` lists between bars; an empty list means all. */
+static bool is_wanted(const char *name, const char *only)
+{
+    while (*only != '\0') {
+        const size_t n = strcspn(only, "|");
+
+        for (const char *at = name; *at != '\0'; at++) {
+            if (strncmp(at, only, n) == 0) {
+                return true;
+            }
+        }
+        only += n + ((only[n] == '|') ? 1U : 0U);
+        if (*only == '\0') {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* bench_kernels_cuda [JSON file or - [GiB of KV [only cases whose name contains this|or this]]] */
 int main(int argc, char **argv)
 {
     static bench_t b;
@@ -506,12 +591,13 @@ int main(int argc, char **argv)
     b.json = ((argc > 1) && (strcmp(argv[1], "-") != 0)) ? fopen(argv[1], "w") : NULL;
     prepare(&b, n_bytes);
     fv_backend_cuda.describe(b.backend, &info);
+    b.is_h100 = strstr(info.device, "H100") != NULL;
     measure_read(&b);
     (void)printf("%s, KV %.1f GB, streaming read %.0f GB/s\n", info.device,
                  (double)info.kv_arena_bytes * 1e-9, b.read_gbps);
     for (size_t i = 0; i < sizeof(k_cases) / sizeof(k_cases[0]); i++) {
-        if (strstr(k_cases[i].name, only) != NULL) {
-            run_case(&b, &k_cases[i]);
+        if (is_wanted(k_cases[i].name, only)) {
+            run_variants(&b, &k_cases[i]);
         }
     }
     measure_read(&b);

@@ -8,7 +8,6 @@
  * one launch for decode and one for prefill.
  */
 #include "kernels/lean_cuda_launch.h"
-#include "kernels/lean_plan_cuda.h"
 #include "kernels/stage_cuda.h"
 
 #include <math.h>

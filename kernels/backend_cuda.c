@@ -5,7 +5,6 @@
 
 #include "common/log.h"
 #include "kernels/lean_cuda_launch.h"
-#include "kernels/lean_plan_cuda.h"
 
 #include <stdio.h>
 #include <stdlib.h>

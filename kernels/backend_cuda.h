@@ -14,6 +14,7 @@
 
 #include "kernels/kernels.h"
 #include "kernels/lean_cuda.h"
+#include "kernels/lean_plan_cuda.h"
 #include "kernels/pull_cuda.h"
 #include "kernels/table_cache.h"
 
@@ -120,10 +121,10 @@ struct fv_backend {
     /* Of the lean kernel: cut groups' pieces, grow-only. */
     float *slots;
     size_t slots_bytes;
-    uint32_t *arrived; /* lean_cuda.h's arrived, then its claimed */
+    uint32_t *arrived; /* lean_cuda.h's arrived [shares_max], then its claimed */
     int32_t shares_max;
     uint32_t *begins; /* [shares_max + 1], of the line that is cut */
-    int32_t ctas_max; /* of an SM; smaller only for measuring */
+    fv_lean_tuning_t tuning;
 
     fv_lean_launch_t *launches; /* of the attend() under way */
     size_t n_launches, launches_max;

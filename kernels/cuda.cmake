@@ -17,7 +17,7 @@ if(FV_WERROR)
     target_compile_options(fv_kernels_cuda PRIVATE "SHELL:-Werror all-warnings")
 endif()
 
-target_sources(fv_kernels PRIVATE backend_cuda.c staging_cuda.c send_cuda.c wait_cuda.c ahead_cuda.c append_cuda.c attend_cuda.c stage_cuda.c
-                                  lean_plan_cuda.c merge_cuda.c)
+target_sources(fv_kernels PRIVATE backend_cuda.c staging_cuda.c send_cuda.c wait_cuda.c ahead_cuda.c append_cuda.c
+                                  attend_cuda.c stage_cuda.c lean_plan_cuda.c lean_late_cuda.c merge_cuda.c)
 target_compile_definitions(fv_kernels PUBLIC FV_WITH_CUDA)
 target_link_libraries(fv_kernels PRIVATE fv_kernels_cuda CUDA::cudart_static)

@@ -6,9 +6,14 @@
 #include "kernels/lean_cuda_launch.h"
 #include "kernels/lean_kind.cuh"
 
-uint32_t fv_lean_cuda_fixed_bytes(int32_t head_dim_qk, int32_t m_warps, int32_t n_q_parts)
+uint32_t fv_lean_cuda_fixed_bytes(int32_t head_dim_qk,
+                                  int32_t head_dim_v,
+                                  int32_t m_warps,
+                                  int32_t n_q_parts)
 {
-    return FV_LEAN_SMEM_FIXED +
+    const int32_t dv_max = (head_dim_v <= 64) ? 64 : ((head_dim_v <= 128) ? 128 : 256);
+
+    return FV_LEAN_SMEM_FIXED + fv_lean_join_bytes(m_warps, dv_max) +
            fv_lean_q_bytes((uint32_t)head_dim_qk, 16U * (uint32_t)m_warps, (uint32_t)n_q_parts);
 }
 
@@ -52,7 +57,29 @@ cudaError_t fv_lean_cuda_launch(const fv_lean_launch_t *launch, cudaStream_t str
 {
     const fv_lean_kernel_t kernel =
         choose(launch->kind, launch->m_warps, launch->head_dim_v, launch->is_exact != 0);
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attributes[2] = {};
 
-    kernel<<<launch->n_ctas, FV_LEAN_THREADS, launch->smem_bytes, stream>>>(*launch);
-    return cudaGetLastError();
+    config.gridDim = dim3(launch->n_ctas);
+    config.blockDim =
+        dim3(32U *
+             (FV_LEAN_WARPS * (uint32_t)fv_lean_cuda_teams(launch->m_warps, launch->is_exact != 0) +
+              1U));
+    config.dynamicSmemBytes = launch->smem_bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    if (launch->is_cooperative != 0) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+        attributes[config.numAttrs++].val.cooperative = 1;
+    }
+    if (launch->is_dependent != 0) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, *launch);
+
+    if (error != cudaSuccess) {
+        (void)cudaGetLastError(); /* it was said: no other call shall find it */
+    }
+    return error;
 }

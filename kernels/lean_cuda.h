@@ -16,9 +16,14 @@
  * from round to round; the first round is dealt out, of the others each CTA takes the next when it is done. The cuts
  * depend on the step alone, and merging on the order of shares alone: who does a share changes no bit of the result.
  *
- * A group cut by a border leaves pieces; whoever brings the last piece merges them in ascending order (no waiting).
- * A share has at most two pieces of cut groups: slot 2s when the piece continues a group begun before, slot 2s + 1
- * when the group begins in the share and goes on in the next.
+ * A group cut by a border leaves pieces, one for each share that it lies in. A share has at most two pieces of cut
+ * groups: slot 2s when the piece continues a group begun before, slot 2s + 1 when the group begins in the share and
+ * goes on in the next. A counter of the group says how many have come. Which way its pieces are merged is the plan's:
+ *
+ *     early  small groups in the middle of the line: whoever brings the last piece merges, while others stream
+ *     late   large ones, and those at the end of the line, where everybody would wait for one: the merge is cut into
+ *            units (some columns of some rows), which are dealt out; a CTA that has no more shares waits for its
+ *            unit's group and merges it. The launch is cooperative, so every CTA that is waited for is on the GPU.
  *
  * Pages, as this backend stores them: K [P, dk], then V [P, dv], row-major, contiguous, so that one bulk copy
  * (cp.async.bulk, no tensor map) moves either into shared memory. The 16-byte chunks of a row are permuted by
@@ -35,11 +40,12 @@
 extern "C" {
 #endif
 
-#define FV_LEAN_WARPS      4  /* that compute; one more copies */
-#define FV_LEAN_ROWS_MAX   64 /* of one block: 16 for each computing warp */
-#define FV_LEAN_SHARES_MAX 8  /* for each CTA that the GPU holds */
-#define FV_LEAN_LEVELS     3  /* of merging */
-#define FV_LEAN_SLOTS_MAX  24 /* of the ring in shared memory */
+#define FV_LEAN_WARPS        4  /* that compute; one more copies */
+#define FV_LEAN_ROWS_MAX     64 /* of one block: 16 for each computing warp */
+#define FV_LEAN_SHARES_MAX   8  /* for each CTA that the GPU holds */
+#define FV_LEAN_SPLIT_MAX    16 /* threads that share a group's pieces in late merging: 1, 4 or 16 */
+#define FV_LEAN_SLOTS_MAX    24                   /* of the ring in shared memory */
+#define FV_LEAN_UNIT_THREADS (32 * FV_LEAN_WARPS) /* that merge a unit */
 
 #ifdef __cplusplus
 #    define FV_CONSTEXPR constexpr
@@ -83,33 +89,55 @@ typedef struct fv_lean_run {
     float cap_inner, cap_outer; /* S = cap_outer * tanh(S * cap_inner); 0: no softcap */
 } fv_lean_run_t;
 
-/* A stretch of the line that one CTA does. 32 bytes: read as two words of 16. */
+/* A stretch of the line that one CTA does. 56 bytes. */
 typedef struct fv_lean_share {
     uint32_t run;
     int32_t head, tile; /* of that run: where it begins */
     int32_t n_tiles;    /* of the share */
     uint32_t index;     /* of the share itself */
     uint32_t first;     /* share in which the group cut by this one's begin began */
-    uint32_t n_first;   /* pieces of that group */
-    uint32_t n_last;    /* pieces of the group that begins here and is cut by this one's end */
+    uint32_t n_first;   /* pieces of that group; | FV_LEAN_LATE */
+    uint32_t n_last;    /* of the group that begins here and goes on in the next; | FV_LEAN_LATE */
+    const fv_page_ref_t *pages; /* of the first tile: device memory */
+    const uint8_t *q;           /* of its first group: n_q_rows side by side */
+    uint32_t n_direct; /* tiles of its group whose pages follow it there; 0: look them up */
+    uint32_t n_q_rows; /* 0: look them up; the launch is_exact otherwise */
 } fv_lean_share_t;
+
+#define FV_LEAN_LATE 0x80000000U
+
+/* A group that is merged late. */
+typedef struct fv_lean_late {
+    uint32_t run;
+    int32_t head;
+    uint32_t first;      /* share in which it begins */
+    uint32_t n_pieces;   /* one for each share from there on */
+    uint32_t unit_begin; /* first of its units */
+    uint32_t n_units;    /* each FV_LEAN_UNIT_THREADS / split columns of 4, in row-major order */
+    uint32_t split;      /* 1, 4 or 16 */
+    uint32_t reserved;
+} fv_lean_late_t;
 
 /* One launch: passed by value. */
 typedef struct fv_lean_launch {
     const uint8_t *arena;
     const fv_lean_run_t *runs;
     const fv_lean_share_t *shares;
-    float *slot_o;  /* [2 * n_shares][slot_rows, dv], unnormalised */
-    float *slot_ml; /* [2 * n_shares][2][slot_rows]: m, then l */
-    uint32_t *
-        arrived; /* [FV_LEAN_LEVELS][2 * n_shares], a counter for each slot; zero between launches */
+    float *slot_o;     /* [2 * n_shares][slot_rows, dv], unnormalised */
+    float *slot_ml;    /* [2 * n_shares][slot_rows][2]: m and l */
+    uint32_t *arrived; /* [n_shares]: of the group cut by that share's end; zero between launches */
     uint32_t *claimed; /* shares taken beyond the first n_ctas; zero between launches */
+    const fv_lean_late_t *late; /* [n_late], ascending on the line */
+    uint32_t n_late, n_late_units;
     uint32_t n_tiles, n_shares, n_ctas;
-    int32_t is_exact; /* both head dims are DV_MAX of the kernel and Q has one part */
+    int32_t is_cooperative; /* must be unless n_late is 0 */
+    int32_t is_dependent; /* starts before the work ahead of it in the stream is done, and waits */
+    int32_t is_exact;     /* both head dims are DV_MAX of the kernel and Q has one part */
     int32_t head_dim_qk, head_dim_v;
     int32_t n_q_parts; /* most of any run */
     int32_t slot_rows;
-    int32_t ring_slots; /* of slot_bytes each */
+    int32_t ring_slots;   /* of slot_bytes each */
+    uint32_t tiles_ahead; /* under way at once: at most ring_slots / 2 */
     uint32_t slot_bytes;
     uint32_t k_bytes; /* of one token's K row; V alike */
     uint32_t v_bytes;
@@ -119,7 +147,8 @@ typedef struct fv_lean_launch {
     int32_t kind;    /* fv_lean_kind_t */
     int32_t m_warps; /* 1, 2 or 4: warps along rows; the others are along tokens */
 #if defined(FV_LEAN_TRACE)
-    uint64_t *trace; /* [n_shares][8] ns: begin, first K, last tile, end; SM */
+    /* [n_ctas][8] ns: begin, first K, last tile, end; SM; last wait for pieces over; share and pages there */
+    uint64_t *trace;
 #endif
 } fv_lean_launch_t;
 
@@ -141,12 +170,31 @@ static inline FV_HD fv_page_swizzle_t fv_page_swizzle_make(uint32_t n_chunks)
     return s;
 }
 
-/* CTAs of one launch that an SM holds, registers permitting. */
+/*
+ * Teams of one CTA. Two take turns with the tiles of a piece: while one waits for the results of a tile's matrix
+ * products, the other's are under way. One where registers do not suffice, and where arithmetic is the limit anyway.
+ */
+static inline FV_HD FV_CONSTEXPR int32_t fv_lean_cuda_teams(int32_t m_warps, bool is_exact)
+{
+    return (is_exact && (m_warps < 4)) ? 2 : 1;
+}
+
+/* CTAs of one launch that an SM can hold, by registers. */
 static inline FV_HD FV_CONSTEXPR int32_t fv_lean_cuda_ctas(int32_t kind,
                                                            int32_t m_warps,
-                                                           int32_t head_dim_v)
+                                                           int32_t head_dim_v,
+                                                           bool is_exact)
 {
-    return ((head_dim_v > 128) || ((kind >= FV_LEAN_F32_WIDE) && (m_warps == 4))) ? 1 : 2;
+    return ((head_dim_v > 128) || ((kind >= FV_LEAN_F32_WIDE) && (m_warps == 4)) ||
+            (fv_lean_cuda_teams(m_warps, is_exact) == 2))
+               ? 1
+               : 2;
+}
+
+/* Where a local page stands in the table of a run. */
+static inline FV_HD int32_t fv_lean_page_index(const fv_lean_run_t *run, int32_t local_page)
+{
+    return local_page - ((local_page >= run->gap_begin) ? run->gap_pages : 0);
 }
 
 #ifdef __cplusplus

@@ -13,7 +13,10 @@ extern "C" {
 #endif
 
 /* Bytes of shared memory beside the ring. */
-uint32_t fv_lean_cuda_fixed_bytes(int32_t head_dim_qk, int32_t m_warps, int32_t n_q_parts);
+uint32_t fv_lean_cuda_fixed_bytes(int32_t head_dim_qk,
+                                  int32_t head_dim_v,
+                                  int32_t m_warps,
+                                  int32_t n_q_parts);
 
 /* Allows every kernel the shared memory of an SM. Once a device. */
 cudaError_t fv_lean_cuda_init(int32_t smem_max);

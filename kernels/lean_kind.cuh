@@ -16,14 +16,14 @@ static fv_lean_kernel_t fv_lean_choose_dims(int32_t head_dim_v, bool is_exact)
     constexpr bool has_exact = (KIND == FV_LEAN_BF16) || (KIND == FV_LEAN_F16);
 
     if (is_exact && has_exact) {
-        return (head_dim_v <= 64) ? fv_lean_kernel<KIND, M_WARPS, 64, has_exact>
-                                  : fv_lean_kernel<KIND, M_WARPS, 128, has_exact>;
+        return (head_dim_v <= 64) ? fv_lean_kernel<fv_lean_shape<KIND, M_WARPS, 64, has_exact>>
+                                  : fv_lean_kernel<fv_lean_shape<KIND, M_WARPS, 128, has_exact>>;
     }
     if (head_dim_v <= 64) {
-        return fv_lean_kernel<KIND, M_WARPS, 64, false>;
+        return fv_lean_kernel<fv_lean_shape<KIND, M_WARPS, 64, false>>;
     }
-    return (head_dim_v <= 128) ? fv_lean_kernel<KIND, M_WARPS, 128, false>
-                               : fv_lean_kernel<KIND, M_WARPS, 256, false>;
+    return (head_dim_v <= 128) ? fv_lean_kernel<fv_lean_shape<KIND, M_WARPS, 128, false>>
+                               : fv_lean_kernel<fv_lean_shape<KIND, M_WARPS, 256, false>>;
 }
 
 /* The kernel for rows (1, 2, 4 warps) and head_dim_v; is_exact: both head dims are 64, or 128, and Q has one part. */

@@ -1,215 +1,261 @@
 /*
- * lean_merge.cuh - groups that shares' borders cut: pieces wait in slots, and the last to come merges them.
+ * lean_merge.cuh - groups that shares' borders cut: their pieces wait in slots and are merged, early or late.
  *
  * Decode path: station 7 of 10. Before: lean_out.cuh. After: lean_write.cuh.
  *
- * Each piece goes to its share's slot, unnormalised; then a counter goes up. Whoever brings the last piece reads all of
- * them in ascending order of tiles and writes the rows: nobody waits for anybody, so CTAs need not be resident
- * together, and the order, so the result, is always the same. A group of many pieces is merged level by level: chunks
- * of neighbouring pieces first, each by its own last arriver (side by side), then the chunks' results in the same way.
- * Whoever finds a counter full puts it back to zero for the next launch.
+ * Pieces are unnormalised (O, m, l). Early and late (lean_cuda.h) run the same unit of work, a stretch of a group's
+ * columns in row-major order, done by one team: `split` threads share four columns, each of them takes every split-th
+ * piece, all loads of a batch under way at once, and then their sums are joined. The order of all sums follows from the plan, so the
+ * result is the same whoever merges. Counters go back to zero for the next launch: early by the last arriver, late
+ * by the unit that is the last to have seen the group complete.
  */
 #ifndef FV_KERNELS_LEAN_MERGE_CUH
 #define FV_KERNELS_LEAN_MERGE_CUH
 
 #include "kernels/lean_write.cuh"
 
-#define FV_LEAN_FLAT_MAX   40U /* pieces merged in one level */
-#define FV_LEAN_CHUNK      17U /* pieces of a chunk; 17^3 is more than there can be */
-#define FV_LEAN_AT_ONCE    18U /* loads of one thread under way */
-#define FV_LEAN_PASS_ELEMS (FV_LEAN_WARPS * FV_LEAN_PASS_ROWS * FV_LEAN_PASS_PITCH)
+#define FV_LEAN_AT_ONCE 12U /* pieces of one thread under way */
 
-/* Where the piece goes, and how many pieces its group has. */
-typedef struct fv_lean_piece_place {
-    uint32_t share;    /* that does it */
-    uint32_t first;    /* share in which the group begins */
-    uint32_t n_pieces; /* 1: whole */
-    uint64_t slot;     /* of this one */
-} fv_lean_piece_place_t;
+/* A group with all its pieces. */
+typedef struct fv_lean_group {
+    int32_t head;
+    uint32_t first; /* share in which it begins */
+    uint32_t n_pieces;
+} fv_lean_group_t;
 
-static __device__ __forceinline__ fv_lean_piece_place_t fv_lean_place(const fv_lean_share_t &share,
-                                                                      const fv_lean_run_t &run,
-                                                                      const fv_lean_walk_t &walk,
-                                                                      int32_t n_tiles)
+static __device__ __forceinline__ uint64_t fv_lean_piece_slot(uint32_t first, uint32_t piece)
 {
-    fv_lean_piece_place_t place = {share.index, 0, 1, 0};
-
-    if (walk.tile > 0) {
-        place.first = share.first;
-        place.n_pieces = share.n_first;
-        place.slot = 2U * (uint64_t)share.index;
-    } else if (n_tiles < run.n_tiles) {
-        place.first = share.index;
-        place.n_pieces = share.n_last;
-        place.slot = 2U * (uint64_t)share.index + 1U;
-    }
-    return place;
+    return 2U * (uint64_t)(first + piece) + ((piece == 0) ? 1U : 0U);
 }
 
-/* Pieces first, first + stride, ... of a group that are merged together. */
-typedef struct fv_lean_pieces {
-    uint32_t share; /* in which the group begins */
-    uint32_t first, stride, n;
-} fv_lean_pieces_t;
+/* Some pieces' sum at four columns of a row. */
+typedef struct fv_lean_sum {
+    float4 o;
+    float m, l;
+} fv_lean_sum_t;
 
-static __device__ __forceinline__ uint64_t fv_lean_piece_slot(const fv_lean_pieces_t &pieces,
-                                                              uint32_t i)
+/* Pieces at, at + stride, ... of n join the sum: loads first, then arithmetic, without branches between. */
+static __device__ __forceinline__ void fv_lean_sum_batch(fv_lean_sum_t *sum,
+                                                         const float *o,
+                                                         const float *ml,
+                                                         uint64_t o_slot,
+                                                         uint64_t ml_slot,
+                                                         const fv_lean_group_t &group,
+                                                         uint32_t at,
+                                                         uint32_t stride)
 {
-    const uint32_t piece = pieces.first + i * pieces.stride;
+    float4 piece_o[FV_LEAN_AT_ONCE];
+    float2 piece_ml[FV_LEAN_AT_ONCE];
+    float top = sum->m;
 
-    return 2U * (uint64_t)(pieces.share + piece) + ((piece == 0) ? 1U : 0U);
+#pragma unroll
+    for (uint32_t i = 0; i < FV_LEAN_AT_ONCE; i++) {
+        const uint32_t piece = at + i * stride;
+        const uint64_t slot = fv_lean_piece_slot(group.first, piece);
+        const bool is_there = piece < group.n_pieces;
+
+        piece_o[i] = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+        piece_ml[i] = make_float2(-INFINITY, 0.0F);
+        fv_load2_if(&piece_ml[i], ml + slot * ml_slot, is_there);
+        fv_load4_if(&piece_o[i], o + slot * o_slot, is_there);
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < FV_LEAN_AT_ONCE; i++) {
+        top = fmaxf(top, piece_ml[i].x);
+    }
+    const float alpha = fv_lean_weight(sum->m, top);
+
+    sum->o = fv_lean_scale(sum->o, alpha);
+    sum->l *= alpha;
+    sum->m = top;
+#pragma unroll
+    for (uint32_t i = 0; i < FV_LEAN_AT_ONCE; i++) {
+        const float w = fv_lean_weight(piece_ml[i].x, top);
+
+        sum->l += w * piece_ml[i].y;
+        fv_lean_add(&sum->o, w, piece_o[i]);
+    }
 }
 
-/* Weights 2^(m - top) of each piece and row to s->pass [n, n_rows], top and sum of l to s->m, s->l. */
-static __device__ __forceinline__ void
-fv_lean_merge_weights(const fv_lean_launch_t &p, fv_lean_smem_t *s, const fv_lean_pieces_t &pieces)
+static __device__ __forceinline__ void fv_lean_sum_join(fv_lean_sum_t *sum,
+                                                        const fv_lean_sum_t &more)
 {
-    const uint32_t n_rows = (uint32_t)s->run.n_rows;
-    float *m = &s->pass[0][0][0];
-    float *l = m + FV_LEAN_PASS_ELEMS / 2;
+    const float top = fmaxf(sum->m, more.m);
+    const float w = fv_lean_weight(sum->m, top);
+    const float w_more = fv_lean_weight(more.m, top);
 
-    for (uint32_t i = threadIdx.x; i < pieces.n * n_rows; i += FV_LEAN_COMPUTE) {
-        const uint32_t piece = i / n_rows;
-        const float *ml = p.slot_ml +
-                          fv_lean_piece_slot(pieces, piece) * 2U * (uint64_t)p.slot_rows + i -
-                          piece * n_rows;
-
-        m[i] = __ldcg(ml);
-        l[i] = __ldcg(ml + p.slot_rows);
-    }
-    fv_bar_sync(1, FV_LEAN_COMPUTE);
-    for (uint32_t row = threadIdx.x >> 5U; row < n_rows; row += FV_LEAN_WARPS) {
-        float top = -INFINITY;
-        float sum = 0.0F;
-
-        for (uint32_t i = threadIdx.x & 31U; i < pieces.n; i += 32U) {
-            top = fmaxf(top, m[i * n_rows + row]);
-        }
-#pragma unroll
-        for (int lane = 16; lane > 0; lane /= 2) {
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffU, top, lane));
-        }
-        for (uint32_t i = threadIdx.x & 31U; i < pieces.n; i += 32U) {
-            const float w = fv_lean_weight(m[i * n_rows + row], top);
-
-            m[i * n_rows + row] = w;
-            sum += w * l[i * n_rows + row];
-        }
-#pragma unroll
-        for (int lane = 16; lane > 0; lane /= 2) {
-            sum += __shfl_xor_sync(0xffffffffU, sum, lane);
-        }
-        if ((threadIdx.x & 31U) == 0) {
-            s->m[row] = top;
-            s->l[row] = sum;
-        }
-    }
-    fv_bar_sync(1, FV_LEAN_COMPUTE);
+    sum->o = fv_lean_scale(sum->o, w);
+    fv_lean_add(&sum->o, w_more, more.o);
+    sum->l = sum->l * w + more.l * w_more;
+    sum->m = top;
 }
 
-/* All of `pieces` are there: they become rows of the result, or one piece in the first one's slot. */
-static __device__ __noinline__ void fv_lean_merge(const fv_lean_launch_t &p,
-                                                  fv_lean_smem_t *s,
-                                                  int32_t head,
-                                                  const fv_lean_pieces_t &pieces,
-                                                  bool is_final)
+/* Sums of the lanes whose numbers differ in bit `lanes`. */
+static __device__ __forceinline__ void fv_lean_sum_lanes(fv_lean_sum_t *sum, int lanes)
 {
-    const int32_t dv = p.head_dim_v;
-    const int32_t quads = dv / 4;
-    const uint64_t slot_elems = (uint64_t)p.slot_rows * (uint64_t)dv;
-    const uint64_t out = fv_lean_piece_slot(pieces, 0);
-    const float *weights = &s->pass[0][0][0];
+    fv_lean_sum_t more;
 
-    fv_lean_merge_weights(p, s, pieces);
-    for (int32_t i = (int32_t)threadIdx.x; i < s->run.n_rows * quads; i += FV_LEAN_COMPUTE) {
-        const int32_t row = i / quads;
-        const int32_t col = (i - row * quads) * 4;
-        const float *o_row = p.slot_o + (uint64_t)row * (uint64_t)dv + col;
-        float4 sum = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+    more.o.x = __shfl_xor_sync(0xffffffffU, sum->o.x, lanes);
+    more.o.y = __shfl_xor_sync(0xffffffffU, sum->o.y, lanes);
+    more.o.z = __shfl_xor_sync(0xffffffffU, sum->o.z, lanes);
+    more.o.w = __shfl_xor_sync(0xffffffffU, sum->o.w, lanes);
+    more.m = __shfl_xor_sync(0xffffffffU, sum->m, lanes);
+    more.l = __shfl_xor_sync(0xffffffffU, sum->l, lanes);
+    fv_lean_sum_join(sum, more);
+}
 
-        for (uint32_t j0 = 0; j0 < pieces.n; j0 += FV_LEAN_AT_ONCE) {
-            float4 o[FV_LEAN_AT_ONCE];
+/* One thread: waits until the late group is complete. */
+static __device__ __forceinline__ void fv_lean_await(const fv_lean_launch_t &p,
+                                                     const fv_lean_late_t &late)
+{
+    while (fv_load_acquire(p.arrived + late.first) < late.n_pieces) {
+    }
+}
 
+/* One thread: a unit has seen the group complete. The last of them puts the counter back. */
+static __device__ __forceinline__ void fv_lean_depart(const fv_lean_launch_t &p,
+                                                      const fv_lean_late_t &late)
+{
+    uint32_t *counter = p.arrived + late.first;
+
+    if (atomicAdd(counter, 1U) + 1U == late.n_pieces + late.n_units) {
+        *counter = 0;
+    }
+}
+
+/* The team's sums of 8 x 4 columns, one for each warp, become one in the first warp's lanes 0 to 7. */
+static __device__ __forceinline__ void fv_lean_sum_warps(fv_lean_sum_t *sum, fv_lean_smem_t *s)
+{
+    float4(*o)[8] = s->part_o[fv_lean_team()];
+    float2(*ml)[8] = s->part_ml[fv_lean_team()];
+    const uint32_t lane = threadIdx.x & 31U;
+
+    if (lane < 8U) {
+        o[fv_lean_warp()][lane] = sum->o;
+        ml[fv_lean_warp()][lane] = make_float2(sum->m, sum->l);
+    }
+    fv_lean_sync_team();
+    if (fv_lean_thread() < 8U) {
 #pragma unroll
-            for (uint32_t j = 0; j < FV_LEAN_AT_ONCE; j++) { /* no branch between loads */
-                const uint64_t slot = fv_lean_piece_slot(pieces, min(j0 + j, pieces.n - 1U));
-
-                o[j] = __ldcg((const float4 *)(o_row + slot * slot_elems));
-            }
-#pragma unroll
-            for (uint32_t j = 0; j < FV_LEAN_AT_ONCE; j++) {
-                const uint32_t i_piece = min(j0 + j, pieces.n - 1U);
-                const float w = weights[i_piece * (uint32_t)s->run.n_rows + (uint32_t)row];
-                const bool is_there = j0 + j < pieces.n;
-
-                sum.x += is_there ? (w * o[j].x) : 0.0F;
-                sum.y += is_there ? (w * o[j].y) : 0.0F;
-                sum.z += is_there ? (w * o[j].z) : 0.0F;
-                sum.w += is_there ? (w * o[j].w) : 0.0F;
-            }
+        for (int w = 1; w < FV_LEAN_WARPS; w++) {
+            fv_lean_sum_join(sum, {o[w][lane], ml[w][lane].x, ml[w][lane].y});
         }
-        if (is_final) {
-            fv_lean_write(s->run, head, row, dv, col,
-                          fv_lean_scale(sum, fv_lean_inverse(s->l[row])),
-                          s->m[row] + log2f(s->l[row]));
-            continue;
+    }
+}
+
+/*
+ * One team: columns of 4 from quad0 on, FV_LEAN_UNIT_THREADS / split of them. Its pieces are there, or are waited for
+ * as `late` says. 4 threads that share columns are 8 lanes apart, 16 are in all four warps.
+ */
+static __device__ __noinline__ void fv_lean_merge_unit(const fv_lean_launch_t &p,
+                                                       fv_lean_smem_t *s,
+                                                       const fv_lean_run_t &run,
+                                                       const fv_lean_group_t &group,
+                                                       uint32_t quad0,
+                                                       uint32_t split,
+                                                       const fv_lean_late_t *late)
+{
+    const uint32_t thread = fv_lean_thread();
+    const uint32_t lane = thread & 31U;
+    const uint32_t own =
+        (split == 1U) ? thread : ((lane & 7U) + ((split == 4U) ? (fv_lean_warp() * 8U) : 0U));
+    const uint32_t share =
+        (split == 1U) ? 0U : ((lane >> 3U) + ((split == 4U) ? 0U : (fv_lean_warp() * 4U)));
+    const uint32_t quads = (uint32_t)p.head_dim_v / 4U;
+    const bool is_there = quad0 + own < (uint32_t)run.n_rows * quads;
+    const uint32_t row = is_there ? ((quad0 + own) / quads) : 0U;
+    const uint32_t col = is_there ? ((quad0 + own - row * quads) * 4U) : 0U;
+    const float *o = p.slot_o + (uint64_t)row * (uint64_t)p.head_dim_v + col;
+    const fv_lean_target_t target =
+        fv_lean_find_target(run, group.head, (int32_t)row, p.head_dim_v);
+    fv_lean_sum_t sum = {make_float4(0.0F, 0.0F, 0.0F, 0.0F), -INFINITY, 0.0F};
+
+    if (late != NULL) {
+        if (thread == 0) {
+            fv_lean_await(p, *late);
         }
-        *(float4 *)(p.slot_o + out * slot_elems + (uint64_t)row * (uint64_t)dv + col) = sum;
+        fv_lean_sync_team();
+        FV_LEAN_MARK(p, 5);
+        if (thread == 96U) { /* beside the merging, not before it */
+            fv_lean_depart(p, *late);
+        }
+    }
+    for (uint32_t at = share; is_there && (at < group.n_pieces); at += split * FV_LEAN_AT_ONCE) {
+        fv_lean_sum_batch(&sum, o, p.slot_ml + 2U * row,
+                          (uint64_t)p.slot_rows * (uint64_t)p.head_dim_v,
+                          2U * (uint64_t)p.slot_rows, group, at, split);
+    }
+    if (split > 1U) {
+        fv_lean_sum_lanes(&sum, 8);
+        fv_lean_sum_lanes(&sum, 16);
+    }
+    if (split > 4U) {
+        fv_lean_sum_warps(&sum, s);
+    }
+    if (is_there && ((split == 1U) || (lane < 8U)) && ((split <= 4U) || (thread < 8U))) {
+        fv_lean_write(target, (int32_t)col, fv_lean_scale(sum.o, fv_lean_inverse(sum.l)));
         if (col == 0) {
-            float *ml = p.slot_ml + out * 2U * (uint64_t)p.slot_rows + row;
-
-            ml[0] = s->m[row];
-            ml[p.slot_rows] = s->l[row];
+            fv_lean_write_lse(target, sum.m + log2f(sum.l));
         }
     }
 }
 
-/* What this thread block wrote is there for all; true for the CTA that is the n-th at the counter. */
-static __device__ __forceinline__ bool
-fv_lean_is_last(fv_lean_smem_t *s, uint32_t *counter, uint32_t n)
+/* The first team: the piece is in its slot, for all its threads: it is counted. n_pieces as in the share. */
+static __device__ __forceinline__ void
+fv_lean_arrive(const fv_lean_launch_t &p, fv_lean_smem_t *s, const fv_lean_group_t &cut)
 {
-    __threadfence(); /* what was written, before the counter */
-    fv_bar_sync(1, FV_LEAN_COMPUTE);
+    const fv_lean_group_t group = {cut.head, cut.first, cut.n_pieces & ~FV_LEAN_LATE};
+    uint32_t *counter = p.arrived + cut.first;
+
+    fv_lean_sync_team(); /* all have written */
+    if ((cut.n_pieces & FV_LEAN_LATE) != 0) {
+        if (threadIdx.x == 0) {
+            fv_add_release(counter);
+        }
+        return;
+    }
     if (threadIdx.x == 0) {
-        s->is_last = (atomicAdd(counter, 1U) + 1U == n) ? 1U : 0U;
+        s->is_last = (fv_add_acq_rel(counter) + 1U == group.n_pieces) ? 1U : 0U;
         if (s->is_last != 0) {
             *counter = 0;
         }
-        __threadfence(); /* the counter, before what others wrote */
     }
-    fv_bar_sync(1, FV_LEAN_COMPUTE);
-    return s->is_last != 0;
+    fv_lean_sync_team();
+    if (s->is_last == 0) {
+        return;
+    }
+    for (uint32_t quad = 0; quad < (uint32_t)(s->run.n_rows * p.head_dim_v / 4);
+         quad += FV_LEAN_UNIT_THREADS) {
+        fv_lean_merge_unit(p, s, s->run, group, quad, 1U, NULL);
+    }
 }
 
-/* This CTA's piece is in its slot. Level by level, as long as it is the last to come. */
-static __device__ __forceinline__ void fv_lean_arrive(const fv_lean_launch_t &p,
-                                                      fv_lean_smem_t *s,
-                                                      int32_t head,
-                                                      const fv_lean_piece_place_t &place)
+/* This CTA has no more shares: each team's units of the late groups. Of the first all is in shared memory already. */
+template <int TEAMS>
+static __device__ __forceinline__ void fv_lean_merge_late(const fv_lean_launch_t &p,
+                                                          fv_lean_smem_t *s)
 {
-    const uint32_t fits = (uint32_t)FV_LEAN_PASS_ELEMS / 2U / (uint32_t)s->run.n_rows;
-    uint32_t n = place.n_pieces;                /* of this level */
-    uint32_t piece = place.share - place.first; /* this one, of the level's */
-    uint32_t stride = 1;                        /* original pieces of one of the level's */
-    uint32_t *arrived = p.arrived;
+    const uint32_t team = fv_lean_team();
+    fv_lean_late_t *late = &s->late[team];
+    fv_lean_run_t *run = &s->late_run[team];
 
-    for (;;) {
-        const uint32_t chunk = (n <= min(fits, FV_LEAN_FLAT_MAX)) ? n : FV_LEAN_CHUNK;
-        const uint32_t begin = piece / chunk * chunk;
-        const fv_lean_pieces_t pieces = {place.first, begin * stride, stride,
-                                         min(chunk, n - begin)};
+    for (uint32_t u = blockIdx.x + team * p.n_ctas; u < p.n_late_units; u += TEAMS * p.n_ctas) {
+        if (u >= TEAMS * p.n_ctas) {
+            const uint32_t at = fv_lean_find_late(p, u);
 
-        if (!fv_lean_is_last(s, arrived + fv_lean_piece_slot(pieces, 0), pieces.n)) {
-            return;
+            fv_lean_sync_team(); /* all are done with the unit before */
+            if (fv_lean_thread() == 0) {
+                *late = p.late[at];
+            }
+            for (uint32_t i = fv_lean_thread(); i < sizeof(fv_lean_run_t) / 8U; i += FV_LEAN_TEAM) {
+                ((uint64_t *)run)[i] = ((const uint64_t *)(p.runs + p.late[at].run))[i];
+            }
+            fv_lean_sync_team();
         }
-        fv_lean_merge(p, s, head, pieces, chunk == n);
-        if (chunk == n) {
-            return;
-        }
-        n = (n + chunk - 1U) / chunk;
-        piece /= chunk;
-        stride *= chunk;
-        arrived += 2U * p.n_shares;
+        const fv_lean_group_t group = {late->head, late->first, late->n_pieces};
+        const uint32_t n_own = FV_LEAN_UNIT_THREADS / late->split;
+
+        fv_lean_merge_unit(p, s, *run, group, (u - late->unit_begin) * n_own, late->split, late);
     }
 }
 

@@ -6,30 +6,37 @@
  * Arithmetic on the host, some ns for each share: where it begins on the line, and how many pieces the groups have that
  * its borders cut (lean_cuda.h).
  */
-#include "kernels/lean_plan_cuda.h"
-
 #include "kernels/backend_cuda.h"
 #include "kernels/lean_cuda_launch.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#define CTAS_PER_SM_MAX  2
-#define CTA_RESERVED     1024U /* bytes of shared memory that the driver takes of each CTA */
-#define RING_SLOTS_MIN   4U
-#define ROUNDS_TILES_MIN 24U /* tiles for each CTA from which shares come in rounds */
-#define MANY_ROWS_ROUNDS 96U /* the same where a piece has over 16 rows: merging costs more */
-#define MANY_ROWS_TILES  4U  /* and a share has at least so many tiles */
-#define SHARE_TILES_MIN  3U  /* of a round but the last */
+#define CTAS_PER_SM_MAX 2
+#define CTA_RESERVED    1024U /* bytes of shared memory that the driver takes of each CTA */
+#define RING_SLOTS_MIN  4U
+
+static const fv_lean_tuning_t k_tuning = {
+    .ctas_max = {CTAS_PER_SM_MAX, CTAS_PER_SM_MAX},
+    .bytes_ahead = 64U << 10U,
+    .rounds_min = {200, 800},
+    .first_percent = 90,
+    .tail_tiles = {8, 8},
+    .prefill_tiles = 4,
+    .early_bytes = 64U << 10U,
+    .tail_bytes = 16U << 10U,
+    .is_cooperative = 1,
+    .is_direct = 1,
+};
 
 static size_t counters(const fv_backend_t *backend)
 {
-    return FV_LEAN_LEVELS * 2U * (size_t)backend->shares_max + 1U;
+    return (size_t)backend->shares_max + 1U;
 }
 
 fv_status_t fv_lean_plan_init(fv_backend_t *backend)
 {
-    backend->ctas_max = CTAS_PER_SM_MAX;
+    backend->tuning = k_tuning;
     backend->shares_max = backend->n_sms * CTAS_PER_SM_MAX * FV_LEAN_SHARES_MAX;
     backend->begins = calloc((size_t)backend->shares_max + 1U, sizeof(*backend->begins));
     if (backend->begins == NULL) {
@@ -58,7 +65,10 @@ size_t fv_lean_plan_device_bytes(const fv_backend_t *backend)
 
 size_t fv_lean_plan_stage_bytes(const fv_backend_t *backend)
 {
-    return FV_CUDA_STAGE_BYTES((size_t)backend->shares_max * sizeof(fv_lean_share_t));
+    const size_t n = (size_t)backend->shares_max;
+
+    return FV_CUDA_STAGE_BYTES(n * sizeof(fv_lean_share_t)) +
+           FV_CUDA_STAGE_BYTES(n * sizeof(fv_lean_late_t));
 }
 
 /* Shared memory: as many ring slots as two CTAs of an SM can have, or one CTA if those are too few. */
@@ -67,13 +77,16 @@ static fv_status_t set_ring(const fv_backend_t *backend,
                             fv_lean_launch_t *launch,
                             int32_t *ctas)
 {
-    const uint32_t fixed =
-        fv_lean_cuda_fixed_bytes(launch->head_dim_qk, launch->m_warps, draft->n_q_parts) +
-        CTA_RESERVED;
+    const uint32_t fixed = fv_lean_cuda_fixed_bytes(launch->head_dim_qk, launch->head_dim_v,
+                                                    launch->m_warps, draft->n_q_parts) +
+                           CTA_RESERVED;
     uint32_t n_slots = 0;
+    int32_t most = 0;
 
-    *ctas = fv_lean_cuda_ctas(launch->kind, launch->m_warps, launch->head_dim_v);
-    *ctas = (*ctas < backend->ctas_max) ? *ctas : backend->ctas_max;
+    *ctas =
+        fv_lean_cuda_ctas(launch->kind, launch->m_warps, launch->head_dim_v, launch->is_exact != 0);
+    most = (int32_t)backend->tuning.ctas_max[(launch->m_warps == 1) ? 0 : 1];
+    *ctas = (*ctas < most) ? *ctas : most;
     for (; *ctas >= 1; (*ctas)--) {
         const uint32_t each = (uint32_t)backend->smem_per_sm / (uint32_t)*ctas;
 
@@ -88,36 +101,55 @@ static fv_status_t set_ring(const fv_backend_t *backend,
                        launch->head_dim_qk, launch->head_dim_v);
     }
     n_slots = (n_slots < FV_LEAN_SLOTS_MAX) ? n_slots : FV_LEAN_SLOTS_MAX;
+    if ((fv_lean_cuda_teams(launch->m_warps, launch->is_exact != 0) == 2) && (n_slots > 4U)) {
+        /* an even number of tiles: a slot is one team's within a piece, which so has seen each of its phases */
+        n_slots -= n_slots % 4U;
+    }
     launch->ring_slots = (int32_t)n_slots;
+    launch->tiles_ahead = backend->tuning.bytes_ahead / (2U * launch->slot_bytes * (uint32_t)*ctas);
+    launch->tiles_ahead = (launch->tiles_ahead > 2U) ? launch->tiles_ahead : 2U;
+    launch->tiles_ahead =
+        (launch->tiles_ahead < n_slots / 2U) ? launch->tiles_ahead : (n_slots / 2U);
     launch->smem_bytes = fixed - CTA_RESERVED + n_slots * launch->slot_bytes;
     return FV_OK;
 }
 
 /*
- * Tiles of each share of a round: 3/4 of the line in the first, then half of what is left each time, down to
- * SHARE_TILES_MIN. 0: the rest, in equal shares. A short line is one round, and so is prefill, whose pieces are large.
+ * Tiles of each share of a round: most of the line in the first, then half of what is left each time. 0: the rest, in
+ * equal shares. A short line is one round, and so is prefill, whose pieces are large.
  */
-static uint32_t share_tiles(uint32_t left, uint32_t n_ctas, bool is_first, int32_t m_warps)
+static uint32_t share_tiles(const fv_lean_tuning_t *tuning,
+                            uint32_t left,
+                            uint32_t n_ctas,
+                            bool is_first,
+                            int32_t m_warps)
 {
     const uint32_t all = (uint32_t)fv_div_up(left, n_ctas);
-    const uint32_t least = (m_warps == 1) ? ROUNDS_TILES_MIN : MANY_ROWS_ROUNDS;
+    const int many = (m_warps == 1) ? 0 : 1;
+    const uint32_t least = 2U * tuning->tail_tiles[many];
 
-    if ((m_warps == 4) || (all < (is_first ? least : 2U * SHARE_TILES_MIN))) {
+    if ((m_warps == 4) || (all < (is_first ? tuning->rounds_min[many] : least))) {
         return 0;
     }
-    return is_first ? (left / n_ctas * 3U / 4U) : (all / 2U);
+    return is_first ? (uint32_t)((uint64_t)(left / n_ctas) * tuning->first_percent / 100U)
+                    : (all / 2U);
 }
 
 /* Where each share begins; returns how many there are. begins [FV_LEAN_SHARES_MAX * n_ctas + 1]. */
-static uint32_t cut_line(uint32_t n_tiles, uint32_t n_ctas, int32_t m_warps, uint32_t *begins)
+static uint32_t cut_line(const fv_lean_tuning_t *tuning,
+                         uint32_t n_tiles,
+                         uint32_t n_ctas,
+                         int32_t m_warps,
+                         uint32_t *begins)
 {
     uint32_t n = 0;
     uint32_t at = 0;
 
     for (int round = 0; at < n_tiles; round++) {
         const uint32_t left = n_tiles - at;
-        const uint32_t each =
-            (round == FV_LEAN_SHARES_MAX - 1) ? 0U : share_tiles(left, n_ctas, round == 0, m_warps);
+        const uint32_t each = (round == FV_LEAN_SHARES_MAX - 1)
+                                  ? 0U
+                                  : share_tiles(tuning, left, n_ctas, round == 0, m_warps);
         const uint32_t here = (left < n_ctas) ? left : n_ctas;
 
         for (uint32_t i = 0; i < here; i++) {
@@ -155,6 +187,32 @@ static void count_pieces(const fv_lean_run_t *runs,
     }
 }
 
+/*
+ * A share of the first round names its first pages (those of one stretch of the tile list stand side by side) and its
+ * Q, so that both are under way before its run is read.
+ */
+static void
+set_direct(const fv_lean_launch_t *launch, const fv_lean_run_t *run, fv_lean_share_t *share)
+{
+    const int32_t n_a = run->tiles.a_end - run->tiles.a_begin;
+    const bool is_a = share->tile < n_a;
+    const int32_t page =
+        is_a ? (run->tiles.a_begin + share->tile) : (run->tiles.b_begin + (share->tile - n_a));
+    const int32_t left = (is_a ? n_a : run->n_tiles) - share->tile;
+
+    if ((run->is_empty == 0) && !FV_TILES_S2(&run->query)) {
+        share->pages = run->pages + (size_t)share->head * (size_t)run->pages_stride +
+                       fv_lean_page_index(run, page);
+        share->n_direct = (uint32_t)((left < share->n_tiles) ? left : share->n_tiles);
+    }
+    /* rows of the first token; Q as wide as K */
+    if ((launch->is_exact != 0) && (run->row_begin + run->n_rows <= run->group)) {
+        share->q =
+            run->q + (size_t)(share->head * run->group + run->row_begin) * (size_t)launch->k_bytes;
+        share->n_q_rows = (uint32_t)run->n_rows;
+    }
+}
+
 /* Cuts the line of a draft; its runs are complete. */
 static void make_shares(fv_backend_t *backend,
                         const fv_lean_draft_t *draft,
@@ -162,17 +220,20 @@ static void make_shares(fv_backend_t *backend,
                         uint32_t n_ctas)
 {
     const fv_lean_run_t *runs = fv_cuda_on_host(backend, draft->runs);
+    const fv_lean_tuning_t *tuning = &backend->tuning;
     const uint32_t *begins = backend->begins;
     fv_lean_share_t *shares = NULL;
+    fv_lean_late_t *late = NULL;
     size_t offset = 0;
     uint32_t most = 0;
     uint32_t r = 0;
 
     launch->n_tiles = (uint32_t)draft->n_tiles;
-    most = (launch->m_warps == 1) ? launch->n_tiles
-                                  : (uint32_t)fv_div_up(launch->n_tiles, MANY_ROWS_TILES);
+    most = (launch->m_warps < 4) ? launch->n_tiles
+                                 : (uint32_t)fv_div_up(launch->n_tiles, tuning->prefill_tiles);
     launch->n_ctas = (most < n_ctas) ? most : n_ctas;
-    launch->n_shares = cut_line(launch->n_tiles, launch->n_ctas, launch->m_warps, backend->begins);
+    launch->n_shares =
+        cut_line(tuning, launch->n_tiles, launch->n_ctas, launch->m_warps, backend->begins);
     offset = fv_cuda_stage(backend, launch->n_shares * sizeof(*shares));
     launch->shares = fv_cuda_on_device(backend, offset);
     shares = fv_cuda_on_host(backend, offset);
@@ -187,8 +248,17 @@ static void make_shares(fv_backend_t *backend,
         shares[s].head = (int32_t)(at / (uint32_t)runs[r].n_tiles);
         shares[s].tile = (int32_t)(at % (uint32_t)runs[r].n_tiles);
         shares[s].n_tiles = (int32_t)(begins[s + 1U] - begins[s]);
+        if ((s < launch->n_ctas) && (tuning->is_direct != 0)) {
+            set_direct(launch, &runs[r], &shares[s]);
+        }
     }
     count_pieces(runs, begins, shares, launch->n_shares);
+    offset = fv_cuda_stage(backend, launch->n_shares * sizeof(*late));
+    launch->late = fv_cuda_on_device(backend, offset);
+    late = fv_cuda_on_host(backend, offset);
+    fv_lean_plan_late(tuning, launch, runs, shares, late);
+    launch->is_dependent = (int32_t)tuning->is_dependent;
+    launch->is_cooperative = ((launch->n_late > 0) && (tuning->is_cooperative == 1U)) ? 1 : 0;
 }
 
 /* Slots for the pieces of cut groups, of this launch's shape. */
@@ -235,9 +305,11 @@ fv_status_t fv_lean_plan(fv_backend_t *backend, const fv_lean_draft_t *draft)
     launch.v_xor = v.mask;
     launch.slot_bytes =
         FV_PAGE_TOKENS * ((launch.k_bytes > launch.v_bytes) ? launch.k_bytes : launch.v_bytes);
-    FV_RETURN_IF_ERR(set_ring(backend, draft, &launch, &ctas));
-    launch.is_exact = (draft->n_q_parts == 1) && (g->head_dim_qk == g->head_dim_v) &&
+    /* K and V as the tensor cores take them, Q too: no other kind has such a kernel */
+    launch.is_exact = ((g->kind == (int32_t)FV_LEAN_BF16) || (g->kind == (int32_t)FV_LEAN_F16)) &&
+                      (draft->n_q_parts == 1) && (g->head_dim_qk == g->head_dim_v) &&
                       ((g->head_dim_v == 64) || (g->head_dim_v == 128));
+    FV_RETURN_IF_ERR(set_ring(backend, draft, &launch, &ctas));
     make_shares(backend, draft, &launch, (uint32_t)(backend->n_sms * ctas));
     FV_RETURN_IF_ERR(reserve_slots(backend, &launch));
     FV_RETURN_IF_ERR(fv_cuda_grow((void **)&backend->launches, &backend->launches_max,
@@ -253,7 +325,7 @@ void fv_lean_plan_finish(fv_backend_t *backend)
         fv_lean_launch_t *launch = &backend->launches[i];
 
         launch->arrived = backend->arrived;
-        launch->claimed = backend->arrived + FV_LEAN_LEVELS * 2U * (size_t)backend->shares_max;
+        launch->claimed = backend->arrived + backend->shares_max;
         launch->slot_o = backend->slots;
         launch->slot_ml = backend->slots + 2U * (size_t)launch->n_shares *
                                                (size_t)launch->slot_rows *

@@ -5,6 +5,7 @@
 #define FV_KERNELS_LEAN_PLAN_CUDA_H
 
 #include "kernels/kernels.h"
+#include "kernels/lean_cuda.h"
 
 /* Items with the same geometry go into one launch. */
 typedef struct fv_lean_geometry {
@@ -21,6 +22,23 @@ typedef struct fv_lean_draft {
     int32_t n_q_parts, rows_max; /* most of any run */
 } fv_lean_draft_t;
 
+/* How lines are cut and groups merged: set by fv_lean_plan_init() to what measured best; others only for measuring. */
+typedef struct fv_lean_tuning {
+    uint32_t ctas_max[2]; /* of an SM: up to 16 rows, more */
+    uint32_t bytes_ahead; /* of K and V under way on an SM, but at least 2 tiles of each CTA */
+    uint32_t rounds_min
+        [2]; /* tiles for each CTA from which shares come in rounds: up to 16 rows, to 32 */
+    uint32_t first_percent; /* of the line in the first round */
+    uint32_t tail_tiles[2]; /* least of a share of later rounds: up to 16 rows, to 32 */
+    uint32_t prefill_tiles; /* least of a share of more than 32 rows */
+    uint32_t early_bytes;   /* of a group's pieces, most that its last arriver merges */
+    uint32_t tail_bytes;    /* the same where the group ends in the last shares */
+    uint32_t
+        is_cooperative; /* 0: no late merging; 2: late, but nobody promises that CTAs run together */
+    uint32_t is_direct;    /* 0: no pages and no Q in shares */
+    uint32_t is_dependent; /* launches may overlap what is ahead of them in the stream */
+} fv_lean_tuning_t;
+
 /* Device memory for pieces and their counters; `backend` knows its device and stream. */
 FV_MUST_CHECK fv_status_t fv_lean_plan_init(fv_backend_t *backend);
 void fv_lean_plan_free(fv_backend_t *backend);
@@ -35,5 +53,12 @@ size_t fv_lean_plan_stage_bytes(const fv_backend_t *backend);
  */
 FV_MUST_CHECK fv_status_t fv_lean_plan(fv_backend_t *backend, const fv_lean_draft_t *draft);
 void fv_lean_plan_finish(fv_backend_t *backend);
+
+/* Marks the shares of late groups and lists these groups: late [n_shares]. lean_late_cuda.c */
+void fv_lean_plan_late(const fv_lean_tuning_t *tuning,
+                       fv_lean_launch_t *launch,
+                       const fv_lean_run_t *runs,
+                       fv_lean_share_t *shares,
+                       fv_lean_late_t *late);
 
 #endif /* FV_KERNELS_LEAN_PLAN_CUDA_H */

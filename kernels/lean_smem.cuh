@@ -9,11 +9,8 @@
 #include "kernels/lean_cuda.h"
 #include "kernels/ptx.cuh"
 
-#define FV_LEAN_THREADS    (32 * (FV_LEAN_WARPS + 1))
-#define FV_LEAN_COMPUTE    (32 * FV_LEAN_WARPS)
-#define FV_LEAN_PASS_COLS  64 /* columns of O that pass through shared memory at once */
-#define FV_LEAN_PASS_ROWS  8
-#define FV_LEAN_PASS_PITCH 72 /* floats: 8 rows x 4 float2 hit different banks */
+#define FV_LEAN_TEAM  (32 * FV_LEAN_WARPS) /* threads */
+#define FV_LEAN_QUEUE 8                    /* shares between claiming and computing */
 
 /* What the copying warp tells the computing ones of a tile, beside its bytes. */
 typedef struct fv_lean_tile {
@@ -25,17 +22,21 @@ typedef struct fv_lean_tile {
 typedef struct fv_lean_smem {
     uint64_t full[FV_LEAN_SLOTS_MAX], empty[FV_LEAN_SLOTS_MAX];
     fv_lean_tile_t tile[FV_LEAN_SLOTS_MAX]; /* of the K that lies in that slot */
+    /* Shares on their way from the copying warp, which claims them, to the computing ones; n_tiles 0: no more. */
+    uint64_t share_full[FV_LEAN_QUEUE], share_empty[FV_LEAN_QUEUE];
+    fv_lean_share_t share[FV_LEAN_QUEUE];
     fv_lean_run_t run;
     fv_row_range_t ranges[FV_LEAN_ROWS_MAX];
     float m[FV_LEAN_ROWS_MAX], l[FV_LEAN_ROWS_MAX]; /* [4 / m_warps][16 m_warps] */
-    float pass[FV_LEAN_WARPS][FV_LEAN_PASS_ROWS][FV_LEAN_PASS_PITCH];
+    float2 fold_ml[FV_LEAN_TEAM];                   /* (m, l) of the second team's threads */
+    fv_lean_late_t late[2];                         /* of each team's late unit */
+    fv_lean_run_t late_run[2];
+    float4 part_o[2][FV_LEAN_WARPS][8]; /* of each team's unit: each warp's sums of 8 x 4 columns */
+    float2 part_ml[2][FV_LEAN_WARPS][8];
     uint32_t is_last;
-    /* Shares on their way from the copying warp, which claims them, to the computing ones; n_tiles 0: no more. */
-    uint64_t share_full[2], share_empty[2];
-    fv_lean_share_t share[2];
 } fv_lean_smem_t;
 
-/* Bytes before the Q parts and the ring: both are 128-byte aligned. */
+/* Bytes before the Q parts, what is joined (lean_out.cuh) and the ring: all are 128-byte aligned. */
 #define FV_LEAN_SMEM_FIXED ((uint32_t)((sizeof(fv_lean_smem_t) + 127U) / 128U * 128U))
 
 /* Elements of one row of Q in shared memory: an odd number of 16-byte chunks, free of bank conflicts. */
@@ -47,6 +48,39 @@ static inline FV_HD uint32_t fv_lean_q_pitch(uint32_t dk)
 static inline FV_HD uint32_t fv_lean_q_bytes(uint32_t dk, uint32_t n_rows, uint32_t n_parts)
 {
     return (fv_lean_q_pitch(dk) * 2U * n_rows * n_parts + 127U) / 128U * 128U;
+}
+
+/* Bytes through which warps hand each other 8 rows of their O: [FV_LEAN_WARPS][8, dv_max]. */
+static inline FV_HD FV_CONSTEXPR uint32_t fv_lean_join_bytes(int32_t m_warps, int32_t dv_max)
+{
+    return (m_warps == 4) ? 0U : (128U * (uint32_t)dv_max);
+}
+
+/* Which of the computing threads this is. */
+static __device__ __forceinline__ uint32_t fv_lean_team()
+{
+    return threadIdx.x / FV_LEAN_TEAM;
+}
+
+static __device__ __forceinline__ uint32_t fv_lean_thread()
+{
+    return threadIdx.x % FV_LEAN_TEAM;
+}
+
+static __device__ __forceinline__ uint32_t fv_lean_warp()
+{
+    return fv_lean_thread() / 32U;
+}
+
+/* All computing threads meet; those of one team do. */
+template <int TEAMS> static __device__ __forceinline__ void fv_lean_sync()
+{
+    fv_bar_sync(1, TEAMS * FV_LEAN_TEAM);
+}
+
+static __device__ __forceinline__ void fv_lean_sync_team()
+{
+    fv_bar_sync(2 + (int)fv_lean_team(), FV_LEAN_TEAM);
 }
 
 /* For measuring (FV_LEAN_TRACE): ns of the GPU's clock, written by the first computing thread. */
@@ -65,9 +99,18 @@ fv_lean_mark(const fv_lean_launch_t &p, uint32_t i, bool is_first)
         at[4] = sm;
     }
 }
-#    define FV_LEAN_MARK(p, i)       fv_lean_mark((p), (i), false)
-#    define FV_LEAN_MARK_FIRST(p, i) fv_lean_mark((p), (i), true)
+/* the same by the copying warp, once */
+static __device__ __forceinline__ void fv_lean_mark_copier(const fv_lean_launch_t &p, uint32_t i)
+{
+    if ((threadIdx.x == blockDim.x - 32U) && (p.trace != NULL)) {
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(p.trace[blockIdx.x * 8U + i]));
+    }
+}
+#    define FV_LEAN_MARK_COPIER(p, i) fv_lean_mark_copier((p), (i))
+#    define FV_LEAN_MARK(p, i)        fv_lean_mark((p), (i), false)
+#    define FV_LEAN_MARK_FIRST(p, i)  fv_lean_mark((p), (i), true)
 #else
+#    define FV_LEAN_MARK_COPIER(p, i)
 #    define FV_LEAN_MARK(p, i)
 #    define FV_LEAN_MARK_FIRST(p, i)
 #endif
@@ -77,7 +120,7 @@ fv_lean_mark(const fv_lean_launch_t &p, uint32_t i, bool is_first)
  * does not follow that; FV_LEAN_ALL_ARRIVE makes every lane arrive itself, which it does (docs/gpu.md).
  */
 #if defined(FV_LEAN_ALL_ARRIVE)
-#    define FV_LEAN_RELEASES FV_LEAN_COMPUTE
+#    define FV_LEAN_RELEASES FV_LEAN_TEAM
 #else
 #    define FV_LEAN_RELEASES FV_LEAN_WARPS
 #endif
@@ -85,7 +128,7 @@ fv_lean_mark(const fv_lean_launch_t &p, uint32_t i, bool is_first)
 static __device__ __forceinline__ void fv_lean_release(uint64_t *bar)
 {
     __syncwarp();
-    if ((FV_LEAN_RELEASES == FV_LEAN_COMPUTE) || ((threadIdx.x & 31U) == 0)) {
+    if ((FV_LEAN_RELEASES == FV_LEAN_TEAM) || ((threadIdx.x & 31U) == 0)) {
         fv_mbar_arrive(bar);
     }
 }
@@ -134,6 +177,20 @@ fv_lean_walk_next(fv_lean_walk_t *walk, int32_t n_tiles, int32_t n_kv_heads)
         walk->head = 0;
         walk->run++;
     }
+}
+
+/* The late group of unit u: the last whose units begin at or before it. All lanes of a warp. */
+static __device__ __forceinline__ uint32_t fv_lean_find_late(const fv_lean_launch_t &p, uint32_t u)
+{
+    uint32_t n = 0;
+
+    for (uint32_t begin = 0; begin < p.n_late; begin += 32U) {
+        const uint32_t i = begin + (threadIdx.x & 31U);
+
+        n += (uint32_t)__popc(
+            __ballot_sync(0xffffffffU, (i < p.n_late) && (p.late[i].unit_begin <= u)));
+    }
+    return n - 1U;
 }
 
 #endif /* FV_KERNELS_LEAN_SMEM_CUH */

@@ -60,16 +60,21 @@ static __device__ __forceinline__ void fv_lean_store4(uint8_t *at, int32_t dtype
     ((uint16_t *)at)[3] = (uint16_t)(high >> 16U);
 }
 
-/* Four finished columns of a row, normalised; lse_log2 goes with column 0. */
-static __device__ void fv_lean_write(const fv_lean_run_t &run,
-                                     int32_t head,
-                                     int32_t row,
-                                     int32_t dv,
-                                     int32_t col,
-                                     float4 o,
-                                     float lse_log2)
+/* Where a row's results go. */
+typedef struct fv_lean_target {
+    uint8_t *o; /* [dv] of dtype */
+    float *lse; /* or NULL: log2 units times lse_unit */
+    float lse_unit;
+    int32_t dtype;
+} fv_lean_target_t;
+
+static __device__ __forceinline__ fv_lean_target_t fv_lean_find_target(const fv_lean_run_t &run,
+                                                                       int32_t head,
+                                                                       int32_t row,
+                                                                       int32_t dv)
 {
     const fv_lean_row_t r = fv_lean_find_row(run, head, row);
+    fv_lean_target_t target;
 
     if (run.n_dst > 0) {
         const uint64_t index =
@@ -88,19 +93,35 @@ static __device__ void fv_lean_write(const fv_lean_run_t &run,
         }
         const uint64_t at = index - run.dst[low].row_begin;
 
-        fv_lean_store4((uint8_t *)(run.dst[low].o + at * (uint64_t)dv + col), FV_DTYPE_F32, o);
-        if (col == 0) {
-            run.dst[low].lse_log2[at] = lse_log2;
-        }
-        return;
+        target.o = (uint8_t *)(run.dst[low].o + at * (uint64_t)dv);
+        target.lse = run.dst[low].lse_log2 + at;
+        target.lse_unit = 1.0F;
+        target.dtype = FV_DTYPE_F32;
+        return target;
     }
     const uint64_t e = (run.io_dtype == FV_DTYPE_F32) ? 4U : 2U;
 
-    fv_lean_store4(run.out + (uint64_t)r.t * run.out_token_bytes +
-                       ((uint64_t)r.h * (uint64_t)dv + (uint64_t)col) * e,
-                   run.io_dtype, o);
-    if ((col == 0) && (run.lse != NULL)) {
-        run.lse[(uint64_t)r.t * run.lse_token_stride + (uint64_t)r.h] = lse_log2 * FV_LEAN_LN2;
+    target.o = run.out + (uint64_t)r.t * run.out_token_bytes + (uint64_t)r.h * (uint64_t)dv * e;
+    target.lse =
+        (run.lse == NULL) ? NULL : (run.lse + (uint64_t)r.t * run.lse_token_stride + (uint64_t)r.h);
+    target.lse_unit = FV_LEAN_LN2;
+    target.dtype = run.io_dtype;
+    return target;
+}
+
+/* Four finished columns. */
+static __device__ __forceinline__ void
+fv_lean_write(const fv_lean_target_t &target, int32_t col, float4 o)
+{
+    fv_lean_store4(target.o + (uint64_t)col * ((target.dtype == FV_DTYPE_F32) ? 4U : 2U),
+                   target.dtype, o);
+}
+
+static __device__ __forceinline__ void fv_lean_write_lse(const fv_lean_target_t &target,
+                                                         float lse_log2)
+{
+    if (target.lse != NULL) {
+        *target.lse = lse_log2 * target.lse_unit;
     }
 }
 

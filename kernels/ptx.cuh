@@ -79,6 +79,77 @@ static __device__ __forceinline__ void fv_bar_sync(int id, int n_threads)
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
 }
 
+/* ------------------------------------------------------------------ between CTAs, between launches */
+
+/* Adds 1 after all that this thread, and whom it met at a barrier, wrote before. */
+static __device__ __forceinline__ void fv_add_release(uint32_t *counter)
+{
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+/* The same, and what others wrote before they added is there afterwards. Returns the value before. */
+static __device__ __forceinline__ uint32_t fv_add_acq_rel(uint32_t *counter)
+{
+    uint32_t before;
+
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+                 : "=r"(before)
+                 : "l"(counter)
+                 : "memory");
+    return before;
+}
+
+static __device__ __forceinline__ uint32_t fv_load_acquire(const uint32_t *counter)
+{
+    uint32_t value;
+
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
+}
+
+/* Waits until the launch before in the stream is done and its writes are there; at once if it did not overlap. */
+static __device__ __forceinline__ void fv_wait_for_prior_launch()
+{
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+/* The next launch in the stream may be brought onto the GPU, if it asked to be. */
+static __device__ __forceinline__ void fv_launch_dependents()
+{
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+/* ------------------------------------------------------------------ loads */
+
+/* Brings a line to L2. */
+static __device__ __forceinline__ void fv_prefetch(const void *p)
+{
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+/* Loads from L2 if is_wanted, without a branch; otherwise x stays as it is. */
+static __device__ __forceinline__ void fv_load4_if(float4 *x, const float *p, bool is_wanted)
+{
+    asm volatile("{\n"
+                 ".reg .pred wanted;\n"
+                 "setp.ne.u32 wanted, %5, 0;\n"
+                 "@wanted ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];\n"
+                 "}\n"
+                 : "+f"(x->x), "+f"(x->y), "+f"(x->z), "+f"(x->w)
+                 : "l"(p), "r"(is_wanted ? 1U : 0U));
+}
+
+static __device__ __forceinline__ void fv_load2_if(float2 *x, const float *p, bool is_wanted)
+{
+    asm volatile("{\n"
+                 ".reg .pred wanted;\n"
+                 "setp.ne.u32 wanted, %3, 0;\n"
+                 "@wanted ld.global.cg.v2.f32 {%0,%1}, [%2];\n"
+                 "}\n"
+                 : "+f"(x->x), "+f"(x->y)
+                 : "l"(p), "r"(is_wanted ? 1U : 0U));
+}
+
 /* ------------------------------------------------------------------ matrices */
 
 static __device__ __forceinline__ void fv_ldmatrix_x4(uint32_t r[4], uint32_t address)
@@ -139,6 +210,12 @@ static __device__ __forceinline__ uint32_t fv_pack_parts(float low, float high)
     return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
 }
 
+/* x less its bf16 part. An inf or NaN is all in its part: inf - inf would be NaN. */
+static __device__ __forceinline__ float fv_bf16_rest(float x)
+{
+    return isfinite(x) ? (x - fv_bf16_part(x)) : 0.0F;
+}
+
 /* N_PARTS bf16 parts of two fp32 values; their sum is exact for 3 parts, and for fp16 values for 2. */
 template <int N_PARTS>
 static __device__ __forceinline__ void fv_split(uint32_t parts[N_PARTS], float low, float high)
@@ -149,8 +226,10 @@ static __device__ __forceinline__ void fv_split(uint32_t parts[N_PARTS], float l
         float h = fv_bf16_part(high);
 
         parts[i] = fv_pack_parts(l, h);
-        low -= l;
-        high -= h;
+        if (i + 1 < N_PARTS) {
+            low = fv_bf16_rest(low);
+            high = fv_bf16_rest(high);
+        }
     }
 }
 

@@ -1,8 +1,9 @@
 # Tests of the CUDA backend: label gpu, exit code 77 (skipped) where no GPU is visible.
 if(FV_WITH_CUDA)
-    fv_add_test(test_cuda_attend gpu SOURCES gpu/test_cuda_attend.c LIBS fv_attn_case fv_kernels TIMEOUT 300)
-    fv_add_test(test_cuda_pages gpu SOURCES gpu/test_cuda_pages.c LIBS fv_attn_case fv_kernels TIMEOUT 300)
     find_package(CUDAToolkit REQUIRED)
+    fv_add_test(test_cuda_attend gpu SOURCES gpu/test_cuda_attend.c LIBS fv_attn_case fv_kernels CUDA::cudart_static
+                TIMEOUT 300)
+    fv_add_test(test_cuda_pages gpu SOURCES gpu/test_cuda_pages.c LIBS fv_attn_case fv_kernels TIMEOUT 300)
     fv_add_test(test_cuda_tables gpu SOURCES gpu/test_cuda_tables.c LIBS fv_attn_case fv_kernels CUDA::cudart_static
                 TIMEOUT 120)
     fv_add_test(test_cuda_ahead gpu SOURCES gpu/test_cuda_ahead.c LIBS fv_attn_case fv_kernels CUDA::cudart_static

@@ -3,10 +3,11 @@
  *
  * Every case is poisoned (attn_case.h): unused slots and unseen tokens are NaN, page-table entries past the end wild.
  */
-#include "kernels/kernels.h"
+#include "kernels/backend_cuda.h"
 #include "tests/support/attn_case.h"
 #include "tests/support/test.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -201,6 +202,130 @@ static void test_extremes(void **state)
     one(&spec, &rng, "many cut groups");
 }
 
+/*
+ * Groups that many CTAs have pieces of, for every number of rows that merges in another way: one group, and three that
+ * end in the middle of the line.
+ */
+static void test_cut_groups(void **state)
+{
+    static const int32_t k_rows[] = {1, 4, 8, 9, 16, 17, 32, 33, 64};
+    fv_rng_t rng = {6};
+
+    (void)state;
+    for (size_t i = 0; i < FV_COUNT(k_rows); i += (size_t)quick(1, 3)) {
+        fv_attn_spec_t spec =
+            spec_of(64, 64, FV_DTYPE_BF16, FV_DTYPE_BF16, k_rows[i], 64 * quick(150, 140) + 5);
+
+        spec.n_kv_heads = 1;
+        one(&spec, &rng, "one group");
+        spec = spec_of(128, 128, FV_DTYPE_F16, FV_DTYPE_F16, k_rows[i], 64 * 57 + 1);
+        spec.n_kv_heads = 3;
+        one(&spec, &rng, "three groups");
+    }
+}
+
+/*
+ * The ways of cutting and merging that other sizes take, on small problems: shares in rounds down to a tile, so that one
+ * group has hundreds of pieces, all of them merged late, early, or as it comes; lookups in place of what shares carry;
+ * a launch that may overlap what is ahead of it.
+ */
+static void test_tunings(void **state)
+{
+    const fv_lean_tuning_t shipped = backend->tuning;
+    fv_lean_tuning_t rounds = shipped;
+    fv_rng_t rng = {8};
+
+    (void)state;
+    rounds.rounds_min[0] = 3;
+    rounds.rounds_min[1] = 3;
+    rounds.first_percent = 60;
+    rounds.tail_tiles[0] = 1;
+    rounds.tail_tiles[1] = 1;
+    for (int i = 0; i < 5; i++) {
+        backend->tuning = rounds;
+        backend->tuning.early_bytes = (i == 1) ? 0U : shipped.early_bytes;
+        backend->tuning.tail_bytes = (i == 1) ? 0U : shipped.tail_bytes;
+        backend->tuning.is_cooperative = (i == 2) ? 0U : shipped.is_cooperative;
+        backend->tuning.is_direct = (i == 3) ? 0U : shipped.is_direct;
+        backend->tuning.is_dependent = (i == 4) ? 1U : 0U;
+        for (int32_t group = 4; group <= 32; group += 28) {
+            fv_attn_spec_t spec =
+                spec_of(64, 64, FV_DTYPE_BF16, FV_DTYPE_BF16, group, 64 * quick(1500, 500) + 7);
+
+            spec.n_kv_heads = 1;
+            one(&spec, &rng, "one group in rounds");
+            spec = spec_of(128, 128, FV_DTYPE_F16, FV_DTYPE_F16, group, 64 * 150 + 1);
+            spec.n_kv_heads = 3;
+            one(&spec, &rng, "three groups in rounds");
+        }
+    }
+    backend->tuning = shipped;
+}
+
+/* Steps of long, short and empty sequences: some groups are merged early, some late, many are whole. */
+static void test_mixed_groups(void **state)
+{
+    fv_rng_t rng = {fv_test_seed(20261123)};
+
+    (void)state;
+    for (int n = 0; n < quick(6, 1); n++) {
+        const int32_t group = (n % 2 == 0) ? 4 : 32;
+        step_t step = {0};
+
+        for (int i = 0; i < 20; i++) {
+            const int64_t longest = (i % 5 == 0) ? 9000 : 700;
+            fv_attn_spec_t spec = spec_of(64, 64, FV_DTYPE_BF16, FV_DTYPE_BF16, group,
+                                          (i % 7 == 3) ? 0 : fv_rng_range(&rng, 1, longest));
+
+            spec.n_kv_heads = (group == 4) ? 3 : 1;
+            step_add(&step, &spec, &rng, false);
+        }
+        step_run(&step);
+        assert_int_equal(step_check(&step, "mixed"), 0);
+        step_free(&step, false);
+    }
+}
+
+/*
+ * A token of infinite K whose score is -inf weighs nothing. Q in several parts must not make a NaN of it: some of Q's
+ * values are bf16 already, so that their other parts are zero.
+ */
+static void test_infinite_k(void **state)
+{
+    static const int32_t k_dtypes[][2] = {
+        {FV_DTYPE_F32, FV_DTYPE_BF16},  {FV_DTYPE_F16, FV_DTYPE_BF16},
+        {FV_DTYPE_BF16, FV_DTYPE_BF16}, {FV_DTYPE_F32, FV_DTYPE_F16},
+        {FV_DTYPE_F32, FV_DTYPE_F32},   {FV_DTYPE_F16, FV_DTYPE_F16}};
+    fv_rng_t rng = {7};
+
+    (void)state;
+    for (size_t i = 0; i < FV_COUNT(k_dtypes); i++) {
+        fv_attn_spec_t spec = spec_of(64, 64, k_dtypes[i][0], k_dtypes[i][1], 1, 200);
+        fv_attn_case_t *attn = NULL;
+        step_t step = {0};
+
+        spec.n_kv_heads = 1;
+        step_add(&step, &spec, &rng, false);
+        attn = step.cases[0];
+        for (size_t d = 0; d < 4; d++) {
+            const size_t at = (10 + d) * 64U + d; /* token 10 + d, dim d */
+            const float q = (d % 2 == 0) ? 1.5F : -0.75F;
+
+            fv_store_element(attn->q, (fv_dtype_t)spec.io_dtype, d, q);
+            fv_store_element(attn->k, (fv_dtype_t)spec.io_dtype, at,
+                             (q > 0) ? -INFINITY : INFINITY);
+            attn->k_ref[at] = (q > 0) ? -(double)INFINITY : (double)INFINITY;
+        }
+        assert_int_equal(fv_attn_case_load(attn, k_ops, backend, &rng), FV_OK);
+        step_run(&step);
+        assert_int_equal(step_check(&step, "infinite"), 0);
+        for (size_t d = 0; d < 64; d++) { /* the oracle's row is finite */
+            assert_true(isfinite(attn->out_ref[d]));
+        }
+        step_free(&step, false);
+    }
+}
+
 /* Prefill: chunks against a longer context, causal and not, windows, softcap. */
 static void test_prefill(void **state)
 {
@@ -297,7 +422,9 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_dims_and_dtypes), cmocka_unit_test(test_rows_and_lengths),
-        cmocka_unit_test(test_extremes),        cmocka_unit_test(test_prefill),
+        cmocka_unit_test(test_extremes),        cmocka_unit_test(test_cut_groups),
+        cmocka_unit_test(test_tunings),         cmocka_unit_test(test_mixed_groups),
+        cmocka_unit_test(test_infinite_k),      cmocka_unit_test(test_prefill),
         cmocka_unit_test(test_random_steps),    cmocka_unit_test(test_repeat),
     };
 
