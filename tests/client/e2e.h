@@ -66,6 +66,18 @@ static inline void fv_assert_error(const fovea_error_t *error,
     }
 }
 
+/* A backend may refuse a kind of model as a whole: then there is nothing to test. */
+static inline void fv_e2e_need_model(const fv_e2e_t *e, const fovea_model_spec_t *spec)
+{
+    fovea_model_t model;
+    fovea_error_t error = {FOVEA_OK, ""};
+
+    if (fovea_register_model(e->client, spec, 0, &model, &error) == FOVEA_UNIMPLEMENTED) {
+        print_message("%s\n", error.message);
+        skip();
+    }
+}
+
 /* A registered model; the spec must have head_dim_v set. */
 static inline fovea_model_t fv_e2e_model(const fv_e2e_t *e, const fovea_model_spec_t *spec)
 {

@@ -164,6 +164,7 @@ static void test_s2(void **state)
                                .kv_dtype = FOVEA_DTYPE_F32,
                                .policies = &sparse,
                                .n_policies = 1};
+    fv_e2e_need_model(e, &spec);
     fovea_model_t model = fv_e2e_model(e, &spec);
     fovea_session_id_t session = fv_e2e_open(e, &model);
     const uint64_t page_bytes = 64U * 2U * 64U * 4U;
