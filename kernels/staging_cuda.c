@@ -11,6 +11,8 @@
  * device does not reach, or 4096 descriptors.
  */
 #define STAGING_MIN ((size_t)8 << 20)
+/* A step of more goes in stretches: its own time is far longer than a wait. */
+#define STAGING_WHOLE ((size_t)512 << 20)
 
 fv_status_t fv_cuda_grow(void **array, size_t *max, size_t n, size_t elem_bytes)
 {
@@ -44,19 +46,23 @@ void fv_cuda_staging_free(fv_backend_t *backend)
 
 fv_status_t fv_cuda_reserve(fv_backend_t *backend, size_t n_bytes)
 {
+    const size_t n_free = backend->staging_top - backend->staging_used;
     size_t wanted = backend->staging_bytes;
+    size_t needed = backend->staging_bytes - n_free + n_bytes;
 
     FV_RETURN_IF_ERR(fv_cuda_usable(backend));
-    if (n_bytes <= backend->staging_top - backend->staging_used) {
+    if (n_bytes <= n_free) {
         return FV_OK;
     }
     FV_RETURN_IF_ERR(fv_cuda_flush(backend));
     FV_RETURN_IF_ERR(fv_cuda_wait(backend, &fv_cuda_long));
     fv_cuda_staging_reset(backend);
-    if (n_bytes <= backend->staging_bytes) {
+    /* All of a step, so that the next one like it need not wait for the device in its middle. */
+    needed = (needed > STAGING_WHOLE) ? n_bytes : needed;
+    if (needed <= backend->staging_bytes) {
         return FV_OK;
     }
-    while ((wanted < STAGING_MIN) || (wanted < n_bytes)) {
+    while ((wanted < STAGING_MIN) || (wanted < needed)) {
         wanted = (wanted < STAGING_MIN) ? STAGING_MIN : (wanted * 2U);
     }
     fv_cuda_staging_free(backend); /* first: the two need not fit together */
