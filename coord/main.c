@@ -323,27 +323,21 @@ static const fv_local_ops_t k_local_ops = {
     .on_wait = local_on_wait,
 };
 
-/* Beside a device with memory of its own. */
-static const fv_local_ops_t k_local_pinned_ops = {
-    .model = local_model,
-    .open = local_open,
-    .fork = local_fork,
-    .truncate = local_truncate,
-    .close = local_close,
-    .step = local_step,
-    .memory = local_memory,
-    .prefetch = local_prefetch,
-    .on_wait = local_on_wait,
-    .host_alloc = local_host_alloc,
-    .host_free = local_host_free,
-};
-
+/* Beside a device with memory of its own, requests and answers lie where it reaches them fast. */
 static const fv_local_ops_t *local_ops(const fv_process_t *p)
 {
+    static fv_local_ops_t pinned;
+
     if (p->worker == NULL) {
         return NULL;
     }
-    return (strcmp(p->backend->name, "cuda") == 0) ? &k_local_pinned_ops : &k_local_ops;
+    if (strcmp(p->backend->name, "cuda") != 0) {
+        return &k_local_ops;
+    }
+    pinned = k_local_ops;
+    pinned.host_alloc = local_host_alloc;
+    pinned.host_free = local_host_free;
+    return &pinned;
 }
 
 /* ------------------------------------------------------------------ start */
