@@ -134,12 +134,21 @@ static fv_status_t make(fv_token_line_t *line, char token[TOKEN_CHARS])
     return fv_sha256(token, strlen(token), line->sha256);
 }
 
+/* A file edited by hand may end in the middle of its last line. */
+static bool ends_a_line(int fd)
+{
+    off_t end = lseek(fd, 0, SEEK_END);
+    char last = '\n';
+
+    return (end <= 0) || (pread(fd, &last, 1, end - 1) != 1) || (last == '\n');
+}
+
 /* One write(): two `fovea token` at once do not mix their lines. */
 static bool append(const char *path, const char *line)
 {
-    char text[FV_TOKEN_LINE_BYTES + 1];
-    int fd = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
-    int n = snprintf(text, sizeof(text), "%s\n", line);
+    char text[FV_TOKEN_LINE_BYTES + 2];
+    int fd = open(path, O_RDWR | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
+    int n = snprintf(text, sizeof(text), "%s%s\n", ((fd < 0) || ends_a_line(fd)) ? "" : "\n", line);
     bool ok = (fd >= 0) && (write(fd, text, (size_t)n) == n);
     int error = errno;
 

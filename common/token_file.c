@@ -68,6 +68,9 @@ static fv_status_t read_all(FILE *file, const char *path, fv_token_list_t *list)
         }
     }
     fv_secret_wipe(text, sizeof(text));
+    if (ferror(file) != 0) { /* half a file would revoke the other half */
+        return fv_fail(FV_ERR_SYSTEM, "%.100s: reading failed", path);
+    }
     return FV_OK;
 }
 

@@ -27,6 +27,16 @@ static bool find_header(const grpc_metadata_array *metadata, const char **out, s
     return true;
 }
 
+static fv_status_t check_role(const fv_call_t *call)
+{
+    if ((call->method->access == FV_ACCESS_ADMIN) &&
+        !fv_principal_is_admin(call->grant->principal)) {
+        return fv_fail(FV_ERR_PERMISSION, "%s: given role user, expected admin",
+                       strrchr(call->method->path, '/') + 1);
+    }
+    return FV_OK;
+}
+
 static fv_status_t check_token(fv_call_t *call)
 {
     fv_auth_t *auth = call->calls->auth;
@@ -37,12 +47,7 @@ static fv_status_t check_token(fv_call_t *call)
         return fv_fail(FV_ERR_UNAUTHENTICATED, "authorization: given twice, expected once");
     }
     FV_RETURN_IF_ERR(fv_auth_check(auth, header, n_chars, &call->grant));
-    if ((call->method->access == FV_ACCESS_ADMIN) &&
-        !fv_principal_is_admin(call->grant->principal)) {
-        return fv_fail(FV_ERR_PERMISSION, "%s: given role user, expected admin",
-                       strrchr(call->method->path, '/') + 1);
-    }
-    return FV_OK;
+    return check_role(call);
 }
 
 /* Requests that count for quotas are refused before their payload comes; a stream's messages are checked one by one. */
@@ -93,7 +98,11 @@ fv_status_t fv_call_admit(fv_call_t *call)
 
 fv_status_t fv_call_recheck(const fv_call_t *call)
 {
-    return (call->grant == NULL) ? FV_OK : fv_auth_recheck(call->calls->auth, call->grant);
+    if (call->grant == NULL) {
+        return FV_OK;
+    }
+    FV_RETURN_IF_ERR(fv_auth_recheck(call->calls->auth, call->grant));
+    return check_role(call);
 }
 
 fv_principal_t *fv_call_principal(const fv_call_t *call)

@@ -211,8 +211,9 @@ static void on_read(fv_call_t *call)
     fv_status_t admitted = FV_OK;
 
     call->received = NULL;
-    if ((call->method->kind == FV_CALL_BIDI) && (message != NULL)) {
-        admitted = fv_call_recheck(call); /* streams outlive tokens */
+    if (message != NULL) {
+        admitted =
+            fv_call_recheck(call); /* a call may have been open for long before its message */
     }
     (void)pthread_mutex_lock(&call->lock);
     if (admitted != FV_OK) {

@@ -262,6 +262,11 @@ fv_status_t fv_sched_open(fv_sched_t *sched,
     if (slot < 0) {
         return fv_fail(FV_ERR_NOT_FOUND, "model_id: no model \"%s\"", request->model_id);
     }
+    if (request->max_tokens_hint > FV_POSITION_MAX) { /* byte counts of more would wrap */
+        return fv_fail(FV_ERR_INVALID_ARG, "max_tokens_hint: given %llu, expected at most %llu",
+                       (unsigned long long)request->max_tokens_hint,
+                       (unsigned long long)FV_POSITION_MAX);
+    }
     const fv_model_spec_t *spec = &sched->models[slot].spec;
     fv_model_spec_t overridden = *spec;
     if (request->sharding.is_set != 0) {

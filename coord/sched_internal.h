@@ -6,6 +6,9 @@
 
 #include "coord/sched.h"
 
+/* Tokens of a session: keeps local page numbers in 31 bits, and byte counts far from 64. */
+#define FV_POSITION_MAX ((uint64_t)1 << 36)
+
 typedef struct fv_model {
     char id[FV_MODEL_ID_BYTES];
     fv_model_spec_t spec;

@@ -10,8 +10,6 @@
 #include <inttypes.h>
 #include <string.h>
 
-/* Keeps local page numbers in 31 bits. */
-#define POSITION_MAX ((uint64_t)1 << 36)
 /* Tensors of one step, unless one request alone has more. */
 #define STEP_BYTES_MAX ((uint64_t)1 << 30)
 /* gRPC and MPI count a message in a signed int; the head takes a little. */
@@ -190,7 +188,7 @@ check_position(const fv_request_t *request, uint32_t i, uint64_t tokens_max, fv_
     const fv_layer_t *layer = &request->sessions[i]->layers[request->head.layer];
     uint64_t end = item->position + item->n_tokens;
 
-    if ((item->position > layer->n_tokens) || (end > POSITION_MAX)) {
+    if ((item->position > layer->n_tokens) || (end > FV_POSITION_MAX)) {
         return fv_fail(FV_ERR_OUT_OF_RANGE,
                        "items[%u].position: given %" PRIu64 ", layer %u has %" PRIu64
                        " tokens committed",

@@ -109,7 +109,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="fv-")  # short: a socket's path has 107 bytes at most
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # a service holds 64 models, and all tests together register more
 def shared_service() -> Iterator[Service]:
     with _folder() as folder:
         service = Service(Path(folder))
@@ -119,7 +119,7 @@ def shared_service() -> Iterator[Service]:
 
 @pytest.fixture
 def service(shared_service: Service) -> Iterator[Service]:
-    """A service shared by all tests; it must survive each of them."""
+    """A service shared by the tests of a file; it must survive each of them."""
     yield shared_service
     assert shared_service.is_running(), f"the service died:\n{shared_service.output()[-3000:]}"
 

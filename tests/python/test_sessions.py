@@ -46,6 +46,16 @@ def test_bad_models_are_refused(client, changes):
         client.register_model(small_spec(**changes))
 
 
+@pytest.mark.fovead
+def test_hints_beyond_any_session_are_refused(client):
+    """Bytes of so many tokens would wrap, and the rank's load with them."""
+    model = client.register_model(small_spec())
+    client.open_session(model, max_tokens_hint=1 << 36).close()
+    for hint in [(1 << 36) + 1, 1 << 63, (1 << 64) - 1]:
+        with pytest.raises(fovea.InvalidArgument, match="max_tokens_hint"):
+            client.open_session(model, max_tokens_hint=hint)
+
+
 def test_life(client, rng):
     model = client.register_model(small_spec())
     before = client.status().n_sessions

@@ -46,6 +46,10 @@ def test_a_token_and_its_line(tmp_path):
     assert [line.split()[0] for line in file.read_text().splitlines()] == ["bob", "carol"]
     assert len(set(tokens)) == 2 and not any(token in file.read_text() for token in tokens)
 
+    file.write_text(file.read_text().rstrip("\n"))  # as some editors leave it
+    tool("token", "dave", "--file", file)
+    assert [line.split()[0] for line in file.read_text().splitlines()] == ["bob", "carol", "dave"]
+
 
 @pytest.mark.parametrize(
     "words",
