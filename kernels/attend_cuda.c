@@ -170,8 +170,11 @@ static fv_status_t plan_all(fv_backend_t *backend, const fv_attn_item_t *items, 
 fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items)
 {
     size_t n_bytes = 0;
+    fv_lean_geometry_t last = {0};
 
     for (size_t i = 0; i < n_items; i++) {
+        const fv_lean_geometry_t g = item_geometry(&items[i]);
+
         FV_RETURN_IF_ERR(fv_cpu_check_attend(&items[i]));
         if (items[i].policy.kind == FV_POLICY_S2) { /* KV heads of a run share one list of tiles */
             return fv_fail(FV_ERR_UNIMPLEMENTED, "kernels: policy: S2 needs the cpu backend");
@@ -179,10 +182,12 @@ fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *ite
         FV_RETURN_IF_ERR(fv_cuda_check_latent(items[i].v_in_k));
         const fv_tile_list_t pages = item_pages(&items[i]);
 
-        /* at worst every item is a geometry of its own */
         n_bytes += fv_cuda_item_bytes(backend, &items[i], &pages) +
                    FV_CUDA_STAGE_BYTES(item_runs(&items[i]) * sizeof(fv_lean_run_t)) +
-                   2U * FV_CUDA_STAGE_BYTES(1) + fv_lean_plan_stage_bytes(backend);
+                   2U * FV_CUDA_STAGE_BYTES(1);
+        /* a launch each; those that come back to an earlier geometry are counted again */
+        n_bytes += ((i == 0) || !same_geometry(&g, &last)) ? fv_lean_plan_stage_bytes(backend) : 0U;
+        last = g;
     }
     FV_RETURN_IF_ERR(fv_cuda_reserve(backend, n_bytes));
     FV_RETURN_IF_ERR(fv_cuda_grow((void **)&backend->is_planned, &backend->items_max, n_items, 1));

@@ -388,6 +388,18 @@ add_batch(row_sum_t *sum, const batch_t &b, const job_t &job, uint32_t first, fl
     }
 }
 
+static __device__ __forceinline__ void scale_sum(row_sum_t *sum, float w)
+{
+    sum->weight *= w;
+#pragma unroll
+    for (uint32_t c = 0; c < COLS; c++) {
+        sum->o[c].x *= w;
+        sum->o[c].y *= w;
+        sum->o[c].z *= w;
+        sum->o[c].w *= w;
+    }
+}
+
 static __device__ __forceinline__ void store_row(const job_t &job, const row_sum_t &sum, float top)
 {
     const uint32_t lane = threadIdx.x & 31U;
@@ -429,13 +441,20 @@ static __device__ __forceinline__ void merge_row(const fv_merge_launch_t &p, con
         store_row(job, sum, top);
         return;
     }
-    for (uint32_t part = 0; part < job.n_parts; part++) {
-        const float lse = __ldcg(job.parts[part].lse_log2 + job.i);
-
-        top = (lse > top) ? lse : top;
-    }
     for (uint32_t first = 0; first < job.n_parts; first += AT_ONCE) {
-        load_batch<HAS_LL>(p, &b, job, first);
+        float next = top;
+
+        if (first > 0) {
+            load_batch<HAS_LL>(p, &b, job, first);
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < AT_ONCE; i++) {
+            next = (b.lse[i] > next) ? b.lse[i] : next;
+        }
+        if ((next > top) && (top != -INFINITY)) { /* a maximum is known only for parts that have come */
+            scale_sum(&sum, exp2f(top - next));
+        }
+        top = next;
         add_batch(&sum, b, job, first, top);
     }
     store_row(job, sum, top);

@@ -71,6 +71,7 @@ struct fv_worker {
         out[FV_STEP_DEPTH]; /* inbox_mpi.c: packed tensors of steps */
     void (*on_wait)(void *arg);
     void *on_wait_arg;
+    bool has_asked; /* on_wait, in the finish() under way */
 };
 
 /* NULL when the slot is empty. */

@@ -158,6 +158,7 @@ static bool ask(void *arg)
     fv_worker_t *worker = arg;
     const fv_worker_config_t *c = &worker->config;
 
+    worker->has_asked = true;
     if ((c->exchange != NULL) && (c->exchange->is_aborted != NULL)) {
         return c->exchange->is_aborted(c->exchange_ctx);
     }
@@ -173,9 +174,15 @@ fv_status_t fv_worker_finish(fv_worker_t *worker, fv_device_times_t *out_times)
     const fv_wait_limits_t limits = {
         .deadline_ms = c->step_deadline_ms, .is_aborted = ask, .arg = worker};
 
-    (void)ask(
-        worker); /* at once: the device may not need long. Bad news keep until it is asked again. */
-    return c->backend->finish(worker->backend, &limits, out_times);
+    worker->has_asked = false;
+    if (!c->backend->is_async) {
+        (void)ask(worker); /* bad news keep until it is asked again */
+    }
+    fv_status_t status = c->backend->finish(worker->backend, &limits, out_times);
+    if (!worker->has_asked) { /* the device was done before it was waited for */
+        (void)ask(worker);
+    }
+    return status;
 }
 
 fv_status_t fv_worker_host_alloc(fv_worker_t *worker, size_t n_bytes, void **out)
