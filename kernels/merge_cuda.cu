@@ -451,7 +451,8 @@ static __device__ __forceinline__ void merge_row(const fv_merge_launch_t &p, con
         for (uint32_t i = 0; i < AT_ONCE; i++) {
             next = (b.lse[i] > next) ? b.lse[i] : next;
         }
-        if ((next > top) && (top != -INFINITY)) { /* a maximum is known only for parts that have come */
+        if ((next > top) &&
+            (top != -INFINITY)) { /* a maximum is known only for parts that have come */
             scale_sum(&sum, exp2f(top - next));
         }
         top = next;
