@@ -159,7 +159,15 @@ static fv_status_t check_exposure(const fv_listen_t *listen, const fv_rpc_config
 {
     bool has_tokens = (config->auth != NULL) && fv_auth_is_required(config->auth);
 
-    if (fv_listen_is_local(listen) || has_tls(config)) {
+    if (fv_listen_is_local(listen)) {
+        return FV_OK;
+    }
+    if (has_tls(config)) {
+        bool has_client_ca = (config->tls_client_ca != NULL) && (config->tls_client_ca[0] != '\0');
+        if (!has_client_ca && !has_tokens) {
+            fv_warn("%s asks nobody who he is: whoever reaches it may read and change everything",
+                    listen->address);
+        }
         return FV_OK;
     }
     if (!has_tokens && !config->may_be_open) {
