@@ -417,19 +417,24 @@ static void refuse(fv_planner_t *planner,
     assert_string_equal(reason, "untouched");
 }
 
+static fv_model_spec_t mla_spec(int32_t n_layers)
+{
+    return (fv_model_spec_t){.name = "mla",
+                             .n_layers = n_layers,
+                             .n_q_heads = 128,
+                             .kind = FV_MODEL_LATENT,
+                             .latent_dim = 512,
+                             .rope_dim = 64,
+                             .kv_dtype = FV_DTYPE_BF16,
+                             .softmax_scale = 0.1F,
+                             .n_policies = 1};
+}
+
 /* One latent for all heads: context by itself; heads and slices only when asked for. */
 static void test_latent_models(void **state)
 {
     fv_planner_t *planner = make_planner(5, 1ULL << 40);
-    fv_model_spec_t spec = {.name = "mla",
-                            .n_layers = 2,
-                            .n_q_heads = 128,
-                            .kind = FV_MODEL_LATENT,
-                            .latent_dim = 512,
-                            .rope_dim = 64,
-                            .kv_dtype = FV_DTYPE_BF16,
-                            .softmax_scale = 0.1F,
-                            .n_policies = 1};
+    fv_model_spec_t spec = mla_spec(2);
     fv_model_spec_t sliced = spec;
     fv_placement_t p;
     char reason[FV_PLAN_REASON_BYTES];
@@ -464,15 +469,7 @@ static void test_latent_models(void **state)
 static void test_latent_arithmetic_counts(void **state)
 {
     fv_plan_cost_t cost = k_cost;
-    fv_model_spec_t spec = {.name = "mla",
-                            .n_layers = 1,
-                            .n_q_heads = 128,
-                            .kind = FV_MODEL_LATENT,
-                            .latent_dim = 512,
-                            .rope_dim = 64,
-                            .kv_dtype = FV_DTYPE_BF16,
-                            .softmax_scale = 0.1F,
-                            .n_policies = 1};
+    fv_model_spec_t spec = mla_spec(1);
     fv_placement_t one = {.n_head_parts = 1, .n_ctx_parts = 1, .shard_tokens = 2048};
     fv_placement_t heads = {.n_head_parts = 4, .n_ctx_parts = 1, .shard_tokens = 2048};
 
