@@ -46,6 +46,13 @@ typedef enum fv_ctl_type {
     FV_CTL_PING, /* coordinator -> worker, no body; answered by PONG */
     FV_CTL_PONG, /* fv_ctl_memory_t */
     FV_CTL_STOP, /* no body: finish and leave */
+    /*
+     * What a worker with a store shall keep of what it found there (worker/worker.h): after the MODELs, one KEEP for each
+     * session, then KEEP_END.
+     */
+    FV_CTL_KEEP,     /* fv_ctl_keep_t, then n_layers fv_ctl_keep_layer_t */
+    FV_CTL_KEPT,     /* answer to KEEP: fv_ctl_done_t, then n_layers floors, uint64_t; none if refused */
+    FV_CTL_KEEP_END, /* no body; DONE */
 } fv_ctl_type_t;
 
 typedef struct fv_ctl_header {
@@ -111,6 +118,18 @@ typedef struct fv_ctl_close {
     uint32_t session_slot;
     uint32_t reserved;
 } fv_ctl_close_t;
+
+/* A session as the coordinator has it. A worker's shard has as many tokens or more: those that were never acknowledged. */
+typedef struct fv_ctl_keep {
+    uint32_t session_slot, model_slot;
+    uint32_t n_layers;
+    uint32_t is_exact; /* more tokens are no unfinished append: the coordinator may have lost something */
+    fv_placement_t placement;
+} fv_ctl_keep_t;
+
+typedef struct fv_ctl_keep_layer {
+    uint64_t n_tokens;
+} fv_ctl_keep_layer_t;
 
 /* MPI message tags, all on the epoch's communicator. Both sides post a step's messages before the next step's, and MPI keeps
  * order per (source, tag), so a tag needs no step number. A packed buffer travels as one message of bytes. */

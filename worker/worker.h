@@ -11,6 +11,7 @@
 #define FV_WORKER_WORKER_H
 
 #include "common/status.h"
+#include "common/store.h"
 #include "kernels/kernels.h"
 #include "proto/control.h"
 #include "proto/step.h"
@@ -83,6 +84,7 @@ typedef struct fv_worker_config {
     const fv_exchange_ops_t *exchange;  /* NULL: single rank */
     void *exchange_ctx;                 /* keeps */
     uint32_t step_deadline_ms;          /* of one exchange, and of the device's work; 0 = 30000 */
+    const fv_store_place_t *store; /* where its state outlives it (worker/store.h); copied; NULL: nowhere */
 } fv_worker_config_t;
 
 FV_MUST_CHECK fv_status_t fv_worker_create(const fv_worker_config_t *config, fv_worker_t **out);
@@ -98,6 +100,22 @@ FV_MUST_CHECK fv_status_t fv_worker_open(fv_worker_t *worker, const fv_ctl_open_
 FV_MUST_CHECK fv_status_t fv_worker_fork(fv_worker_t *worker, const fv_ctl_fork_t *message);
 FV_MUST_CHECK fv_status_t fv_worker_truncate(fv_worker_t *worker, const fv_ctl_truncate_t *message);
 FV_MUST_CHECK fv_status_t fv_worker_close(fv_worker_t *worker, const fv_ctl_close_t *message);
+
+/*
+ * A worker with a store begins with the sessions that its slot's files hold, as candidates. The coordinator says what
+ * becomes of them: MODEL for each model (known ones are compared), KEEP for each session that it wants, KEEP_END. Until then
+ * nothing else is served, and nothing in the files changes.
+ * keep: cuts the session to the coordinator's lengths. out_floors[n_layers]: as fv_layer_kv_t.floor, at most the length.
+ *       Errors: FV_ERR_DATA_LOSS: the session, or tokens of it, are not here (whole); it is not kept.
+ * keep_end: drops all others, counts the pages, and writes the files anew. Errors: FV_ERR_EXHAUSTED: the files.
+ */
+FV_MUST_CHECK fv_status_t fv_worker_keep(fv_worker_t *worker,
+                                         const fv_ctl_keep_t *message,
+                                         const fv_ctl_keep_layer_t *layers,
+                                         uint64_t *out_floors);
+FV_MUST_CHECK fv_status_t fv_worker_keep_end(fv_worker_t *worker);
+/* At a clean end: destroy() takes the slot's files away. */
+void fv_worker_discard_store(fv_worker_t *worker);
 
 /*
  * on_wait(arg) is called while a step's device work is waited for, on the same thread, again and again: at least once a step,
