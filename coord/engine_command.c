@@ -39,6 +39,9 @@ static fv_status_t run_own(fv_engine_t *engine, fv_ctl_type_t type, const void *
     case FV_CTL_PING:
     case FV_CTL_PONG:
     case FV_CTL_STOP:
+    case FV_CTL_KEEP:
+    case FV_CTL_KEPT:
+    case FV_CTL_KEEP_END:
     default:
         return fv_fail(FV_ERR_INTERNAL, "message type %d is not a command", (int)type);
     }
