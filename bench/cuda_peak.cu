@@ -92,10 +92,9 @@ fv_peak_read(const void *data, size_t n_bytes, int32_t n_sms, uint32_t *sink, cu
 static __device__ double
 element(const uint8_t *matrix, uint32_t token, uint32_t d, uint32_t head_dim)
 {
-    const fv_page_swizzle_t s = fv_page_swizzle_make(head_dim / 8U);
-    const uint32_t chunk = (d / 8U) ^ ((token >> s.shift) & s.mask);
+    const fv_page_rows_t rows = fv_page_rows_make(head_dim * 2U, 2U);
     const uint16_t x =
-        *(const uint16_t *)(matrix + token * head_dim * 2U + chunk * 16U + (d % 8U) * 2U);
+        *(const uint16_t *)(matrix + fv_page_chunk(&rows, token, d / 8U) + (d % 8U) * 2U);
 
     return (double)__uint_as_float((uint32_t)x << 16U);
 }

@@ -209,8 +209,10 @@ fv_status_t fv_cuda_copy_pages(fv_backend_t *backend, const fv_page_copy_t *copi
         ((fv_copy_unit_t *)fv_cuda_on_host(backend, offset))[i] = (fv_copy_unit_t){
             .src = c->src,
             .dst = c->dst,
-            .k_bytes = (uint32_t)c->n_tokens * (uint32_t)c->head_dim_qk * e,
-            .v_bytes = (uint32_t)c->n_tokens * (uint32_t)c->head_dim_v * e,
+            .n_tokens = (uint32_t)c->n_tokens,
+            .k_bytes = (uint32_t)c->head_dim_qk * e,
+            .v_bytes = (uint32_t)c->head_dim_v * e,
+            .elem_bytes = e,
             .v_offset = FV_PAGE_TOKENS * (uint32_t)c->head_dim_qk * e,
         };
     }

@@ -26,6 +26,24 @@ fv_lean_tell_tile(fv_lean_smem_t *s, uint32_t k_slot, const fv_tile_t &tile)
     s->tile[k_slot].is_full = tile.full && (tile.n_tokens == FV_PAGE_TOKENS);
 }
 
+/* n_tokens of K or V: one copy, or one of each panel where they do not fill it. */
+static __device__ __forceinline__ void fv_lean_load_rows(uint8_t *dst,
+                                                         const uint8_t *src,
+                                                         const fv_page_rows_t &rows,
+                                                         uint32_t row_bytes,
+                                                         uint32_t n_tokens,
+                                                         uint64_t *bar,
+                                                         uint64_t policy)
+{
+    if ((n_tokens == FV_PAGE_TOKENS) || (rows.token_bytes == row_bytes)) {
+        fv_bulk_load(dst, src, n_tokens * row_bytes, bar, policy);
+        return;
+    }
+    for (uint32_t at = 0; at < row_bytes * FV_PAGE_TOKENS; at += FV_PANEL_BYTES) {
+        fv_bulk_load(dst + at, src + at, n_tokens * FV_PANEL_ROW_BYTES, bar, policy);
+    }
+}
+
 /* One lane: K and V of a page go to the next two slots, which are free; n_tokens of each. */
 static __device__ __forceinline__ void fv_lean_load_page(const fv_lean_launch_t &p,
                                                          fv_lean_smem_t *s,
@@ -38,10 +56,10 @@ static __device__ __forceinline__ void fv_lean_load_page(const fv_lean_launch_t 
     const uint32_t slot = copier.ring.slot;
     const uint32_t v_slot = (slot + 1U == (uint32_t)p.ring_slots) ? 0U : (slot + 1U);
 
-    fv_bulk_load(ring_data + slot * p.slot_bytes, k, n_tokens * p.k_bytes, &s->full[slot],
-                 copier.policy);
-    fv_bulk_load(ring_data + v_slot * p.slot_bytes, k + FV_PAGE_TOKENS * p.k_bytes,
-                 n_tokens * p.v_bytes, &s->full[v_slot], copier.policy);
+    fv_lean_load_rows(ring_data + slot * p.slot_bytes, k, p.k_rows, p.k_bytes, n_tokens,
+                      &s->full[slot], copier.policy);
+    fv_lean_load_rows(ring_data + v_slot * p.slot_bytes, k + FV_PAGE_TOKENS * p.k_bytes, p.v_rows,
+                      p.v_bytes, n_tokens, &s->full[v_slot], copier.policy);
 }
 
 /*

@@ -25,15 +25,13 @@
  *            units (some columns of some rows), which are dealt out; a CTA that has no more shares waits for its
  *            unit's group and merges it. The launch is cooperative, so every CTA that is waited for is on the GPU.
  *
- * Pages, as this backend stores them: K [P, dk], then V [P, dv], row-major, contiguous, so that one bulk copy
- * (cp.async.bulk, no tensor map) moves either into shared memory. The 16-byte chunks of a row are permuted by
- * an exclusive or with a few bits of the token (fv_page_swizzle), the permutation that lets ldmatrix read 8 tokens
- * of any head_dim without bank conflicts: done once, when the token is appended, and never again.
+ * How pages are stored: page_layout_cuda.h.
  */
 #ifndef FV_KERNELS_LEAN_CUDA_H
 #define FV_KERNELS_LEAN_CUDA_H
 
 #include "kernels/kernels.h"
+#include "kernels/page_layout_cuda.h"
 #include "kernels/tiles.h"
 
 #ifdef __cplusplus
@@ -141,8 +139,7 @@ typedef struct fv_lean_launch {
     uint32_t slot_bytes;
     uint32_t k_bytes; /* of one token's K row; V alike */
     uint32_t v_bytes;
-    uint32_t k_xor, v_xor;     /* masks of fv_page_swizzle */
-    uint32_t k_shift, v_shift; /* shifts of it */
+    fv_page_rows_t k_rows, v_rows;
     uint32_t smem_bytes;
     int32_t kind;    /* fv_lean_kind_t */
     int32_t m_warps; /* 1, 2 or 4: warps along rows; the others are along tokens */
@@ -151,24 +148,6 @@ typedef struct fv_lean_launch {
     uint64_t *trace;
 #endif
 } fv_lean_launch_t;
-
-/* The permutation of a row of n_chunks 16-byte chunks: chunk c of token t stands at c ^ ((t >> shift) & mask). */
-typedef struct fv_page_swizzle {
-    uint32_t shift, mask;
-} fv_page_swizzle_t;
-
-static inline FV_HD fv_page_swizzle_t fv_page_swizzle_make(uint32_t n_chunks)
-{
-    fv_page_swizzle_t s;
-
-    /* 8 tokens of one chunk column fall on (t * n_chunks + c) mod 8 bank groups: all different if n_chunks is odd;
-     * otherwise the bits that the product loses are put back. */
-    s.shift = ((n_chunks & 1U) != 0)
-                  ? 3U
-                  : (((n_chunks & 2U) != 0) ? 2U : (((n_chunks & 4U) != 0) ? 1U : 0U));
-    s.mask = (1U << (3U - s.shift)) - 1U;
-    return s;
-}
 
 /*
  * Teams of one CTA. Two take turns with the tiles of a piece: while one waits for the results of a tile's matrix

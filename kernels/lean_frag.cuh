@@ -37,16 +37,16 @@ template <> struct fv_lean_traits<FV_LEAN_F16_WIDE> {
 #define FV_LEAN_PARTS_SUM \
     2 /* products of part i and part j matter while i + j <= 2 (2^-24 beyond) */
 
-/* One matrix of a page in shared memory: rows of tokens, chunks permuted (fv_page_swizzle). */
+/* One matrix of a page in shared memory. */
 typedef struct fv_lean_matrix {
     const uint8_t *data;
-    uint32_t row_bytes, shift, mask;
+    fv_page_rows_t rows;
 } fv_lean_matrix_t;
 
 static __device__ __forceinline__ const uint8_t *
 fv_lean_chunk(const fv_lean_matrix_t &m, uint32_t token, uint32_t chunk)
 {
-    return m.data + token * m.row_bytes + ((chunk ^ ((token >> m.shift) & m.mask)) * 16U);
+    return m.data + fv_page_chunk(&m.rows, token, chunk);
 }
 
 /* Widens two packed fp16 pairs into bf16 parts. */

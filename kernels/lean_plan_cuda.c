@@ -283,8 +283,6 @@ fv_status_t fv_lean_plan(fv_backend_t *backend, const fv_lean_draft_t *draft)
 {
     const fv_lean_geometry_t *g = &draft->geometry;
     const uint32_t e = (g->kind == (int32_t)FV_LEAN_F32_WIDE) ? 4U : 2U;
-    const fv_page_swizzle_t k = fv_page_swizzle_make((uint32_t)g->head_dim_qk * e / 16U);
-    const fv_page_swizzle_t v = fv_page_swizzle_make((uint32_t)g->head_dim_v * e / 16U);
     fv_lean_launch_t launch;
     int32_t ctas = 0;
 
@@ -299,10 +297,8 @@ fv_status_t fv_lean_plan(fv_backend_t *backend, const fv_lean_draft_t *draft)
     launch.slot_rows = draft->rows_max;
     launch.k_bytes = (uint32_t)g->head_dim_qk * e;
     launch.v_bytes = (uint32_t)g->head_dim_v * e;
-    launch.k_shift = k.shift;
-    launch.k_xor = k.mask;
-    launch.v_shift = v.shift;
-    launch.v_xor = v.mask;
+    launch.k_rows = fv_page_rows_make(launch.k_bytes, e);
+    launch.v_rows = fv_page_rows_make(launch.v_bytes, e);
     launch.slot_bytes =
         FV_PAGE_TOKENS * ((launch.k_bytes > launch.v_bytes) ? launch.k_bytes : launch.v_bytes);
     /* K and V as the tensor cores take them, Q too: no other kind has such a kernel */

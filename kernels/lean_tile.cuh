@@ -259,12 +259,10 @@ static __device__ __forceinline__ void fv_lean_do_tile(fv_lean_state<DV_MAX / 8>
     const uint32_t dk = IS_EXACT ? (uint32_t)DV_MAX : (uint32_t)p.head_dim_qk;
     const uint32_t dv = IS_EXACT ? (uint32_t)DV_MAX : (uint32_t)p.head_dim_v;
     float sc[2 * M_WARPS][4] = {};
-    fv_lean_matrix_t k = {ring_data + ring->slot * p.slot_bytes, p.k_bytes, p.k_shift, p.k_xor};
+    fv_lean_matrix_t k = {ring_data + ring->slot * p.slot_bytes, p.k_rows};
 
-    if (IS_EXACT) { /* 16-bit, a multiple of 8 chunks */
-        k.row_bytes = DV_MAX * 2U;
-        k.shift = 0;
-        k.mask = 7;
+    if (IS_EXACT) { /* panels */
+        k.rows = fv_page_rows_make(DV_MAX * 2U, 2U);
     }
     fv_mbar_wait(&s->full[ring->slot], ring->parity);
     FV_LEAN_MARK_FIRST(p, 1);
@@ -278,11 +276,9 @@ static __device__ __forceinline__ void fv_lean_do_tile(fv_lean_state<DV_MAX / 8>
     fv_lean_ring_next(ring, (uint32_t)p.ring_slots);
     fv_lean_mask<M_WARPS>(sc, s, tile, row0, token0);
     fv_lean_softmax<KIND, M_WARPS, n_tiles>(sc, state.o, state.m, state.l);
-    fv_lean_matrix_t v = {ring_data + ring->slot * p.slot_bytes, p.v_bytes, p.v_shift, p.v_xor};
+    fv_lean_matrix_t v = {ring_data + ring->slot * p.slot_bytes, p.v_rows};
     if (IS_EXACT) {
-        v.row_bytes = DV_MAX * 2U;
-        v.shift = 0;
-        v.mask = 7;
+        v.rows = fv_page_rows_make(DV_MAX * 2U, 2U);
     }
     fv_mbar_wait(&s->full[ring->slot], ring->parity);
     if (tile.is_full != 0) {

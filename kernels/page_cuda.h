@@ -12,10 +12,12 @@
 extern "C" {
 #endif
 
-/* The first n_tokens tokens of a page: bytes of K and of V, which begins at v_offset. */
+/* The first n_tokens tokens of a page: rows of K and of V, which begins at v_offset. */
 typedef struct fv_copy_unit {
     fv_page_ref_t src, dst;
-    uint32_t k_bytes, v_bytes, v_offset;
+    uint32_t n_tokens;
+    uint32_t k_bytes, v_bytes, elem_bytes; /* of a row */
+    uint32_t v_offset;
 } fv_copy_unit_t;
 
 cudaError_t fv_page_copy_launch(uint8_t *arena,

@@ -82,7 +82,7 @@ put_chunk(uint8_t *dst, const uint8_t *row, uint32_t chunk, int32_t src_dtype, i
     *(uint4 *)dst = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-/* A token's K or V row of one head into its page, chunk by chunk: see lean_cuda.h for the permutation. */
+/* A token's K or V row of one head into its page, chunk by chunk: see page_layout_cuda.h. */
 static __device__ __forceinline__ void append_unit(uint8_t *arena, const fv_pull_unit_t *u)
 {
     const uint32_t e = (u->kv_dtype == FV_DTYPE_F32) ? 4U : 2U;
@@ -90,8 +90,8 @@ static __device__ __forceinline__ void append_unit(uint8_t *arena, const fv_pull
     const uint32_t k_chunks = (uint32_t)u->head_dim_qk * e / 16U;
     const uint32_t v_chunks = (uint32_t)u->head_dim_v * e / 16U;
     const uint32_t chunks = k_chunks + v_chunks;
-    const fv_page_swizzle_t k_swizzle = fv_page_swizzle_make(k_chunks);
-    const fv_page_swizzle_t v_swizzle = fv_page_swizzle_make(v_chunks);
+    const fv_page_rows_t k_rows = fv_page_rows_make(k_chunks * 16U, e);
+    const fv_page_rows_t v_rows = fv_page_rows_make(v_chunks * 16U, e);
 
     for (uint32_t i = threadIdx.x; i < chunks * u->n_heads * u->n_tokens; i += THREADS) {
         const uint32_t row = i / chunks;
@@ -102,15 +102,12 @@ static __device__ __forceinline__ void append_unit(uint8_t *arena, const fv_pull
         uint8_t *page = arena + (uint64_t)u->pages[h] * FV_PAGE_UNIT;
 
         if (c < k_chunks) {
-            const uint32_t at = c ^ ((slot >> k_swizzle.shift) & k_swizzle.mask);
-
-            put_chunk(page + (slot * k_chunks + at) * 16U,
+            put_chunk(page + fv_page_chunk(&k_rows, slot, c),
                       u->k + t * u->k_token_bytes + (uint64_t)h * u->head_dim_qk * src_e, c,
                       u->src_dtype, u->kv_dtype);
         } else {
-            const uint32_t at = (c - k_chunks) ^ ((slot >> v_swizzle.shift) & v_swizzle.mask);
-
-            put_chunk(page + (FV_PAGE_TOKENS * k_chunks + slot * v_chunks + at) * 16U,
+            put_chunk(page + FV_PAGE_TOKENS * k_chunks * 16U +
+                          fv_page_chunk(&v_rows, slot, c - k_chunks),
                       u->v + t * u->v_token_bytes + (uint64_t)h * u->head_dim_v * src_e,
                       c - k_chunks, u->src_dtype, u->kv_dtype);
         }
