@@ -67,6 +67,10 @@ typedef struct fv_config {
     int32_t shard_tokens; /* multiple of FV_PAGE_TOKENS */
     int32_t step_tokens_max;
     int32_t step_deadline_ms;
+    /* recovery */
+    int32_t heartbeat_ms;     /* 0 = no heartbeats */
+    int32_t heartbeat_misses; /* in a row: the rank is lost */
+    int32_t start_deadline_ms;
     /* limits */
     uint64_t message_max;    /* bytes; below 2 GiB */
     int32_t stream_inflight; /* requests of one stream */

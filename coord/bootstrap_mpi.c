@@ -206,8 +206,11 @@ static void tune(int fd)
     }
 }
 
-static fv_status_t
-connect_to(const fv_meeting_t *meeting, uint32_t epoch, const fv_ctl_hello_t *hello, int *out_fd)
+static fv_status_t connect_to(const fv_meeting_t *meeting,
+                              uint32_t epoch,
+                              uint32_t channel,
+                              fv_ctl_hello_t *hello,
+                              int *out_fd)
 {
     int fd = socket(meeting->address.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
@@ -220,6 +223,7 @@ connect_to(const fv_meeting_t *meeting, uint32_t epoch, const fv_ctl_hello_t *he
         return status;
     }
     tune(fd);
+    hello->channel = channel;
     fv_status_t status = fv_meet_introduce(fd, meeting->secret, epoch, hello, JOIN_TIMEOUT_MS);
     if (status != FV_OK) {
         (void)close(fd);
@@ -239,11 +243,22 @@ open_meeting(bool one_host, const char *control_address, fv_meeting_t *meeting, 
     return listen_at(meeting, listen_fd);
 }
 
+static fv_status_t connect_both(const fv_meeting_t *meeting,
+                                uint32_t epoch,
+                                fv_ctl_hello_t *hello,
+                                int *out_fd,
+                                int *out_beat_fd)
+{
+    FV_RETURN_IF_ERR(connect_to(meeting, epoch, FV_CHANNEL_CONTROL, hello, out_fd));
+    return connect_to(meeting, epoch, FV_CHANNEL_BEAT, hello, out_beat_fd);
+}
+
 fv_status_t fv_bootstrap(void *mpi_comm,
                          const char *control_address,
                          uint32_t epoch,
                          fv_ctl_hello_t *hello,
                          int *out_fds,
+                         int *out_beat_fds,
                          fv_ctl_hello_t *out_hellos)
 {
     MPI_Comm comm = *(MPI_Comm *)mpi_comm;
@@ -266,16 +281,17 @@ fv_status_t fv_bootstrap(void *mpi_comm,
         return (rank == 0) ? status : fv_fail(FV_ERR_UNAVAILABLE, "rank 0 could not listen");
     }
     if (rank != 0) {
-        status = connect_to(&meeting, epoch, hello, &out_fds[0]);
+        status = connect_both(&meeting, epoch, hello, &out_fds[0], &out_beat_fds[0]);
         fv_secret_wipe(&meeting, sizeof(meeting));
         return status;
     }
     for (int r = 0; r < n_ranks; r++) {
         out_fds[r] = -1;
+        out_beat_fds[r] = -1;
     }
     out_hellos[0] = *hello;
     status = fv_meet_accept(listen_fd, meeting.secret, epoch, (uint32_t)n_ranks, JOIN_TIMEOUT_MS,
-                            tune, out_fds, out_hellos);
+                            tune, out_fds, out_beat_fds, out_hellos);
     fv_secret_wipe(&meeting, sizeof(meeting));
     (void)close(listen_fd);
     if (strncmp(control_address, "unix:", 5) == 0) {

@@ -84,6 +84,11 @@ uint32_t fv_link_deadline_ms(const fv_link_t *link);
 size_t fv_link_pollfds(const fv_link_t *link, struct pollfd *out, size_t cap);
 /* Looks at every socket without waiting: FV_ERR_RANK_LOST when one has closed. */
 FV_MUST_CHECK fv_status_t fv_link_check(fv_link_t *link);
+/*
+ * Rank `rank` has not been heard for silent_ms: it is lost, whatever its socket says. Whoever waits finds the socket closed.
+ * Thread: any; not beside fv_link_destroy().
+ */
+void fv_link_declare_silent(fv_link_t *link, uint32_t rank, uint32_t silent_ms);
 /* The same as a predicate for the exchange's waits; `link` is a fv_link_t. */
 bool fv_link_is_broken(void *link);
 /* Called by fv_link_is_broken(), that is, while the coordinator's own rank waits for its device or for partial states. */

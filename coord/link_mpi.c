@@ -12,8 +12,10 @@
 
 #include <limits.h>
 #include <sched.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #define SPIN_US 200 /* busy-test this long, then give the core away between tests */
@@ -21,6 +23,7 @@
 
 typedef struct fv_peer {
     int fd;
+    atomic_uint silent_ms; /* declared silent after so long; 0 = not */
     MPI_Request input[FV_STEP_DEPTH], output[FV_STEP_DEPTH]; /* by slot of the step */
 } fv_peer_t;
 
@@ -105,6 +108,23 @@ size_t fv_link_pollfds(const fv_link_t *link, struct pollfd *out, size_t cap)
     return n;
 }
 
+void fv_link_declare_silent(fv_link_t *link, uint32_t rank, uint32_t silent_ms)
+{
+    atomic_store(&link->peers[rank].silent_ms, (silent_ms == 0U) ? 1U : silent_ms);
+    (void)shutdown(link->peers[rank].fd, SHUT_RDWR); /* wakes whoever polls it */
+}
+
+static fv_status_t rank_is_gone(const fv_link_t *link, uint32_t rank)
+{
+    uint32_t silent_ms = atomic_load(&link->peers[rank].silent_ms);
+
+    if (silent_ms > 0U) {
+        return fv_fail(FV_ERR_RANK_LOST, "rank %u is gone: not heard for %u ms, stopped or cut off",
+                       rank, silent_ms);
+    }
+    return fv_fail(FV_ERR_RANK_LOST, "rank %u is gone: its control socket closed", rank);
+}
+
 fv_status_t fv_link_check(fv_link_t *link)
 {
     if (poll(link->watch, link->n_ranks, 0) <= 0) {
@@ -112,7 +132,7 @@ fv_status_t fv_link_check(fv_link_t *link)
     }
     for (uint32_t r = 0; r < link->n_ranks; r++) {
         if ((link->watch[r].revents & (POLLHUP | POLLRDHUP | POLLERR)) != 0) {
-            return fv_fail(FV_ERR_RANK_LOST, "rank %u is gone: its control socket closed", r);
+            return rank_is_gone(link, r);
         }
     }
     return FV_OK;
@@ -163,10 +183,7 @@ static fv_status_t send_message(fv_link_t *link,
     pieces[0] = (fv_frame_piece_t){.data = &header, .n_bytes = sizeof(header)};
     fv_status_t status =
         fv_frame_send(link->peers[rank].fd, pieces, n_body + 1U, (int)link->deadline_ms);
-    if (status == FV_ERR_RANK_LOST) {
-        return fv_fail(status, "rank %u is gone: its control socket closed", rank);
-    }
-    return status;
+    return (status == FV_ERR_RANK_LOST) ? rank_is_gone(link, rank) : status;
 }
 
 fv_status_t
@@ -200,10 +217,7 @@ static fv_status_t read_from(fv_link_t *link, uint32_t rank, void *out, size_t n
 {
     fv_status_t status = fv_frame_read(link->peers[rank].fd, out, n_bytes, (int)link->deadline_ms);
 
-    if (status == FV_ERR_RANK_LOST) {
-        return fv_fail(status, "rank %u is gone: its control socket closed", rank);
-    }
-    return status;
+    return (status == FV_ERR_RANK_LOST) ? rank_is_gone(link, rank) : status;
 }
 
 static fv_status_t read_done(fv_link_t *link,

@@ -5,16 +5,19 @@
  * --dedicated-coordinator, works too; the others work. With main_exchange.c the only file that knows coord and worker
  * both.
  *
- * Exit codes: 0 clean stop, 1 start-up failed, 2 usage or configuration, 3 a rank was lost, 4 failed while serving.
+ * Exit codes: 0 clean stop, 1 start-up failed, 2 usage or configuration, 3 a rank was lost, 4 failed while serving,
+ * 5 cut off from the coordinator.
  */
 #define _GNU_SOURCE
 
 #include "common/config.h"
+#include "common/deadline.h"
 #include "common/log.h"
 #include "coord/bootstrap.h"
 #include "coord/engine.h"
 #include "coord/link.h"
 #include "coord/main_exchange.h"
+#include "coord/main_heartbeat.h"
 #include "coord/resources.h"
 #include "coord/rpc.h"
 #include "coord/version.h"
@@ -30,6 +33,8 @@
 #include <unistd.h>
 
 #define EPOCH 1U
+/* MPI_Finalize waits for every rank, and one may have died meanwhile. */
+#define FINISH_MS 10000U
 /* A GPU does as many in a few ms: batch 64 at 64k tokens, or a prefill of 2k. */
 #define INLINE_PAIRS_CUDA ((uint64_t)4 << 20)
 
@@ -39,6 +44,7 @@ enum {
     EXIT_USAGE = 2,
     EXIT_RANK_LOST = 3,
     EXIT_SERVING = 4,
+    EXIT_FENCED = 5,
 };
 
 extern char **environ;
@@ -57,7 +63,8 @@ typedef struct fv_process {
     fv_main_exchange_t exchange;
     fv_ctl_hello_t hello;
     fv_ctl_hello_t *hellos; /* rank 0: [n_ranks] */
-    int *fds;               /* [n_ranks] */
+    int *fds, *beat_fds;    /* [n_ranks] */
+    fv_heartbeat_t *heartbeat;
     fv_link_t *link;
     fv_auth_t *auth; /* rank 0 */
 } fv_process_t;
@@ -346,7 +353,8 @@ static fv_status_t meet(fv_process_t *p)
 {
     p->hellos = calloc((size_t)p->n_ranks, sizeof(*p->hellos));
     p->fds = calloc((size_t)p->n_ranks, sizeof(*p->fds));
-    if ((p->hellos == NULL) || (p->fds == NULL)) {
+    p->beat_fds = calloc((size_t)p->n_ranks, sizeof(*p->beat_fds));
+    if ((p->hellos == NULL) || (p->fds == NULL) || (p->beat_fds == NULL)) {
         return fv_fail(FV_ERR_NO_MEMORY, "%d ranks", p->n_ranks);
     }
     if (!p->has_mpi || (p->n_ranks == 1)) {
@@ -354,17 +362,19 @@ static fv_status_t meet(fv_process_t *p)
         p->hellos[0] = p->hello;
         return FV_OK;
     }
-    FV_RETURN_IF_ERR(
-        fv_bootstrap(&p->comm, p->config.control_address, EPOCH, &p->hello, p->fds, p->hellos));
+    FV_RETURN_IF_ERR(fv_bootstrap(&p->comm, p->config.control_address, EPOCH, &p->hello, p->fds,
+                                  p->beat_fds, p->hellos));
     if (p->rank != 0) {
-        return FV_OK;
+        return fv_main_heartbeat_start(&p->config, p->rank, p->n_ranks, p->beat_fds, NULL,
+                                       EXIT_FENCED, &p->heartbeat);
     }
     FV_RETURN_IF_ERR(fv_link_create(&p->comm, (uint32_t)p->n_ranks, EPOCH, p->fds,
                                     (uint32_t)p->config.step_deadline_ms, &p->link));
     if ((p->exchange.ops != NULL) && (p->exchange.ops->on_poll != NULL)) {
         p->exchange.ops->on_poll(p->exchange.ctx, fv_link_is_broken, p->link);
     }
-    return FV_OK;
+    return fv_main_heartbeat_start(&p->config, p->rank, p->n_ranks, p->beat_fds, p->link,
+                                   EXIT_FENCED, &p->heartbeat);
 }
 
 static void print_banner(const fv_process_t *p, const fv_rpc_t *rpc)
@@ -481,6 +491,8 @@ static int run_coordinator(fv_process_t *p, int signal_fd)
         fv_error("tokens: %s", fv_error_context());
     }
     fv_auth_destroy(p->auth);
+    fv_heartbeat_stop(p->heartbeat); /* from here on nobody is missed */
+    p->heartbeat = NULL;
     int code = has_served ? exit_code_of(status) : EXIT_START;
 
     if ((p->link != NULL) && (code != EXIT_RANK_LOST)) {
@@ -546,6 +558,7 @@ static int start_and_run(fv_process_t *p, const sigset_t *signals)
         return EXIT_START;
     }
     status = meet(p);
+    fv_deadline_disarm();
     if (status != FV_OK) {
         fv_error("%s", fv_error_context());
         return EXIT_START;
@@ -563,6 +576,7 @@ static void finish(fv_process_t *p, int code)
         (void)fflush(NULL);
         _exit(code);
     }
+    fv_heartbeat_stop(p->heartbeat);
     fv_link_destroy(p->link);
     if ((p->rank != 0) && (p->fds != NULL)) {
         (void)close(p->fds[0]);
@@ -571,8 +585,11 @@ static void finish(fv_process_t *p, int code)
     fv_main_exchange_close(&p->exchange);
     free(p->hellos);
     free(p->fds);
+    free(p->beat_fds);
     if (p->has_mpi) {
+        fv_deadline_arm(FINISH_MS, code, "fovead: MPI_Finalize");
         (void)MPI_Finalize();
+        fv_deadline_disarm();
     }
 }
 
@@ -602,6 +619,7 @@ int main(int argc, char **argv)
     int code = EXIT_START;
     sigset_t signals;
     block_signals(&signals);
+    fv_deadline_arm((uint32_t)process.config.start_deadline_ms, EXIT_START, "fovead: start");
     status = join_mpi(&process);
     if (status == FV_OK) {
         code = start_and_run(&process, &signals);

@@ -13,13 +13,14 @@
 #include <errno.h>
 #include <poll.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define STRANGERS_MAX \
-    64 /* that have not proved themselves; a further one takes the oldest's place */
-#define STRANGER_MS 5000 /* so long they may take */
+/* Beside two of each rank, so many that have not proved themselves; a further one takes the oldest's place. */
+#define STRANGERS_SPARE 64U
+#define STRANGER_MS     5000 /* so long they may take */
 
 /* What a rank sends first. */
 typedef struct fv_introduction {
@@ -37,11 +38,12 @@ typedef struct fv_stranger {
 
 typedef struct fv_meeting_place {
     const uint8_t *secret;
-    uint32_t epoch, n_ranks, n_joined;
-    int *fds;
+    uint32_t epoch, n_ranks, n_joined; /* n_joined: connections */
+    int *fds, *beat_fds;
     fv_ctl_hello_t *hellos;
-    size_t n_strangers; /* oldest first */
-    fv_stranger_t strangers[STRANGERS_MAX];
+    size_t n_strangers, strangers_max; /* oldest first */
+    fv_stranger_t *strangers;          /* [strangers_max] */
+    struct pollfd *polled;             /* [strangers_max + 1] */
 } fv_meeting_place_t;
 
 static fv_status_t prove(const uint8_t *secret,
@@ -90,7 +92,7 @@ static void take_in(fv_meeting_place_t *place, int listen_fd, void (*on_accept)(
         (void)close(fd);
         return;
     }
-    if (place->n_strangers == STRANGERS_MAX) {
+    if (place->n_strangers == place->strangers_max) {
         drop(place, 0);
     }
     fv_stranger_t *stranger = &place->strangers[place->n_strangers++];
@@ -99,29 +101,41 @@ static void take_in(fv_meeting_place_t *place, int listen_fd, void (*on_accept)(
     memcpy(stranger->nonce, challenge.nonce, sizeof(stranger->nonce));
 }
 
+/* Where the connection of an introduction belongs; NULL: nowhere. */
+static int *seat_of(const fv_meeting_place_t *place, const fv_ctl_hello_t *hello)
+{
+    if ((hello->rank == 0) || (hello->rank >= place->n_ranks) ||
+        (hello->channel > (uint32_t)FV_CHANNEL_BEAT)) {
+        return NULL;
+    }
+    return (hello->channel == (uint32_t)FV_CHANNEL_BEAT) ? &place->beat_fds[hello->rank]
+                                                         : &place->fds[hello->rank];
+}
+
 static bool is_one_of_us(const fv_meeting_place_t *place, const fv_stranger_t *stranger)
 {
     const fv_ctl_header_t *header = &stranger->said.header;
     const fv_ctl_hello_t *hello = &stranger->said.hello;
+    const int *seat = seat_of(place, hello);
     uint8_t proof[FV_SHA256_BYTES];
 
     return (header->magic == FV_CTL_MAGIC) && (header->type == FV_CTL_HELLO) &&
            (header->epoch == place->epoch) && (header->body_bytes == sizeof(*hello)) &&
            (prove(place->secret, stranger->nonce, place->epoch, hello, proof) == FV_OK) &&
-           fv_secret_equal(proof, hello->proof, sizeof(proof)) && (hello->rank > 0) &&
-           (hello->rank < place->n_ranks) && (place->fds[hello->rank] < 0);
+           fv_secret_equal(proof, hello->proof, sizeof(proof)) && (seat != NULL) && (*seat < 0);
 }
 
 static void join(fv_meeting_place_t *place, size_t i)
 {
     fv_ctl_hello_t *hello = &place->hellos[place->strangers[i].said.hello.rank];
 
+    *seat_of(place, &place->strangers[i].said.hello) = place->strangers[i].fd;
     *hello = place->strangers[i].said.hello;
+    hello->channel = FV_CHANNEL_CONTROL;
     hello->host[sizeof(hello->host) - 1U] = '\0';
     hello->backend[sizeof(hello->backend) - 1U] = '\0';
     hello->device[sizeof(hello->device) - 1U] = '\0';
     memset(hello->proof, 0, sizeof(hello->proof));
-    place->fds[hello->rank] = place->strangers[i].fd;
     place->n_joined++;
     place->n_strangers--;
     memmove(&place->strangers[i], &place->strangers[i + 1U],
@@ -159,9 +173,10 @@ static void wait_and_listen(fv_meeting_place_t *place,
                             int64_t left_ms,
                             void (*on_accept)(int fd))
 {
-    struct pollfd fds[STRANGERS_MAX + 1] = {{.fd = listen_fd, .events = POLLIN}};
+    struct pollfd *fds = place->polled;
     size_t n = place->n_strangers;
 
+    fds[0] = (struct pollfd){.fd = listen_fd, .events = POLLIN};
     for (size_t i = 0; i < n; i++) {
         fds[i + 1U] = (struct pollfd){.fd = place->strangers[i].fd, .events = POLLIN};
     }
@@ -183,12 +198,33 @@ static fv_status_t missing_ranks(const fv_meeting_place_t *place, uint32_t timeo
     size_t n = 0;
 
     for (uint32_t r = 1; (r < place->n_ranks) && (n + 8U < sizeof(text)); r++) {
-        if (place->fds[r] < 0) {
+        if ((place->fds[r] < 0) || (place->beat_fds[r] < 0)) {
             n += (size_t)snprintf(text + n, sizeof(text) - n, " %u", r);
         }
     }
     return fv_fail(FV_ERR_TIMED_OUT, "these ranks did not connect within %u s:%s",
                    timeout_ms / 1000U, text);
+}
+
+static fv_status_t
+accept_all(fv_meeting_place_t *place, int listen_fd, uint32_t timeout_ms, void (*on_accept)(int fd))
+{
+    int64_t deadline_us = fv_clock_us() + (int64_t)timeout_ms * 1000;
+    uint32_t n_expected = 2U * (place->n_ranks - 1U);
+    fv_status_t status = FV_OK;
+
+    while ((place->n_joined < n_expected) && (status == FV_OK)) {
+        int64_t left_ms = (deadline_us - fv_clock_us()) / 1000;
+        if (left_ms <= 0) {
+            status = missing_ranks(place, timeout_ms);
+        } else {
+            wait_and_listen(place, listen_fd, left_ms, on_accept);
+        }
+    }
+    while (place->n_strangers > 0) {
+        drop(place, 0);
+    }
+    return status;
 }
 
 fv_status_t fv_meet_accept(int listen_fd,
@@ -198,30 +234,27 @@ fv_status_t fv_meet_accept(int listen_fd,
                            uint32_t timeout_ms,
                            void (*on_accept)(int fd),
                            int *fds,
+                           int *beat_fds,
                            fv_ctl_hello_t *hellos)
 {
-    static fv_meeting_place_t place; /* large for a stack; there is one thread */
-    int64_t deadline_us = fv_clock_us() + (int64_t)timeout_ms * 1000;
+    fv_meeting_place_t place = {.secret = secret,
+                                .epoch = epoch,
+                                .n_ranks = n_ranks,
+                                .fds = fds,
+                                .beat_fds = beat_fds,
+                                .hellos = hellos,
+                                .strangers_max = STRANGERS_SPARE + 2U * (size_t)n_ranks};
     fv_status_t status = FV_OK;
 
-    place.secret = secret;
-    place.epoch = epoch;
-    place.n_ranks = n_ranks;
-    place.n_joined = 1;
-    place.fds = fds;
-    place.hellos = hellos;
-    place.n_strangers = 0;
-    while ((place.n_joined < n_ranks) && (status == FV_OK)) {
-        int64_t left_ms = (deadline_us - fv_clock_us()) / 1000;
-        if (left_ms <= 0) {
-            status = missing_ranks(&place, timeout_ms);
-        } else {
-            wait_and_listen(&place, listen_fd, left_ms, on_accept);
-        }
+    place.strangers = calloc(place.strangers_max, sizeof(*place.strangers));
+    place.polled = calloc(place.strangers_max + 1U, sizeof(*place.polled));
+    if ((place.strangers == NULL) || (place.polled == NULL)) {
+        status = fv_fail(FV_ERR_NO_MEMORY, "a meeting of %u ranks", n_ranks);
+    } else {
+        status = accept_all(&place, listen_fd, timeout_ms, on_accept);
     }
-    while (place.n_strangers > 0) {
-        drop(&place, 0);
-    }
+    free(place.strangers);
+    free(place.polled);
     return status;
 }
 

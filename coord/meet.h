@@ -25,7 +25,8 @@ typedef struct fv_meet_challenge {
 } fv_meet_challenge_t;
 
 /*
- * Accepts ranks 1..n_ranks-1 at a listening stream socket. fds: [n_ranks], all -1; hellos: [n_ranks]; proofs are wiped.
+ * Accepts ranks 1..n_ranks-1 at a listening stream socket, each with a connection for control and one for beats.
+ * fds, beat_fds: [n_ranks], all -1; hellos: [n_ranks]; proofs are wiped.
  * on_accept (may be NULL) sets a fresh connection's options.
  * Errors: FV_ERR_TIMED_OUT naming who is missing after timeout_ms; FV_ERR_SYSTEM.
  */
@@ -36,6 +37,7 @@ FV_MUST_CHECK fv_status_t fv_meet_accept(int listen_fd,
                                          uint32_t timeout_ms,
                                          void (*on_accept)(int fd),
                                          int *fds,
+                                         int *beat_fds,
                                          fv_ctl_hello_t *hellos);
 
 /* The other side, on a connected socket. Errors: FV_ERR_PROTOCOL for a challenge that is none; as common/frame.h. */

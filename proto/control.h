@@ -75,13 +75,19 @@ typedef struct fv_ctl_memory {
 
 #define FV_SECRET_BYTES 16
 
+/* The two connections of a rank. */
+enum {
+    FV_CHANNEL_CONTROL = 0, /* the messages of this file */
+    FV_CHANNEL_BEAT = 1,    /* a byte again and again: coord/heartbeat.h */
+};
+
 typedef struct fv_ctl_hello {
     uint8_t
         proof[32]; /* that the sender has the job's secret, which MPI handed out: coord/meet.h */
     uint32_t rank;
     uint32_t n_threads;
     uint32_t has_latent; /* the rank's backend serves models of kind LATENT */
-    uint32_t reserved;
+    uint32_t channel;    /* FV_CHANNEL_*: a rank introduces each of its connections */
     char host[64];
     char backend[16];
     char device[96];

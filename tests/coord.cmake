@@ -2,6 +2,8 @@
 fv_add_test(test_token unit SOURCES unit/test_token.c LIBS fv_secret)
 fv_add_test(test_auth unit SOURCES unit/test_auth.c LIBS fv_auth)
 fv_add_test(test_meet unit SOURCES unit/test_meet.c LIBS fv_coord Threads::Threads TIMEOUT 60)
+fv_add_test(test_heartbeat unit SOURCES unit/test_heartbeat.c LIBS fv_coord Threads::Threads)
+fv_add_test(test_deadline unit SOURCES unit/test_deadline.c LIBS fv_common)
 fv_add_test(test_session unit SOURCES unit/test_session.c LIBS fv_coord)
 fv_add_test(test_sched unit SOURCES unit/test_sched.c support/sched_case.c LIBS fv_coord)
 fv_add_test(test_sched_latent unit SOURCES unit/test_sched_latent.c support/sched_case.c LIBS fv_coord)

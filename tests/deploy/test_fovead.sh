@@ -189,7 +189,7 @@ dead_rank_mid_step() {
 # A rank that lives but does nothing: after --step-deadline-ms it counts as lost.
 hung_rank() {
     local begin
-    launched -n 3 --step-deadline-ms 1000 || return
+    launched -n 3 --step-deadline-ms 1000 --heartbeat-ms 0 || return
     kill -STOP "$(rank_pid 1)"
     begin=$SECONDS
     tensors 300
@@ -200,6 +200,35 @@ hung_rank() {
     [[ $((SECONDS - begin)) -lt 10 ]] || fail "hung rank: the end took $((SECONDS - begin)) s"
     expect "hung rank" 'the service ends: rank 1 '
     nothing_left "hung rank"
+}
+
+# A rank that is stopped while nothing is under way: its heartbeats are missed.
+stopped_rank() {
+    local begin
+    launched -n 3 || return
+    begin=$SECONDS
+    kill -STOP "$(rank_pid 1)"
+    finish "stopped rank" 3
+    [[ $((SECONDS - begin)) -lt 10 ]] || fail "stopped rank: the end took $((SECONDS - begin)) s"
+    expect "stopped rank" 'the service ends: rank 1 is gone: not heard for [0-9]+ ms'
+    nothing_left "stopped rank"
+}
+
+# The coordinator is stopped: the others hear nothing of it and leave by themselves.
+stopped_coordinator() {
+    local pid
+    OMPI_MCA_orte_enable_recovery=1 ranks 3 || return
+    pid=$(rank_pid 0)
+    kill -STOP "$pid"
+    for _ in {1..100}; do
+        [[ -z $(rank_pid 1)$(rank_pid 2) ]] && break
+        sleep 0.1
+    done
+    [[ -z $(rank_pid 1)$(rank_pid 2) ]] || fail "stopped coordinator: the others did not leave"
+    [[ $(grep -c 'exit 5: rank 0 was not heard for' "$work/log") -eq 2 ]] || fail "stopped coordinator: nobody says why"
+    kill -KILL "$pid"
+    wait_job
+    nothing_left "stopped coordinator"
 }
 
 # A request is under way when the signal comes: it is finished and answered before the service stops.
@@ -267,6 +296,8 @@ dead_rank 2 KILL
 dead_rank 1 SEGV
 dead_rank_mid_step
 hung_rank
+stopped_rank
+stopped_coordinator
 running_request TERM
 running_request INT
 hostfile

@@ -102,6 +102,9 @@ static void test_defaults(void **state)
     assert_false(c.insecure);
     assert_int_equal(c.step_tokens_max, 8192);
     assert_int_equal(c.step_deadline_ms, 600000);
+    assert_int_equal(c.heartbeat_ms, 200);
+    assert_int_equal(c.heartbeat_misses, 5);
+    assert_int_equal(c.start_deadline_ms, 300000);
     assert_int_equal(c.drain_timeout_ms, 10000);
     assert_int_equal(fv_log_level_parse(c.log_level, &level), FV_OK);
     assert_int_equal(level, FV_LOG_INFO);

@@ -18,7 +18,7 @@
 #define EPOCH    7U
 #define N_RANKS  4U
 #define SHORT_MS 5000 /* enough for those who do come, on a busy machine */
-#define SILENT   70   /* more than fv_meet_accept() keeps at a time */
+#define SILENT   80   /* more than fv_meet_accept() keeps at a time for so few ranks */
 
 static const uint8_t k_secret[FV_SECRET_BYTES] = "a job's secret!";
 static char g_path[64];
@@ -29,17 +29,19 @@ typedef enum who {
     GARBAGE,
     WRONG_SECRET,
     WRONG_EPOCH,
-    OLD_PROOF,    /* of another connection */
-    OTHER_RANK,   /* a proof for rank 1, shown by rank 2 */
-    RANK_ZERO,    /* knows the secret and claims rank 0 */
-    RANK_TOO_HIGH /* and one that is not there */
+    OLD_PROOF,     /* of another connection */
+    OTHER_RANK,    /* a proof for rank 1, shown by rank 2 */
+    RANK_ZERO,     /* knows the secret and claims rank 0 */
+    RANK_TOO_HIGH, /* and one that is not there */
+    NO_CHANNEL,    /* and a connection that no rank has */
+    HALF_A_RANK    /* has no connection for beats */
 } who_t;
 
 typedef struct guest {
     who_t who;
     uint32_t rank;
     pthread_t thread;
-    int fd;
+    int fd, beat_fd;
     fv_status_t status; /* of introducing itself; who comes when all are in is turned away anyhow */
 } guest_t;
 
@@ -109,8 +111,23 @@ static void *visit(void *arg)
 
     memset(garbage, 0x5a, sizeof(garbage));
     guest->fd = connected();
+    guest->beat_fd = -1;
     switch (guest->who) {
     case RANK:
+        guest->status = fv_meet_introduce(guest->fd, k_secret, EPOCH, &hello, 5000);
+        guest->beat_fd = connected();
+        hello.channel = FV_CHANNEL_BEAT;
+        if (guest->status == FV_OK) {
+            guest->status = fv_meet_introduce(guest->beat_fd, k_secret, EPOCH, &hello, 5000);
+        }
+        break;
+    case HALF_A_RANK:
+        guest->status = fv_meet_introduce(guest->fd, k_secret, EPOCH, &hello, 5000);
+        break;
+    case NO_CHANNEL:
+        hello.channel = FV_CHANNEL_BEAT + 1;
+        guest->status = fv_meet_introduce(guest->fd, k_secret, EPOCH, &hello, 5000);
+        break;
     case RANK_ZERO:
     case RANK_TOO_HIGH:
         guest->status = fv_meet_introduce(guest->fd, k_secret, EPOCH, &hello, 5000);
@@ -149,14 +166,18 @@ static void end(guest_t *guest)
     assert_true((guest->who != RANK) || (guest->status == FV_OK));
     assert_true((guest->who != WRONG_EPOCH) || (guest->status != FV_OK));
     (void)close(guest->fd);
+    if (guest->beat_fd >= 0) {
+        (void)close(guest->beat_fd);
+    }
 }
 
 static void test_ranks_among_strangers(void **state)
 {
-    static const who_t k_strangers[] = {GARBAGE,   WRONG_SECRET, WRONG_EPOCH,  OLD_PROOF,
-                                        RANK_ZERO, OTHER_RANK,   RANK_TOO_HIGH};
+    static const who_t k_strangers[] = {GARBAGE,   WRONG_SECRET, WRONG_EPOCH,   OLD_PROOF,
+                                        RANK_ZERO, OTHER_RANK,   RANK_TOO_HIGH, NO_CHANNEL};
     static guest_t guests[SILENT + FV_COUNT(k_strangers) + N_RANKS];
     int fds[N_RANKS] = {-1, -1, -1, -1};
+    int beats[N_RANKS] = {-1, -1, -1, -1};
     static fv_ctl_hello_t hellos[N_RANKS];
     size_t n = 0;
     int fd = listening();
@@ -178,7 +199,8 @@ static void test_ranks_among_strangers(void **state)
     for (uint32_t r = 1; r < N_RANKS; r++) {
         begin(&guests[n++], RANK, r);
     }
-    assert_int_equal(fv_meet_accept(fd, k_secret, EPOCH, N_RANKS, 20000, NULL, fds, hellos), FV_OK);
+    assert_int_equal(fv_meet_accept(fd, k_secret, EPOCH, N_RANKS, 20000, NULL, fds, beats, hellos),
+                     FV_OK);
     (void)close(fd);
     for (size_t i = 0; i < SILENT; i++) {
         (void)close(guests[i].fd);
@@ -186,15 +208,17 @@ static void test_ranks_among_strangers(void **state)
     for (size_t i = SILENT; i < n; i++) {
         end(&guests[i]);
     }
-    assert_int_equal(fds[0], -1);
+    assert_int_equal(fds[0] & beats[0], -1);
     for (uint32_t r = 1; r < N_RANKS; r++) {
         char host[16];
         (void)snprintf(host, sizeof(host), "host%u", r);
-        assert_true(fds[r] >= 0);
+        assert_true((fds[r] >= 0) && (beats[r] >= 0) && (fds[r] != beats[r]));
+        assert_int_equal(hellos[r].channel, FV_CHANNEL_CONTROL);
         assert_string_equal(hellos[r].host, host);
         assert_int_equal(hellos[r].n_threads, 10U + r);
         assert_int_equal(hellos[r].proof[0] | hellos[r].proof[31], 0);
         (void)close(fds[r]);
+        (void)close(beats[r]);
     }
     (void)unlink(g_path);
 }
@@ -203,18 +227,27 @@ static void test_ranks_among_strangers(void **state)
 static void meet_in_vain(who_t who, uint32_t rank, const char *expected)
 {
     int fds[N_RANKS] = {-1, -1, -1, -1};
+    int beats[N_RANKS] = {-1, -1, -1, -1};
     fv_ctl_hello_t hellos[N_RANKS];
     guest_t guests[2];
     int fd = listening();
 
     begin(&guests[0], RANK, 2);
     begin(&guests[1], who, rank);
-    assert_int_equal(fv_meet_accept(fd, k_secret, EPOCH, N_RANKS, SHORT_MS, NULL, fds, hellos),
-                     FV_ERR_TIMED_OUT);
+    assert_int_equal(
+        fv_meet_accept(fd, k_secret, EPOCH, N_RANKS, SHORT_MS, NULL, fds, beats, hellos),
+        FV_ERR_TIMED_OUT);
     assert_non_null(strstr(fv_error_context(), expected));
     end(&guests[0]);
     end(&guests[1]);
-    (void)close(fds[2]);
+    for (size_t r = 1; r < N_RANKS; r++) {
+        if (fds[r] >= 0) {
+            (void)close(fds[r]);
+        }
+        if (beats[r] >= 0) {
+            (void)close(beats[r]);
+        }
+    }
     (void)close(fd);
     (void)unlink(g_path);
 }
@@ -231,12 +264,20 @@ static void test_the_same_rank_twice(void **state)
     meet_in_vain(RANK, 2, ": 1 3");
 }
 
+/* A rank that could not be missed when it is stopped is not in. */
+static void test_a_rank_without_beats_is_not_in(void **state)
+{
+    (void)state;
+    meet_in_vain(HALF_A_RANK, 3, ": 1 3");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_ranks_among_strangers),
         cmocka_unit_test(test_who_is_missing_is_named),
         cmocka_unit_test(test_the_same_rank_twice),
+        cmocka_unit_test(test_a_rank_without_beats_is_not_in),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
