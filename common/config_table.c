@@ -195,7 +195,7 @@ const fv_option_t fv_options[] = {
      .value = "5",
      .help =
          "So many heartbeats missed in a row: the rank is lost, and a rank that hears nothing of the coordinator "
-         "leaves by itself. Between hosts not before 4 s, which a short outage of the network may take.",
+         "leaves by itself. Between hosts not before 5 s, which a short outage of the network may take.",
      .type = FV_OPTION_INT,
      .offset = AT(heartbeat_misses),
      .min = 2,

@@ -184,7 +184,14 @@ static fv_status_t listen_at(fv_meeting_t *meeting, int *out_fd)
 
 /* ------------------------------------------------------------------ connections */
 
-/* A host that vanishes is noticed within seconds; figures from the notes on lossy links: not below. */
+#ifndef TCP_RTO_MAX_MS /* Linux 6.15 */
+#    define TCP_RTO_MAX_MS 44
+#endif
+
+/*
+ * A host that vanishes is noticed within seconds, and a link that is down for 3 s is none that has vanished: what is sent again
+ * must not be at ever longer intervals, or the next try would come when we have given up.
+ */
 static void tune(int fd)
 {
     struct sockaddr_storage own = {0};
@@ -192,9 +199,14 @@ static void tune(int fd)
     static const struct {
         int level, option, value;
     } k_options[] = {
-        {IPPROTO_TCP, TCP_NODELAY, 1},  {SOL_SOCKET, SO_KEEPALIVE, 1},
-        {IPPROTO_TCP, TCP_KEEPIDLE, 1}, {IPPROTO_TCP, TCP_KEEPINTVL, 1},
-        {IPPROTO_TCP, TCP_KEEPCNT, 3},  {IPPROTO_TCP, TCP_USER_TIMEOUT, 4000},
+        {IPPROTO_TCP, TCP_NODELAY, 1},
+        {SOL_SOCKET, SO_KEEPALIVE, 1},
+        {IPPROTO_TCP, TCP_KEEPIDLE, 1},
+        {IPPROTO_TCP, TCP_KEEPINTVL, 1},
+        {IPPROTO_TCP, TCP_KEEPCNT, 4},
+        {IPPROTO_TCP, TCP_USER_TIMEOUT, 5000},
+        {IPPROTO_TCP, TCP_THIN_LINEAR_TIMEOUTS, 1},
+        {IPPROTO_TCP, TCP_RTO_MAX_MS, 1000},
     };
 
     if ((getsockname(fd, (struct sockaddr *)&own, &n_own) != 0) || (own.ss_family == AF_UNIX)) {

@@ -89,6 +89,8 @@ FV_MUST_CHECK fv_status_t fv_link_check(fv_link_t *link);
  * Thread: any; not beside fv_link_destroy().
  */
 void fv_link_declare_silent(fv_link_t *link, uint32_t rank, uint32_t silent_ms);
+/* True of a rank that is lost, and whose process may live: it was not heard, or its host can not be reached. */
+bool fv_link_is_cut_off(const fv_link_t *link, uint32_t rank);
 /* The same as a predicate for the exchange's waits; `link` is a fv_link_t. */
 bool fv_link_is_broken(void *link);
 /* Called by fv_link_is_broken(), that is, while the coordinator's own rank waits for its device or for partial states. */

@@ -10,6 +10,7 @@
 
 #include <mpi.h>
 
+#include <errno.h>
 #include <limits.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -24,6 +25,7 @@
 typedef struct fv_peer {
     int fd;
     atomic_uint silent_ms; /* declared silent after so long; 0 = not */
+    bool is_unreachable;   /* its host, says the network */
     MPI_Request input[FV_STEP_DEPTH], output[FV_STEP_DEPTH]; /* by slot of the step */
 } fv_peer_t;
 
@@ -114,6 +116,25 @@ void fv_link_declare_silent(fv_link_t *link, uint32_t rank, uint32_t silent_ms)
     (void)shutdown(link->peers[rank].fd, SHUT_RDWR); /* wakes whoever polls it */
 }
 
+/* What TCP found out by itself is as good as missed heartbeats. */
+static void note_network_error(fv_link_t *link, uint32_t rank)
+{
+    int error = 0;
+    socklen_t n = sizeof(error);
+
+    if ((getsockopt(link->peers[rank].fd, SOL_SOCKET, SO_ERROR, &error, &n) == 0) &&
+        ((error == ETIMEDOUT) || (error == EHOSTUNREACH) || (error == ENETUNREACH))) {
+        link->peers[rank].is_unreachable = true;
+    }
+}
+
+bool fv_link_is_cut_off(const fv_link_t *link, uint32_t rank)
+{
+    const fv_peer_t *peer = &link->peers[rank];
+
+    return peer->is_unreachable || (atomic_load(&peer->silent_ms) > 0U);
+}
+
 static fv_status_t rank_is_gone(const fv_link_t *link, uint32_t rank)
 {
     uint32_t silent_ms = atomic_load(&link->peers[rank].silent_ms);
@@ -132,6 +153,7 @@ fv_status_t fv_link_check(fv_link_t *link)
     }
     for (uint32_t r = 0; r < link->n_ranks; r++) {
         if ((link->watch[r].revents & (POLLHUP | POLLRDHUP | POLLERR)) != 0) {
+            note_network_error(link, r);
             return rank_is_gone(link, r);
         }
     }

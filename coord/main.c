@@ -520,14 +520,19 @@ static int run_worker(fv_process_t *p)
 
 /* ------------------------------------------------------------------ process */
 
-/* For launchers that hide the exit code of a rank, as mpirun with recovery does. */
-static void write_exit_file(int code)
+/* For launchers that hide the exit code of a rank, as mpirun with recovery does; and hosts to be left out. */
+static void write_exit_file(const fv_process_t *p, int code)
 {
     const char *path = getenv("FOVEA_EXIT_FILE"); /* NOLINT(concurrency-mt-unsafe) */
     FILE *file = (path == NULL) ? NULL : fopen(path, "w");
 
     if (file != NULL) {
         (void)fprintf(file, "%d\n", code);
+        for (int r = 1; (p->link != NULL) && (r < p->n_ranks); r++) {
+            if (fv_link_is_cut_off(p->link, (uint32_t)r)) {
+                (void)fprintf(file, "cut-off %s\n", p->hellos[r].host);
+            }
+        }
         (void)fclose(file);
     }
 }
@@ -569,7 +574,7 @@ static int start_and_run(fv_process_t *p, const sigset_t *signals)
 static void finish(fv_process_t *p, int code)
 {
     if (p->rank == 0) {
-        write_exit_file(code);
+        write_exit_file(p, code);
     }
     if ((code != EXIT_CLEAN) && p->has_mpi) {
         /* Something is gone: MPI_Finalize would wait for it. The sockets close with the process. */
@@ -600,6 +605,7 @@ int main(int argc, char **argv)
 
     if (status != FV_OK) {
         (void)fprintf(stderr, "fovead: %s\nTry fovead --help.\n", fv_error_context());
+        write_exit_file(&process, EXIT_USAGE); /* every rank finds the same */
         return EXIT_USAGE;
     }
     switch (process.config.action) {

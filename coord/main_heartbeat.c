@@ -10,7 +10,7 @@
 #include <unistd.h>
 
 /* Between hosts a link may be down for some seconds and come back: TCP's own limit on it (bootstrap_mpi.c). */
-#define SILENCE_MS_HOSTS 4000U
+#define SILENCE_MS_HOSTS 5000U
 
 static int s_fenced_code;
 

@@ -74,7 +74,8 @@ on() {
 agent() {
     local h=$1
     shift
-    exec ip netns exec "$h" nsenter --uts="$state/uts-$h" sh -c "$*"
+    # (a host of its own would not have it)
+    exec env -u FOVEA_RUN ip netns exec "$h" nsenter --uts="$state/uts-$h" sh -c "$*"
 }
 
 case ${1:-} in

@@ -7,8 +7,20 @@ echo $$ >"$FAKE_DIR/pid.$rank"
 env >"$FAKE_DIR/env.$rank"
 case ${FAKE:-exit0} in
 exit*)
+    # (fovead says so under its other codes)
+    [[ $rank -eq 0 && -n ${FOVEA_EXIT_FILE:-} && ${FAKE#exit} -lt 10 ]] && echo "${FAKE#exit}" >"$FOVEA_EXIT_FILE"
     [[ $rank -eq 0 ]] && exit "${FAKE#exit}"
     exit 0
+    ;;
+lose*) # rank 0 loses another rank, that many times; says so as fovead does; then serves
+    if [[ $rank -eq 0 ]]; then
+        echo run >>"$FAKE_DIR/runs"
+        if [[ $(wc -l <"$FAKE_DIR/runs") -le ${FAKE#lose} ]]; then
+            echo 3 >"$FOVEA_EXIT_FILE"
+            exit 3
+        fi
+    fi
+    trap 'echo drained >"$FAKE_DIR/drained.$rank"; echo 0 >"$FOVEA_EXIT_FILE"; exit 0' USR1
     ;;
 serve) trap 'echo drained >"$FAKE_DIR/drained.$rank"; exit 0' USR1 ;;
 deaf) trap '' USR1 TERM ;;

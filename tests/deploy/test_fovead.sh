@@ -72,7 +72,7 @@ rank_pid() { # N: of the running job
 
 launched() { # OPTION...: through fovead-run
     # (a background job of a script ignores SIGINT, and so would the launcher)
-    start env -u OMPI_MCA_orte_enable_recovery --default-signal=INT "$launcher" --fovead "$fovead" "$@" \
+    start env -u OMPI_MCA_orte_enable_recovery --default-signal=INT "$launcher" --fovead "$fovead" --restarts 0 "$@" \
         --listen "$address" --kv-memory 16m
 }
 

@@ -31,10 +31,10 @@ check() { # NAME CONDITION...
     fi
 }
 
-start() { # fovead over all hosts; leaves the launcher's pid in $pid
+start() { # OPTION...: fovead over all hosts; leaves the launcher's pid in $pid
     : >"$work/log"
     "$netns" on fv1 "$root/deploy/fovead-run" --fovead "$fovead" --hosts "$("$netns" hosts)" \
-        --interface eth0 --listen "$address" --insecure --kv-memory 64m >>"$work/log" 2>&1 &
+        --interface eth0 --listen "$address" --insecure --kv-memory 64m "$@" >>"$work/log" 2>&1 &
     pid=$!
     for _ in {1..300}; do
         grep -q 'listening on' "$work/log" && return 0
@@ -94,14 +94,14 @@ kill -TERM "$pid"
 finish
 check "SIGTERM: clean stop" [ "$code" -eq 0 ]
 
-check "it starts again" start
+check "it starts again" start --restarts 0
 kill -KILL "$(rank_on fv3)"
 finish
 check "a killed rank: exit code" [ "$code" -eq 3 ]
 check "a killed rank: it is said which" grep -q 'rank 2 is gone' "$work/log"
 check "a killed rank: fv2 is empty" is_empty fv2
 
-check "it starts once more" start
+check "it starts once more" start --restarts 0
 "$netns" link fv3 down
 finish
 check "a lost host: exit code" [ "$code" -eq 3 ]
@@ -109,6 +109,31 @@ check "a lost host: it is said" grep -q 'rank 2' <(grep -E 'error|lost' "$work/l
 check "a lost host: fv2 is empty" is_empty fv2
 # (mpirun's daemon there waits for the link)
 check "a lost host: its own rank leaves too" has_no_rank fv3
+
+# The rank of the lost host starts on another one, and the service goes on.
+"$netns" link fv3 up
+"$netns" down
+"$netns" up 3
+restarted() { # the service has started N times, within 30 s
+    for _ in {1..300}; do
+        [[ $(grep -c 'listening on' "$work/log") -ge $1 ]] && return 0
+        sleep 0.1
+    done
+    return 1
+}
+check "it starts, to be restarted" start --restarts 3
+"$netns" link fv3 down
+sleep 3
+"$netns" link fv3 up
+check "a link down for 3 s: right answers" attend context
+check "a link down for 3 s: no restart" [ "$(grep -c 'listening on' "$work/log")" -eq 1 ]
+"$netns" link fv3 down
+check "a link down for good: it starts again" restarted 2
+check "a link down for good: without that host" grep -q 'host fv3 is cut off: its rank 2 starts on fv1' "$work/log"
+check "a link down for good: right answers" attend context
+kill -TERM "$pid"
+finish
+check "a link down for good: clean stop" [ "$code" -eq 0 ]
 
 [[ $n_failed -eq 0 ]] || cat "$work/log"
 echo "$n_failed failed"

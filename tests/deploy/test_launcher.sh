@@ -38,7 +38,7 @@ wait_for() { # FILE...
 start() { # launcher options; leaves its pid in $pid
     fresh
     # (a background job of a script ignores SIGINT, and so would the launcher)
-    env --default-signal=INT "$launcher" --fovead "$here/fake_fovead.sh" "$@" 2>"$work/stderr" &
+    env --default-signal=INT "$launcher" --fovead "$here/fake_fovead.sh" --restarts 0 "$@" 2>"$work/stderr" &
     pid=$!
 }
 
@@ -141,6 +141,45 @@ test_deaths() {
     check "launcher killed: ranks do not live on" gone pid.1
 }
 
+test_restarts() {
+    local victim
+    FAKE=lose2 start -n 1 --restarts 3
+    for _ in {1..200}; do
+        [[ $(wc -l 2>/dev/null <"$work/runs") -eq 3 ]] && break
+        sleep 0.05
+    done
+    wait_for ready.0
+    check "after two losses it serves" [ "$(wc -l <"$work/runs")" -eq 3 ]
+    kill -TERM "$pid"
+    finish
+    check "and stops cleanly" [ "$code" -eq 0 ]
+    FAKE=lose99 start -n 1 --restarts 2
+    finish
+    check "a crash loop ends: exit code" [ "$code" -eq 3 ]
+    check "a crash loop ends: so many starts" [ "$(wc -l <"$work/runs")" -eq 3 ]
+    check "a crash loop ends: it is said" grep -q 'giving up' "$work/stderr"
+    FAKE=exit1 start -n 1 --restarts 5
+    finish
+    check "what does not start is not started again" [ "$code" -eq 1 ]
+    for victim in rank mpirun; do
+        FAKE=serve start -n 2 --restarts 1
+        wait_for ready.0 ready.1
+        rm "$work/ready.0"
+        if [[ $victim == rank ]]; then
+            kill -KILL "$(cat "$work/pid.0")" "$(cat "$work/pid.1")"
+        else
+            cp "$work/pid.1" "$work/old"
+            kill -KILL "$(ps -o ppid= -p "$(cat "$work/pid.0")")"
+        fi
+        check "$victim killed: it starts again" wait_for ready.0
+        [[ $victim == rank ]] || check "mpirun killed: no rank is left of it" gone old
+        wait_for ready.1
+        kill -TERM "$pid"
+        finish
+        check "$victim killed: then it stops cleanly" [ "$code" -eq 0 ]
+    done
+}
+
 test_sweep() {
     local uid dir map
     uid=$(id -u)
@@ -167,7 +206,7 @@ time.sleep(60)' "$map.used" >"$work/mapper" &
     rm -rf "$dir" "$map.used"
 }
 
-for t in test_usage test_exit_codes test_arguments test_stop test_deaths test_sweep; do
+for t in test_usage test_exit_codes test_arguments test_stop test_deaths test_restarts test_sweep; do
     $t
 done
 echo "$n_failed failed"
