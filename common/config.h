@@ -66,6 +66,7 @@ typedef struct fv_config {
     /* steps */
     int32_t shard_tokens; /* multiple of FV_PAGE_TOKENS */
     int32_t step_tokens_max;
+    int32_t prefill_tokens_per_step;
     int32_t step_deadline_ms;
     /* recovery */
     int32_t heartbeat_ms;     /* 0 = no heartbeats */

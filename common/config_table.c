@@ -170,6 +170,15 @@ const fv_option_t fv_options[] = {
      .offset = AT(step_tokens_max),
      .min = 1,
      .max = 1U << 20U},
+    {.name = "prefill_tokens_per_step",
+     .arg = "TOKENS",
+     .value = "0",
+     .help =
+         "Prompt tokens that one step takes at most; a longer request is served in pieces, decode goes first. 0 = as "
+         "many as take half as long as the decode beside them, by what steps were measured to take.",
+     .type = FV_OPTION_INT,
+     .offset = AT(prefill_tokens_per_step),
+     .max = 1U << 20U},
     {.name = "step_deadline_ms",
      .arg = "MS",
      .value = "600000",

@@ -169,7 +169,7 @@ static fv_status_t add_input_pad(fv_dispatch_t *d, fv_rank_work_t *work, size_t 
     return add_input(work, next_pad(d), fv_align_up(n_bytes, FV_STEP_ALIGN) - n_bytes);
 }
 
-/* An item's place: its request, its tensors, its first token among the request's. */
+/* An item's place: its request, its tensors, its piece's first token among the request's. */
 typedef struct fv_item_place {
     const fv_request_t *request;
     const fv_tensors_t *tensors;
@@ -386,11 +386,13 @@ fv_status_t fv_dispatch_build(fv_dispatch_t *d,
     FV_RETURN_IF_ERR(reserve_pads(d, plan));
     for (fv_request_t *r = plan->joined; r != NULL; r = r->next) {
         fv_item_place_t at = {.request = r, .tensors = tensors_of(r)};
+        uint64_t n_before = 0;
         for (uint32_t i = 0; i < r->head.n_items; i++) {
             at.placement = &r->sessions[i]->placement;
             at.item = &r->ctl_items[i];
+            at.token_begin = n_before + (at.item->position - r->items[i].position);
             FV_RETURN_IF_ERR(add_item(d, r, i, &at));
-            at.token_begin += r->ctl_items[i].n_tokens;
+            n_before += r->items[i].n_tokens;
         }
     }
     for (uint32_t rank = 0; rank < d->n_ranks; rank++) {

@@ -182,6 +182,8 @@ static void refuse_rest(fv_engine_t *engine, const char *why)
         fv_reply_job(engine, fv_job_of(request), fv_clock_us());
         request = next;
     }
+    refuse_entries(engine->held, why);
+    engine->held = NULL;
     refuse_entries(engine->commands, why);
     engine->commands = NULL;
     engine->commands_tail = &engine->commands;

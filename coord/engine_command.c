@@ -247,6 +247,27 @@ static fv_status_t do_open(fv_engine_t *engine, const fv_entry_t *entry)
     return finish_new_session(engine, entry, &birth.id, &refusal, fv_wire_open_response_encode);
 }
 
+bool fv_engine_must_hold(const fv_engine_t *engine, const fv_entry_t *entry)
+{
+    fv_session_request_t request = {0};
+    fv_status_t status = FV_ERR_INVALID_ARG;
+
+    if (entry->method == FV_METHOD_COUNT) {
+        return fv_engine_is_stream_half_way(entry->call);
+    }
+    if (entry->method == FV_METHOD_FORK_SESSION) {
+        status = fv_wire_fork_request_decode(message_of(entry), &request);
+    } else if (entry->method == FV_METHOD_TRUNCATE_SESSION) {
+        status = fv_wire_truncate_request_decode(message_of(entry), &request);
+    } else if (entry->method == FV_METHOD_CLOSE_SESSION) {
+        status = fv_wire_close_request_decode(message_of(entry), &request);
+    }
+    const fv_session_t *session =
+        (status == FV_OK) ? fv_sched_session(engine->sched, &request.session) : NULL;
+
+    return (session != NULL) && fv_sched_is_half_way(session);
+}
+
 static fv_status_t do_fork(fv_engine_t *engine, const fv_entry_t *entry)
 {
     fv_session_request_t request = {0};

@@ -61,7 +61,8 @@ static bool take_turn(fv_engine_t *engine)
     if (pthread_mutex_trylock(&engine->turn) != 0) {
         return false;
     }
-    if (engine->rpc == NULL) { /* the service is still starting; its first turn sees the inbox */
+    /* the service is still starting; or a prefill is between two pieces: its steps are for the engine's thread */
+    if ((engine->rpc == NULL) || fv_engine_has_work(engine)) {
         (void)pthread_mutex_unlock(&engine->turn);
         return false;
     }

@@ -31,6 +31,9 @@ typedef struct fv_job {
     /* tensors.out and tensors.lse are staging buffers of their own: gRPC gives each back when sent. */
     size_t out_bytes, lse_bytes;
     fv_timings_t timings;
+    /* of the pieces before the step that added to the timings last */
+    uint64_t timed_step;
+    uint32_t compute_us_before, exchange_us_before;
 } fv_job_t;
 
 /* One WatchStatus call. The door keeps at most one unsent message: a slow reader sees the newest state. */
@@ -63,8 +66,9 @@ typedef struct fv_flight {
     } local;
     bool
         is_rank_idle; /* a rank has done its share, and has nothing left to do unless a next step comes */
-    bool has_failed;    /* a request failed on a rank: it must be undone */
-    bool is_timed;      /* queue_us is noted */
+    bool has_failed; /* a request failed on a rank: it must be undone */
+    bool is_timed;   /* queue_us is noted */
+    int64_t begun_us;
     bool is_prefetched; /* our own device was told where its tensors are */
     bool *is_rank_done; /* [n_ranks] */
     size_t n_left;      /* other ranks that have not answered */
@@ -111,6 +115,10 @@ struct fv_engine {
     uint32_t first_slot, n_flights;     /* oldest first from first_slot on */
     uint32_t depth; /* steps under way at most: 1 where a second gains nothing */
     fv_entry_t *commands, **commands_tail; /* wait until nothing is under way */
+    fv_entry_t
+        *held; /* of those, for sessions whose request is half-way: until some request has ended */
+    bool has_held_streams;                 /* that are over: likewise */
+    int64_t settled_us;                    /* when a step ended last */
     fv_request_t *answers, **answers_tail; /* committed, to be answered */
     bool may_form;                         /* something changed since the last forming */
     bool is_looking;                       /* fv_engine_look() is running */
@@ -175,6 +183,8 @@ FV_MUST_CHECK fv_status_t fv_engine_init_pipeline(fv_engine_t *engine);
 FV_MUST_CHECK fv_status_t fv_engine_work(fv_engine_t *engine);
 bool fv_engine_has_work(const fv_engine_t *engine); /* left by fv_engine_work() */
 
+/* engine_command.c: would it change a session between two pieces of a request? */
+bool fv_engine_must_hold(const fv_engine_t *engine, const fv_entry_t *entry);
 /* engine_command.c: answers one small RPC. An error ends the service. */
 FV_MUST_CHECK fv_status_t fv_engine_command(fv_engine_t *engine, fv_entry_t *entry);
 /* Sends a command to the ranks of a placement (NULL: all) and waits for their DONE. */
@@ -196,6 +206,8 @@ void fv_engine_note_use(fv_engine_t *engine, const fv_request_t *joined);
 /* These two when no step is under way. */
 FV_MUST_CHECK fv_status_t fv_engine_end_streams(fv_engine_t *engine); /* has_ended_streams */
 FV_MUST_CHECK fv_status_t fv_engine_stream_ended(fv_engine_t *engine, fv_call_t *call);
+/* A session that ends with this stream is between two pieces of a request. */
+bool fv_engine_is_stream_half_way(fv_call_t *call);
 void fv_engine_free_streams(fv_engine_t *engine); /* after its sessions */
 
 /* engine_watch.c */

@@ -13,7 +13,8 @@
  * When the next step is formed. A step formed early is smaller: what comes a moment later misses it. So it is formed when a
  * rank has nothing left to do, or when so many bytes wait that their way to the ranks takes longer than a step costs.
  *
- * Commands that change sessions wait until nothing is under way, and no step is formed while one waits; likewise a step
+ * Commands that change sessions wait until nothing is under way, and no step is formed while one waits (one for a session
+ * whose prefill is half-way waits, by itself, until that has ended); likewise a step
  * with a failed request waits for the other one under way and is then undone (coord/sched.h says why). Both end within
  * two steps. Commands that only read are answered at once, from what is committed.
  */
@@ -95,6 +96,18 @@ static fv_status_t take_in(fv_engine_t *engine, bool *out_had_any)
     return status;
 }
 
+/* In order of arrival, as the commands are. */
+static void hold(fv_engine_t *engine, fv_entry_t *entry)
+{
+    fv_entry_t **tail = &engine->held;
+
+    while (*tail != NULL) {
+        tail = &(*tail)->next;
+    }
+    entry->next = NULL;
+    *tail = entry;
+}
+
 static fv_status_t run_commands(fv_engine_t *engine)
 {
     fv_entry_t *entry = engine->commands;
@@ -104,7 +117,11 @@ static fv_status_t run_commands(fv_engine_t *engine)
     engine->commands_tail = &engine->commands;
     while (entry != NULL) {
         fv_entry_t *next = entry->next;
-        status = run_command(engine, entry, status);
+        if (fv_engine_must_hold(engine, entry)) {
+            hold(engine, entry);
+        } else {
+            status = run_command(engine, entry, status);
+        }
         entry = next;
     }
     return ((status == FV_OK) && engine->has_ended_streams) ? fv_engine_end_streams(engine)

@@ -120,6 +120,17 @@ fv_status_t fv_engine_stream_ended(fv_engine_t *engine, fv_call_t *call)
     return FV_OK;
 }
 
+bool fv_engine_is_stream_half_way(fv_call_t *call)
+{
+    const fv_stream_t *stream = fv_call_user(call);
+    const fv_session_t *session = (stream == NULL) ? NULL : stream->sessions.first;
+
+    while ((session != NULL) && !fv_sched_is_half_way(session)) {
+        session = session->next_of_list;
+    }
+    return session != NULL;
+}
+
 void fv_engine_note_use(fv_engine_t *engine, const fv_request_t *joined)
 {
     int64_t now_us = fv_clock_us();
@@ -153,7 +164,12 @@ fv_status_t fv_engine_end_streams(fv_engine_t *engine)
     engine->has_ended_streams = false;
     for (fv_stream_t *stream = engine->streams; stream != NULL; stream = next) {
         next = stream->next;
-        if (fv_call_is_closed(stream->call)) {
+        if (!fv_call_is_closed(stream->call)) {
+            continue;
+        }
+        if (fv_engine_is_stream_half_way(stream->call)) {
+            engine->has_held_streams = true;
+        } else {
             FV_RETURN_IF_ERR(fv_engine_stream_ended(engine, stream->call));
         }
     }

@@ -56,7 +56,9 @@ void fv_engine_note_queue_times(fv_flight_t *flight, int64_t now_us)
     }
     flight->is_timed = true;
     for (fv_request_t *r = flight->plan.joined; r != NULL; r = r->next) {
-        fv_job_of(r)->timings.queue_us = (uint32_t)(now_us - r->received_us);
+        if (r->n_tokens_done == 0) {
+            fv_job_of(r)->timings.queue_us = (uint32_t)(now_us - r->received_us);
+        }
     }
 }
 
@@ -110,13 +112,19 @@ void fv_engine_form(fv_engine_t *engine)
 
     fv_sched_next_step(engine->sched, fv_clock_us(), is_cancelled, &plan);
     add_answers(engine, plan.finished);
-    engine->may_form = (plan.joined != NULL) && (fv_sched_n_queued(engine->sched) > 0);
+    /* who waited behind one that is finished now may have its turn */
+    engine->may_form = ((plan.joined != NULL) || (plan.finished != NULL)) &&
+                       (fv_sched_n_queued(engine->sched) > 0);
     if (plan.joined == NULL) {
         return;
     }
     fv_flight_t *flight = &engine->flights[plan.slot];
     *flight = (fv_flight_t){
         .plan = plan, .dispatch = flight->dispatch, .is_rank_done = flight->is_rank_done};
+    for (const fv_request_t *r = plan.joined; r != NULL; r = r->next) {
+        flight->has_failed =
+            flight->has_failed || (r->error.status != FV_OK); /* given up half-way */
+    }
     if (engine->n_flights == 0) {
         engine->first_slot = plan.slot;
     } else {
@@ -158,7 +166,9 @@ fv_status_t fv_engine_begin(fv_engine_t *engine, fv_flight_t *flight)
             FV_RETURN_IF_ERR(begin_remote(engine, flight, ranks[i]));
         }
     }
+    flight->is_rank_idle = n_ranks == 0; /* all of it is to be undone */
     engine->progress_us = fv_clock_us();
+    flight->begun_us = engine->progress_us;
     if (flight == fv_engine_flight(engine, 0)) {
         fv_engine_note_queue_times(flight, engine->progress_us);
     }
@@ -166,6 +176,23 @@ fv_status_t fv_engine_begin(fv_engine_t *engine, fv_flight_t *flight)
 }
 
 /* ------------------------------------------------------------------ running */
+
+/* Of a request in pieces, each piece's slowest rank counts. */
+static void add_timings(fv_job_t *job, uint64_t step_id, const fv_ctl_done_t *done)
+{
+    fv_timings_t *timings = &job->timings;
+
+    if (job->timed_step != step_id) {
+        job->timed_step = step_id;
+        job->compute_us_before = timings->compute_us;
+        job->exchange_us_before = timings->exchange_us;
+    }
+    uint32_t compute_us = job->compute_us_before + done->compute_us;
+    uint32_t exchange_us = job->exchange_us_before + done->exchange_us;
+    timings->compute_us = (compute_us > timings->compute_us) ? compute_us : timings->compute_us;
+    timings->exchange_us =
+        (exchange_us > timings->exchange_us) ? exchange_us : timings->exchange_us;
+}
 
 /* Timings of a rank go to every request it served: the slowest rank counts. */
 static void
@@ -175,13 +202,8 @@ note_done(fv_engine_t *engine, fv_flight_t *flight, uint32_t rank, const fv_ctl_
 
     for (size_t i = 0; i < work->n_items; i++) {
         fv_request_t *request = work->origins[i].request;
-        fv_timings_t *timings = &fv_job_of(request)->timings;
-        if (done->compute_us > timings->compute_us) {
-            timings->compute_us = done->compute_us;
-        }
-        if (done->exchange_us > timings->exchange_us) {
-            timings->exchange_us = done->exchange_us;
-        }
+
+        add_timings(fv_job_of(request), flight->plan.step_id, done);
         if ((work->errors[i].status != FV_OK) && (request->error.status == FV_OK)) {
             request->error = work->errors[i];
             flight->has_failed = true;
@@ -254,17 +276,29 @@ bool fv_engine_is_complete(const fv_flight_t *flight)
 static fv_status_t undo_failed(fv_engine_t *engine, const fv_step_plan_t *plan)
 {
     for (fv_request_t *r = plan->joined; r != NULL; r = r->next) {
+        if (r->error.status != FV_OK) {
+            fv_sched_forget_rest(engine->sched, r);
+        }
+    }
+    for (fv_request_t *r = plan->joined; r != NULL; r = r->next) {
         if (r->error.status == FV_OK) {
             continue;
         }
-        fv_warn("step %llu: a request failed on a rank: %s", (unsigned long long)plan->step_id,
-                r->error.text);
+        if ((r->error.status == FV_ERR_CANCELLED) || (r->error.status == FV_ERR_DEADLINE)) {
+            fv_debug("step %llu: undone after %llu of %llu tokens: %s",
+                     (unsigned long long)plan->step_id, (unsigned long long)r->n_tokens_done,
+                     (unsigned long long)r->head.n_tokens, r->error.text);
+        } else {
+            fv_warn("step %llu: a request failed on a rank: %s", (unsigned long long)plan->step_id,
+                    r->error.text);
+        }
         for (uint32_t i = 0; i < r->head.n_items; i++) {
             fv_error_t refusal = {0};
             fv_ctl_truncate_t cut = {.session_slot = r->ctl_items[i].session_slot,
                                      .layer = r->ctl_items[i].layer,
-                                     .position = r->ctl_items[i].position};
-            if ((r->ctl_items[i].flags & FV_ITEM_APPEND) != 0) {
+                                     .position = r->items[i].position};
+            if ((r->ctl_items[i].flags & FV_ITEM_APPEND) !=
+                0) { /* not begun: its ranks still say what is free */
                 FV_RETURN_IF_ERR(fv_engine_broadcast(engine, &r->sessions[i]->placement,
                                                      FV_CTL_TRUNCATE, &cut, sizeof(cut), &refusal));
             }
@@ -273,13 +307,35 @@ static fv_status_t undo_failed(fv_engine_t *engine, const fv_step_plan_t *plan)
     return FV_OK;
 }
 
+/* What waited for a request that was half-way is looked at again. */
+static void release_held(fv_engine_t *engine)
+{
+    engine->has_ended_streams = engine->has_ended_streams || engine->has_held_streams;
+    engine->has_held_streams = false;
+    *engine->commands_tail = engine->held;
+    while (*engine->commands_tail != NULL) {
+        engine->commands_tail = &(*engine->commands_tail)->next;
+    }
+    engine->held = NULL;
+}
+
 fv_status_t fv_engine_settle(fv_engine_t *engine)
 {
     fv_flight_t *flight = fv_engine_flight(engine, 0);
 
+    int64_t now_us = fv_clock_us();
+    int64_t from_us =
+        (flight->begun_us > engine->settled_us) ? flight->begun_us : engine->settled_us;
+
+    engine->settled_us = now_us;
+    flight->plan.cost.took_us =
+        now_us - from_us; /* from the end of the step before, if it had to wait for that */
     FV_RETURN_IF_ERR(undo_failed(engine, &flight->plan));
-    fv_sched_step_done(engine->sched, &flight->plan);
     fv_engine_note_use(engine, flight->plan.joined);
+    fv_sched_step_done(engine->sched, &flight->plan);
+    if (flight->plan.joined != NULL) {
+        release_held(engine);
+    }
     engine->n_steps++;
     engine->n_running -= flight->plan.n_joined;
     engine->may_form = fv_sched_n_queued(engine->sched) > 0;

@@ -446,6 +446,7 @@ static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served)
                   .session_tokens_max = (uint32_t)p->config.session_tokens_max,
                   .items_max = (uint32_t)p->config.batch_max,
                   .step_tokens_max = (uint32_t)p->config.step_tokens_max,
+                  .prefill_tokens_per_step = (uint32_t)p->config.prefill_tokens_per_step,
                   .shard_tokens = (uint32_t)p->config.shard_tokens,
                   .cost = is_cuda ? fv_plan_cost_cuda() : fv_plan_cost_cpu()},
         .request_memory_bytes = p->config.request_memory,

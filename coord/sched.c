@@ -21,10 +21,11 @@ fv_status_t fv_sched_create(const fv_sched_config_t *config, fv_sched_t **out)
     }
     sched->config = *config;
     sched->queue_tail = &sched->queue_head;
+    fv_budget_init(&sched->budget, config->prefill_tokens_per_step);
     sched->ranks = calloc(config->n_ranks, sizeof(*sched->ranks));
     sched->pages_needed = calloc(config->n_ranks, sizeof(*sched->pages_needed));
     sched->touched_ranks = calloc(config->n_ranks, sizeof(*sched->touched_ranks));
-    sched->promises = calloc((size_t)FV_STEP_DEPTH * config->n_ranks, sizeof(*sched->promises));
+    sched->promises = calloc((size_t)FV_PROMISES * config->n_ranks, sizeof(*sched->promises));
     fv_status_t status = FV_OK;
     if ((sched->promises == NULL) || (sched->ranks == NULL) || (sched->pages_needed == NULL) ||
         (sched->touched_ranks == NULL)) {

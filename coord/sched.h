@@ -15,7 +15,11 @@
  *    does everything behind it on that layer: appends keep their order, and nobody overtakes for ever;
  *  - a request is checked against the state it will find: lengths, geometry, memory on every rank. One that fails is
  *    answered and changes nothing; the others go on;
- *  - step_tokens_max bounds the query tokens of a step (a single larger request runs alone).
+ *  - step_tokens_max bounds the query tokens of a step;
+ *  - decode goes first. A request with more than FV_DECODE_TOKENS_MAX tokens an item is a prefill: a step takes as much
+ *    of the prefills as its allowance says (coord/sched_budget.h), oldest first, and what is left of a request goes to the
+ *    back of the queue: it is served in pieces, over several steps (coord/sched_piece.c). It is admitted, committed
+ *    and answered whole. Only appends without the causal mask are not cut.
  *
  * Two steps under way. They share no (session, layer), so that either may be committed, or undone, whatever becomes of the
  * other. A request that failed on a rank must be cut back on all ranks, and commands change tables that steps rely on: both
@@ -34,6 +38,7 @@
 #include "common/model.h"
 #include "common/status.h"
 #include "coord/plan.h"
+#include "coord/sched_budget.h"
 #include "coord/session.h"
 #include "proto/control.h"
 #include "proto/step.h"
@@ -44,6 +49,9 @@
 
 typedef struct fv_sched fv_sched_t;
 
+/* Query tokens of an item up to which it is decode, or its verification. */
+#define FV_DECODE_TOKENS_MAX 16U
+
 struct fv_request;
 
 typedef struct fv_sched_config {
@@ -52,7 +60,8 @@ typedef struct fv_sched_config {
     uint32_t session_tokens_max; /* of a layer; 0 = no limit */
     uint32_t items_max;          /* of a request; 0 = no limit */
     uint32_t step_tokens_max;
-    uint32_t shard_tokens; /* default of models and sessions that name none */
+    uint32_t prefill_tokens_per_step; /* 0 = by time: coord/sched_budget.h */
+    uint32_t shard_tokens;            /* default of models and sessions that name none */
     fv_plan_cost_t cost;
     const char *no_s2;     /* a backend among the ranks' that serves no S2 policy; NULL: all do */
     const char *no_latent; /* likewise, no model of kind LATENT */
@@ -80,14 +89,20 @@ typedef struct fv_request {
     const fv_attend_item_t *items; /* [head.n_items] */
     const uint32_t
         *digests; /* [head.n_items] crc32c of the item's K then V; unused without append */
-    fv_ctl_item_t *ctl_items; /* [head.n_items] filled by the core when it joins a step */
-    fv_session_t **sessions;  /* [head.n_items] likewise */
+    fv_ctl_item_t
+        *ctl_items; /* [head.n_items] filled by the core when it joins a step: of its piece alone */
+    fv_session_t **sessions; /* [head.n_items] likewise */
     int64_t received_us, deadline_us;
     const fv_principal_t *principal; /* who asks; NULL may see every session */
     void *user;
 
     uint32_t model_slot;
     const fv_model_spec_t *spec;
+    uint64_t n_tokens_done; /* of head.n_tokens: the steps before have served them */
+    uint64_t
+        n_tokens_piece; /* and the step that it has joined serves these; 0: only to be undone */
+    bool has_rest;      /* pages are promised for later pieces */
+    uint64_t candidate_step;   /* the step in which it may join as a prefill */
     uint64_t kv_bytes_pending; /* charged to the sessions' owner until the step is done */
     fv_error_t error;          /* status FV_OK: served */
     struct fv_request *next;
@@ -101,7 +116,15 @@ typedef struct fv_step_plan {
     fv_request_t *finished; /* refused, cancelled or late: answer with their error */
     uint32_t n_joined, n_items;
     uint64_t n_tokens;
+    fv_step_cost_t cost; /* the engine fills in how long it took */
 } fv_step_plan_t;
+
+/* Of a request that joined a step: some rank may have appended tokens of item i. */
+bool fv_request_has_begun(const fv_request_t *request, uint32_t i);
+/* Nothing is left of it after this step. */
+bool fv_request_is_last_piece(const fv_request_t *request);
+/* Between the pieces of a request of one of its layers: commands that would change it must wait. */
+bool fv_sched_is_half_way(const fv_session_t *session);
 
 FV_MUST_CHECK fv_status_t fv_sched_create(const fv_sched_config_t *config, fv_sched_t **out);
 void fv_sched_destroy(
@@ -163,6 +186,7 @@ uint64_t fv_sched_bytes_queued(const fv_sched_t *sched); /* q, k and v of those 
  * Forms the next step at time now_us. is_cancelled(request->user) is asked for each queued request.
  * An empty plan (nothing joined, nothing finished) means that nothing waits, or that all of it waits for a step under way.
  * A plan that joined something is under way until fv_sched_step_done(); fewer than FV_STEP_DEPTH may be when this is called.
+ * A request that is cancelled or late half-way joins with its error and no tokens: the engine undoes it as one that failed.
  */
 void fv_sched_next_step(fv_sched_t *sched,
                         int64_t now_us,
@@ -176,11 +200,18 @@ void fv_sched_rank_done(fv_sched_t *sched,
                         const fv_ctl_memory_t *memory);
 
 /*
- * Commits a step that ran: lengths and digests of every joined request whose error is still FV_OK. A request
+ * A request that joined has failed: what was promised for its later pieces is not taken. To be called before all ranks of
+ * its appending items are told to cut back, so that what they report then is what is free.
+ */
+void fv_sched_forget_rest(fv_sched_t *sched, fv_request_t *request);
+
+/*
+ * Commits a step that ran: lengths and digests of every joined request whose error is still FV_OK and of which this was
+ * the last piece; of what is left of others the queue has the rest, and plan->joined only what is to be answered. A request
  * that failed on a rank (error set by the engine) leaves the lengths as they were; the engine truncates the ranks first. What
  * earlier appends alone could still read is freed all the same: some ranks have done so.
  */
-void fv_sched_step_done(fv_sched_t *sched, const fv_step_plan_t *plan);
+void fv_sched_step_done(fv_sched_t *sched, fv_step_plan_t *plan);
 
 /* Empties the queue: every request that waits, linked in order of arrival. For the end of the service. */
 fv_request_t *fv_sched_take_all(fv_sched_t *sched);

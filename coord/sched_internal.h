@@ -20,14 +20,20 @@ typedef struct fv_promise {
     uint32_t by_model[FV_MODELS_MAX];
 } fv_promise_t;
 
+/* Promises by slot of a step, and of what later pieces of the requests between two pieces will take. */
+#define FV_PROMISE_LATER FV_STEP_DEPTH
+#define FV_PROMISES      (FV_STEP_DEPTH + 1U)
+
 struct fv_sched {
     fv_sched_config_t config;
+    fv_budget_t budget;
+    uint32_t n_passed_over; /* steps in a row in which prefill waited and did not fit */
     fv_session_table_t *sessions;
     fv_planner_t *planner;
     fv_model_t models[FV_MODELS_MAX];
     uint32_t n_models;
     fv_ctl_memory_t *ranks; /* [n_ranks] mirror of each rank's free memory, promises deducted */
-    fv_promise_t *promises; /* [FV_STEP_DEPTH, n_ranks] */
+    fv_promise_t *promises; /* [FV_PROMISES, n_ranks] */
     uint64_t under_way[FV_STEP_DEPTH]; /* step ids by slot; 0: none */
     uint32_t last_slot;
     uint64_t *pages_needed;  /* [n_ranks] scratch of one request */
@@ -48,11 +54,29 @@ void fv_sched_forget_promises(fv_sched_t *sched, uint32_t slot);
 void fv_sched_account(fv_sched_t *sched, fv_session_t *session, int32_t cell, uint64_t held_bytes);
 
 /*
- * All or nothing: charges the owner's quota and takes the request's pages on every rank from the mirror, as a promise of
- * the step in `slot`, or neither.
+ * All or nothing: charges the owner's quota and takes the request's pages on every rank from the mirror, as a promise for
+ * later, or neither. ctl_items have the whole request.
  * Errors: FV_ERR_EXHAUSTED.
  */
-FV_MUST_CHECK fv_status_t fv_sched_reserve(fv_sched_t *sched, fv_request_t *request, uint32_t slot);
+FV_MUST_CHECK fv_status_t fv_sched_reserve(fv_sched_t *sched, fv_request_t *request);
+/* What the request's piece takes is promised for the step in `slot` now. */
+void fv_sched_promise_piece(fv_sched_t *sched, const fv_request_t *request, uint32_t slot);
+/* sched_step.c: to the back of the queue. */
+void fv_sched_enqueue(fv_sched_t *sched, fv_request_t *request);
+
+/*
+ * sched_piece.c: how many of the request's next tokens fit the allowance, which they are taken from; adds their cost.
+ * is_first: the step has no other prefill, and takes FV_PIECE_TOKENS_MIN in any case.
+ */
+uint64_t fv_sched_size_piece(const fv_request_t *request,
+                             bool is_first,
+                             fv_allowance_t *allowance,
+                             double *macs);
+/* ctl_items become those of the next n_tokens. */
+void fv_sched_set_piece(fv_request_t *request, uint64_t n_tokens);
+void fv_sched_hold_layers(fv_request_t *request, bool is_held);
+/* Its piece is done: queues what is left of it. False: nothing is, or it failed. */
+bool fv_sched_next_piece(fv_sched_t *sched, fv_request_t *request);
 
 /*
  * Item i, an append, has run, and its layer has n_tokens now. The layer's floor moves to its position, committed or

@@ -53,7 +53,7 @@ static fv_promise_t *promise_of(fv_sched_t *sched, uint32_t slot, uint32_t rank)
 
 void fv_sched_deduct_promises(fv_sched_t *sched, uint32_t rank)
 {
-    for (uint32_t slot = 0; slot < FV_STEP_DEPTH; slot++) {
+    for (uint32_t slot = 0; slot < FV_PROMISES; slot++) {
         const fv_promise_t *promise = promise_of(sched, slot, rank);
         for (uint32_t i = 0; (promise->n_pages > 0) && (i < sched->n_models); i++) {
             if (promise->by_model[i] > 0) {
@@ -92,14 +92,15 @@ count_pages(fv_sched_t *sched, const fv_request_t *request, uint32_t i, uint32_t
     const fv_placement_t *p = &session->placement;
     const fv_ctl_item_t *item = &request->ctl_items[i];
     uint64_t end = item->position + item->n_tokens;
+    bool copies_tail = ((item->flags & FV_ITEM_CONTINUES) == 0) && (item->n_tokens > 0) &&
+                       ((item->flags & FV_ITEM_COPIES_TAIL) != 0);
 
     for (int32_t cell = 0; cell < p->n_head_parts * p->n_ctx_parts; cell++) {
         int32_t cp = cell % p->n_ctx_parts;
         int32_t hp = cell / p->n_ctx_parts;
         uint64_t n_pages =
             fv_placement_pages(p, cp, end) - fv_placement_pages(p, cp, item->position);
-        if (fv_layer_copies_tail(&session->layers[item->layer]) &&
-            (fv_placement_part_of(p, item->position) == cp)) {
+        if (copies_tail && (fv_placement_part_of(p, item->position) == cp)) {
             n_pages++; /* the shared partial page is copied first */
         }
         if (n_pages == 0) {
@@ -115,17 +116,83 @@ count_pages(fv_sched_t *sched, const fv_request_t *request, uint32_t i, uint32_t
     return n_touched;
 }
 
-/* All or nothing: takes the request's pages on every rank, or none. */
-static fv_status_t take_of_ranks(fv_sched_t *sched, const fv_request_t *request, uint32_t slot)
+/* Of all its appending items, into the scratch; the number of ranks. */
+static uint32_t count_request(fv_sched_t *sched, const fv_request_t *request)
 {
     uint32_t n_touched = 0;
-    fv_status_t status = FV_OK;
 
     for (uint32_t i = 0; i < request->head.n_items; i++) {
         if ((request->ctl_items[i].flags & FV_ITEM_APPEND) != 0) {
             n_touched = count_pages(sched, request, i, n_touched);
         }
     }
+    return n_touched;
+}
+
+/* Moves what the scratch says from one promise to another (FV_PROMISES: to none), and empties the scratch. */
+static void
+move_promise(fv_sched_t *sched, uint32_t model_slot, uint32_t n_touched, uint32_t from, uint32_t to)
+{
+    for (uint32_t t = 0; t < n_touched; t++) {
+        uint32_t rank = sched->touched_ranks[t];
+        uint64_t n_pages = sched->pages_needed[rank];
+        fv_promise_t *source = promise_of(sched, from, rank);
+
+        source->n_pages -= n_pages;
+        source->by_model[model_slot] -= (uint32_t)n_pages;
+        if (to < FV_PROMISES) {
+            fv_promise_t *target = promise_of(sched, to, rank);
+            target->n_pages += n_pages;
+            target->by_model[model_slot] += (uint32_t)n_pages;
+        }
+        sched->pages_needed[rank] = 0;
+    }
+}
+
+void fv_sched_promise_piece(fv_sched_t *sched, const fv_request_t *request, uint32_t slot)
+{
+    uint32_t n_touched = count_request(sched, request);
+
+    move_promise(sched, request->model_slot, n_touched, FV_PROMISE_LATER, slot);
+}
+
+void fv_sched_forget_rest(fv_sched_t *sched, fv_request_t *request)
+{
+    uint64_t n_done = request->n_tokens_done;
+    uint64_t n_piece = request->n_tokens_piece;
+
+    if (!request->has_rest) {
+        return;
+    }
+    request->has_rest = false;
+    request->n_tokens_done += n_piece;
+    fv_sched_set_piece(request, request->head.n_tokens - request->n_tokens_done);
+    uint32_t n_touched = count_request(sched, request);
+    move_promise(sched, request->model_slot, n_touched, FV_PROMISE_LATER, FV_PROMISES);
+    request->n_tokens_done = n_done;
+    fv_sched_set_piece(request, n_piece);
+}
+
+/* What it takes now it is promised to the end, whatever becomes of those who share the page. */
+static void note_tails(fv_request_t *request)
+{
+    for (uint32_t i = 0; i < request->head.n_items; i++) {
+        fv_ctl_item_t *item = &request->ctl_items[i];
+
+        if (((item->flags & FV_ITEM_APPEND) != 0) &&
+            fv_layer_copies_tail(&request->sessions[i]->layers[item->layer])) {
+            item->flags |= FV_ITEM_COPIES_TAIL;
+        }
+    }
+}
+
+/* All or nothing: takes the request's pages on every rank, or none. */
+static fv_status_t take_of_ranks(fv_sched_t *sched, fv_request_t *request)
+{
+    note_tails(request);
+    uint32_t n_touched = count_request(sched, request);
+    fv_status_t status = FV_OK;
+
     for (uint32_t t = 0; (t < n_touched) && (status == FV_OK); t++) {
         uint32_t rank = sched->touched_ranks[t];
         uint64_t free_pages = pages_free(sched, rank, request->model_slot);
@@ -141,7 +208,7 @@ static fv_status_t take_of_ranks(fv_sched_t *sched, const fv_request_t *request,
     for (uint32_t t = 0; t < n_touched; t++) {
         uint32_t rank = sched->touched_ranks[t];
         if (status == FV_OK) {
-            fv_promise_t *promise = promise_of(sched, slot, rank);
+            fv_promise_t *promise = promise_of(sched, FV_PROMISE_LATER, rank);
             take_pages(sched, rank, request->model_slot, sched->pages_needed[rank]);
             promise->n_pages += sched->pages_needed[rank];
             promise->by_model[request->model_slot] += (uint32_t)sched->pages_needed[rank];
@@ -185,10 +252,10 @@ static fv_status_t check_kv_quota(fv_request_t *request)
     return FV_OK;
 }
 
-fv_status_t fv_sched_reserve(fv_sched_t *sched, fv_request_t *request, uint32_t slot)
+fv_status_t fv_sched_reserve(fv_sched_t *sched, fv_request_t *request)
 {
     FV_RETURN_IF_ERR(check_kv_quota(request));
-    FV_RETURN_IF_ERR(take_of_ranks(sched, request, slot));
+    FV_RETURN_IF_ERR(take_of_ranks(sched, request));
     if (request->kv_bytes_pending > 0) { /* joins: nothing can refuse it any more */
         request->sessions[0]->owner->kv_bytes_pending += request->kv_bytes_pending;
     }
@@ -201,11 +268,11 @@ void fv_sched_account_item(fv_sched_t *sched,
                            uint64_t n_tokens)
 {
     const fv_model_spec_t *spec = request->spec;
-    const fv_ctl_item_t *item = &request->ctl_items[i];
-    const fv_policy_t *policy = &spec->policies[spec->layer_policy[item->layer]];
+    const fv_attend_item_t *item = &request->items[i]; /* all pieces of it */
+    const fv_policy_t *policy = &spec->policies[spec->layer_policy[request->head.layer]];
     fv_session_t *session = request->sessions[i];
     const fv_placement_t *p = &session->placement;
-    fv_layer_t *layer = &session->layers[item->layer];
+    fv_layer_t *layer = &session->layers[request->head.layer];
 
     for (int32_t cell = 0; cell < p->n_head_parts * p->n_ctx_parts; cell++) {
         int32_t cp = cell % p->n_ctx_parts;

@@ -35,8 +35,9 @@ typedef struct fv_layer {
     uint64_t n_tokens; /* committed */
     uint64_t
         floor; /* position of the last append, or where the layer was cut: queries from here on are possible */
-    uint64_t step_mark;    /* the last step that a request of this layer joined or waited for */
-    uint64_t joined_mark;  /* the last step that a request of this layer joined */
+    uint64_t step_mark;   /* the last step that a request of this layer joined or waited for */
+    uint64_t joined_mark; /* the last step that a request of this layer joined */
+    const struct fv_request *half_way; /* it has appended some of its tokens here, and goes on */
     uint64_t request_mark; /* the last request that was checked here: finds an item given twice */
     fv_append_record_t *records; /* ascending position; owned */
     uint32_t n_records, records_cap;

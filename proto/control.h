@@ -149,6 +149,10 @@ enum {
     FV_ITEM_CAUSAL = 1,
     FV_ITEM_APPEND = 2, /* K and V travel and are appended at `position` */
     FV_ITEM_WANT_LSE = 4,
+    FV_ITEM_CONTINUES =
+        8, /* a later piece of one append: nothing more is freed than what lay behind the first */
+    FV_ITEM_COPIES_TAIL =
+        16, /* the coordinator's note: a page is promised for a copy of the layer's shared last page */
 };
 
 /* One item of a step; its share of each rank follows from the session's placement (proto/step.h). */
@@ -158,7 +162,7 @@ typedef struct fv_ctl_item {
     uint64_t position; /* of the first query token, in the session */
     uint64_t
         kv_end; /* tokens [0, kv_end) exist once this item's are appended; rows see no later one */
-    uint32_t n_tokens; /* query tokens */
+    uint32_t n_tokens; /* query tokens; 0: nobody has a share */
     uint16_t dtype;    /* fv_dtype_t of q, k, v and out */
     uint16_t flags;    /* FV_ITEM_* */
 } fv_ctl_item_t;

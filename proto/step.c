@@ -17,7 +17,7 @@ bool fv_item_share(const fv_model_spec_t *spec,
     if (n_parts == 0) { /* nothing to read: part 0 answers with the empty set */
         n_parts = 1;
     }
-    if ((cell < 0) || (cell % placement->n_ctx_parts >= n_parts)) {
+    if ((item->n_tokens == 0) || (cell < 0) || (cell % placement->n_ctx_parts >= n_parts)) {
         return false;
     }
     s.hp = cell / placement->n_ctx_parts;

@@ -55,8 +55,8 @@ typedef struct fv_token_run {
 } fv_token_run_t;
 
 /*
- * The share of `rank`; false when it has none (not in the placement, or its context part holds no token
- * of [0, kv_end)).
+ * The share of `rank`; false when it has none (no query tokens, not in the placement, or its context part holds no
+ * token of [0, kv_end)).
  */
 bool fv_item_share(const fv_model_spec_t *spec,
                    const fv_placement_t *placement,

@@ -6,6 +6,7 @@ fv_add_test(test_heartbeat unit SOURCES unit/test_heartbeat.c LIBS fv_coord Thre
 fv_add_test(test_deadline unit SOURCES unit/test_deadline.c LIBS fv_common)
 fv_add_test(test_session unit SOURCES unit/test_session.c LIBS fv_coord)
 fv_add_test(test_sched unit SOURCES unit/test_sched.c support/sched_case.c LIBS fv_coord)
+fv_add_test(test_sched_pieces unit SOURCES unit/test_sched_pieces.c support/sched_case.c LIBS fv_coord)
 fv_add_test(test_sched_latent unit SOURCES unit/test_sched_latent.c support/sched_case.c LIBS fv_coord)
 fv_add_test(test_sched_s2 unit SOURCES unit/test_sched_s2.c support/sched_case.c LIBS fv_coord)
 fv_add_test(test_staging unit SOURCES unit/test_staging.c LIBS fv_coord Threads::Threads)

@@ -348,8 +348,10 @@ static void settle(fv_worker_t *worker, const fv_error_t *item_errors, bool is_d
         if (!item->failed) {
             item->layer->length = item->ctl->kv_end;
         }
-        /* a full pool here: on other ranks the append is in, so that all free alike */
-        if (!item->failed || (item_errors[i].status == FV_ERR_EXHAUSTED)) {
+        /* a full pool here: on other ranks the append is in, so that all free alike; a later piece of an append frees
+         * nothing, so that the whole of it can be undone, and asked for again, like one that came in one piece */
+        if (((item->ctl->flags & FV_ITEM_CONTINUES) == 0) &&
+            (!item->failed || (item_errors[i].status == FV_ERR_EXHAUSTED))) {
             fv_session_settle(item->session, item->ctl->layer, item->ctl->position, worker->pool);
         }
     }

@@ -72,6 +72,7 @@ typedef struct story {
     story_step_t steps[FV_STEP_DEPTH]; /* oldest first */
     uint32_t n_steps;
     uint64_t n_served, n_refused, n_exhausted, n_freed_refused, n_pairs, n_undone;
+    uint64_t n_cut, n_given_up; /* served in pieces; and cancelled or late between two of them */
 } story_t;
 
 static fv_status_t no_exchange(void *ctx,
@@ -100,13 +101,27 @@ static int64_t pick(story_t *s, int64_t low, int64_t high)
 
 /* ------------------------------------------------------------------ the laws */
 
+/* A request is between two pieces. */
+static bool is_any_half_way(const story_t *s)
+{
+    for (int i = 0; i < N_SESSIONS_MAX; i++) {
+        if (s->sessions[i].is_open &&
+            fv_sched_is_half_way(fv_sched_session(s->sched, &s->sessions[i].id))) {
+            return true;
+        }
+    }
+    return false;
+}
+
 static void check_memory(story_t *s)
 {
+    bool is_exact = (s->n_steps == 0) && !is_any_half_way(s);
+
     for (uint32_t r = 0; r < s->n_ranks; r++) {
         fv_ctl_memory_t actual;
         fv_worker_memory(s->workers[r], &actual);
         const fv_ctl_memory_t *mirror = fv_sched_rank(s->sched, r);
-        if (s->n_steps > 0) {
+        if (!is_exact) {
             assert_true(mirror->kv_bytes_free <= actual.kv_bytes_free);
             continue;
         }
@@ -136,6 +151,9 @@ static void check_held(story_t *s)
         const model_session_t *m = &s->sessions[i];
         const fv_session_t *session = m->is_open ? fv_sched_session(s->sched, &m->id) : NULL;
 
+        if ((session != NULL) && fv_sched_is_half_way(session)) { /* counted when it ends */
+            continue;
+        }
         for (int cell = 0; (session != NULL) && (cell < session->placement.n_head_parts *
                                                             session->placement.n_ctx_parts);
              cell++) {
@@ -159,6 +177,12 @@ static bool is_readable(const model_session_t *m, uint32_t layer, uint64_t posit
 }
 
 /* ------------------------------------------------------------------ commands */
+
+/* Commands for such a session are held. */
+static bool is_held(const story_t *s, const model_session_t *m)
+{
+    return fv_sched_is_half_way(fv_sched_session(s->sched, &m->id));
+}
 
 static void refresh(story_t *s, uint32_t rank)
 {
@@ -260,7 +284,7 @@ static void do_fork(story_t *s)
     fv_ctl_fork_t message;
     fv_placement_t placement;
 
-    if ((parent == NULL) || (child == NULL)) {
+    if ((parent == NULL) || (child == NULL) || is_held(s, parent)) {
         return;
     }
     uint64_t at = (uint64_t)pick(s, 0, (int64_t)longest(parent) + 2);
@@ -283,7 +307,7 @@ static void do_truncate(story_t *s)
     fv_ctl_truncate_t message;
     fv_placement_t placement;
 
-    if (m != NULL) {
+    if ((m != NULL) && !is_held(s, m)) {
         uint64_t at = (uint64_t)pick(s, 0, (int64_t)longest(m));
         fv_status_t status = fv_sched_truncate(s->sched, &m->id, at, &message, &placement);
         assert_int_equal(status, cut_status(m, at));
@@ -303,7 +327,7 @@ static void do_close(story_t *s)
     fv_ctl_close_t message;
     fv_placement_t placement;
 
-    if (m != NULL) {
+    if ((m != NULL) && !is_held(s, m)) {
         assert_int_equal(fv_sched_close(s->sched, &m->id, &message, &placement), FV_OK);
         TELL(s, &placement, fv_worker_close, &message);
         m->is_open = false;
@@ -478,9 +502,11 @@ static void undo(story_t *s, const fv_request_t *r)
     for (uint32_t i = 0; i < r->head.n_items; i++) {
         fv_ctl_truncate_t cut = {.session_slot = r->ctl_items[i].session_slot,
                                  .layer = r->ctl_items[i].layer,
-                                 .position = r->ctl_items[i].position};
+                                 .position = r->items[i].position};
         if ((r->ctl_items[i].flags & FV_ITEM_APPEND) != 0) {
             TELL(s, &r->sessions[i]->placement, fv_worker_truncate, &cut);
+        }
+        if (fv_request_has_begun(r, i)) {
             model_of(s, &r->sessions[i]->id)->layers[cut.layer].floor = cut.position;
         }
     }
@@ -543,6 +569,15 @@ static bool do_begin(story_t *s)
     }
     memset(step, 0, sizeof(*step));
     step->plan = plan;
+    for (fv_request_t *r = plan.joined; r != NULL; r = r->next) {
+        if (r->error.status != FV_OK) { /* given up half-way: joins to be undone */
+            assert_int_equal(r->n_tokens_piece, 0);
+            assert_true(r->n_tokens_done > 0);
+            check_refusal(s, fv_case_of(r));
+            step->has_failed = true;
+            s->n_given_up++;
+        }
+    }
     step->broken = fails ? (uint32_t)pick(s, 0, s->n_ranks - 1) : N_RANKS_MAX;
     s->n_steps++;
     return true;
@@ -562,10 +597,16 @@ static void settle(story_t *s, story_step_t *step)
 {
     for (fv_request_t *r = step->plan.joined; r != NULL; r = r->next) {
         if (r->error.status != FV_OK) {
+            fv_sched_forget_rest(s->sched, r);
+        }
+    }
+    for (fv_request_t *r = step->plan.joined; r != NULL; r = r->next) {
+        if (r->error.status != FV_OK) {
             undo(s, r);
             s->n_undone++;
-        } else {
+        } else if (fv_request_is_last_piece(r)) {
             apply_to_model(s, fv_case_of(r));
+            s->n_cut += (r->n_tokens_done > 0) ? 1U : 0U;
         }
     }
     fv_sched_step_done(s->sched, &step->plan);
@@ -650,7 +691,8 @@ static void begin(story_t *s, uint64_t seed)
     memset(s, 0, sizeof(*s));
     s->random.state = seed;
     s->n_ranks = (uint32_t)pick(s, 1, N_RANKS_MAX);
-    s->sched = fv_case_sched(s->n_ranks, 0, 0);
+    static const uint32_t pieces[] = {0, 1, 20, 64, 100, 250};
+    s->sched = fv_case_sched_pieces(s->n_ranks, 0, 0, pieces[pick(s, 0, 5)]);
     for (uint32_t r = 0; r < s->n_ranks; r++) {
         fv_worker_config_t config = {
             .rank = r,
@@ -745,6 +787,8 @@ static void test_stories(void **state)
     uint64_t n_freed_refused = 0;
     uint64_t n_pairs = 0;
     uint64_t n_undone = 0;
+    uint64_t n_cut = 0;
+    uint64_t n_given_up = 0;
     story_t *s = malloc(sizeof(*s));
 
     (void)state;
@@ -766,17 +810,21 @@ static void test_stories(void **state)
         n_freed_refused += s->n_freed_refused;
         n_pairs += s->n_pairs;
         n_undone += s->n_undone;
+        n_cut += s->n_cut;
+        n_given_up += s->n_given_up;
     }
     free(s);
-    print_message("%llu served, %llu refused, %llu of them for want of memory; %llu undone; "
-                  "%llu steps begun beside another\n",
-                  (unsigned long long)n_served, (unsigned long long)n_refused,
-                  (unsigned long long)n_exhausted, (unsigned long long)n_undone,
-                  (unsigned long long)n_pairs);
+    print_message(
+        "%llu served, %llu refused, %llu of them for want of memory; %llu undone; "
+        "%llu steps begun beside another; %llu served in pieces, %llu given up half-way\n",
+        (unsigned long long)n_served, (unsigned long long)n_refused,
+        (unsigned long long)n_exhausted, (unsigned long long)n_undone, (unsigned long long)n_pairs,
+        (unsigned long long)n_cut, (unsigned long long)n_given_up);
     if (n_stories >= 100) { /* the stories must have something to tell */
         assert_true((n_served > 1000) && (n_refused > 1000) && (n_exhausted > 10) &&
                     (n_freed_refused > 10));
         assert_true((n_pairs > 1000) && (n_undone > 10));
+        assert_true((n_cut > 1000) && (n_given_up > 10));
     }
 }
 

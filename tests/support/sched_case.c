@@ -34,10 +34,17 @@ fv_ctl_memory_t fv_case_memory(uint32_t n_slabs, uint32_t slab_bytes)
 
 fv_sched_t *fv_case_sched(uint32_t n_ranks, uint32_t n_slabs, uint32_t slab_bytes)
 {
+    return fv_case_sched_pieces(n_ranks, n_slabs, slab_bytes, 0);
+}
+
+fv_sched_t *
+fv_case_sched_pieces(uint32_t n_ranks, uint32_t n_slabs, uint32_t slab_bytes, uint32_t n_tokens)
+{
     fv_sched_t *sched = NULL;
     fv_sched_config_t config = {.n_ranks = n_ranks,
                                 .sessions_max = 64,
                                 .step_tokens_max = 256,
+                                .prefill_tokens_per_step = n_tokens,
                                 .shard_tokens = 64,
                                 .cost = fv_plan_cost_cpu()};
 

@@ -23,6 +23,9 @@ fv_model_spec_t fv_case_spec(const char *name);
 fv_ctl_memory_t fv_case_memory(uint32_t n_slabs, uint32_t slab_bytes);
 /* A scheduler of n_ranks, each with such memory. */
 fv_sched_t *fv_case_sched(uint32_t n_ranks, uint32_t n_slabs, uint32_t slab_bytes);
+/* And one that takes so many prompt tokens a step. */
+fv_sched_t *
+fv_case_sched_pieces(uint32_t n_ranks, uint32_t n_slabs, uint32_t slab_bytes, uint32_t n_tokens);
 /* Registers and returns the model id in out_id. */
 void fv_case_register(fv_sched_t *sched, fv_model_spec_t *spec, char out_id[FV_MODEL_ID_BYTES]);
 /* Opens a session with a made-up id. */

@@ -101,6 +101,7 @@ static void test_defaults(void **state)
     assert_string_equal(c.unix_peers, "any");
     assert_false(c.insecure);
     assert_int_equal(c.step_tokens_max, 8192);
+    assert_int_equal(c.prefill_tokens_per_step, 0);
     assert_int_equal(c.step_deadline_ms, 600000);
     assert_int_equal(c.heartbeat_ms, 200);
     assert_int_equal(c.heartbeat_misses, 5);

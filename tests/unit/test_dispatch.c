@@ -65,10 +65,12 @@ static void check_packed_sizes(fv_dispatch_t *d, const fv_case_request_t *r, uin
     assert_int_equal(work->out_bytes, out_bytes);
 }
 
-/* Rows that rank 0 merges are written in place by its worker: counted here from its share. */
-static void cover_own_rows(const fv_case_request_t *r, size_t row_bytes, uint8_t *count)
+/* Rows that rank 0 merges are written in place by its worker: counted here from its share, at where its view begins. */
+static void
+cover_own_rows(fv_dispatch_t *d, const fv_case_request_t *r, size_t row_bytes, uint8_t *count)
 {
-    uint64_t token_begin = 0;
+    size_t token_bytes = (size_t)r->request.spec->n_q_heads * 16U * 4U;
+    const fv_step_io_t *io = fv_dispatch_work(d, OWN_RANK)->io;
     uint64_t hq = (uint64_t)r->request.spec->n_q_heads;
     uint64_t group = (uint64_t)fv_model_group(r->request.spec);
 
@@ -76,6 +78,10 @@ static void cover_own_rows(const fv_case_request_t *r, size_t row_bytes, uint8_t
         fv_item_share_t s;
         if (fv_item_share(r->request.spec, &r->sessions[i]->placement, &r->ctl_items[i], OWN_RANK,
                           &s)) {
+            uint64_t token_begin =
+                (uint64_t)((const uint8_t *)io->out - g_tensors.out) / token_bytes;
+            assert_ptr_equal(io->q, g_tensors.q + token_begin * token_bytes);
+            io++;
             uint64_t n_local = (uint64_t)(s.part.head_end - s.part.head_begin) * group;
             for (uint64_t row = s.row_begin; row < s.row_end; row++) {
                 uint64_t at = (token_begin + row / n_local) * hq +
@@ -85,17 +91,44 @@ static void cover_own_rows(const fv_case_request_t *r, size_t row_bytes, uint8_t
                 }
             }
         }
-        token_begin += r->ctl_items[i].n_tokens;
+    }
+}
+
+/* All the pieces of the one request: of a step's work each part of the answers is counted. */
+static void serve(fv_sched_t *sched,
+                  fv_dispatch_t *d,
+                  fv_case_request_t *r,
+                  size_t out_bytes,
+                  uint8_t *count,
+                  uint8_t *lse_count)
+{
+    fv_step_plan_t plan = {0};
+
+    fv_case_sizes(r, r->request.spec);
+    fv_sched_submit(sched, &r->request);
+    while (plan.joined == NULL) {
+        fv_sched_next_step(sched, 0, fv_case_is_cancelled, &plan);
+        assert_ptr_equal(plan.joined, &r->request);
+        assert_int_equal(fv_dispatch_build(d, &plan, tensors_of), FV_OK);
+        for (uint32_t rank = 1; rank < N_RANKS; rank++) {
+            check_packed_sizes(d, r, rank);
+            cover(fv_dispatch_work(d, rank), true, g_tensors.out, out_bytes, count);
+            cover(fv_dispatch_work(d, rank), true, g_tensors.lse, out_bytes / 16U, lse_count);
+        }
+        cover_own_rows(d, r, 64, count);
+        cover_own_rows(d, r, 4, lse_count);
+        fv_sched_step_done(sched, &plan);
     }
 }
 
 static void check_case(fv_random_t *random)
 {
-    fv_sched_t *sched = fv_case_sched(N_RANKS, 64, 1U << 20);
+    fv_sched_t *sched = fv_case_sched_pieces(N_RANKS, 64, 1U << 20,
+                                             (uint32_t)fv_random_int(random, 0, 1) *
+                                                 (uint32_t)fv_random_int(random, 1, 200));
     fv_model_spec_t spec = fv_case_spec("d");
     char id[FV_MODEL_ID_BYTES];
     fv_dispatch_t *d = NULL;
-    fv_step_plan_t plan;
     fv_sharding_t sharding = {.mode = (int32_t)fv_random_int(random, 0, 2),
                               .max_ranks = (int32_t)fv_random_int(random, 1, N_RANKS),
                               .shard_tokens = 64};
@@ -109,29 +142,20 @@ static void check_case(fv_random_t *random)
         fv_case_add(r, fv_case_open(sched, id, &sharding), 0,
                     (uint32_t)fv_random_int(random, 1, 300), 0);
     }
-    fv_case_sizes(r, &spec);
-    fv_sched_submit(sched, &r->request);
-    fv_sched_next_step(sched, 0, fv_case_is_cancelled, &plan);
-    assert_ptr_equal(plan.joined, &r->request);
+    r->request.spec = &spec;
     size_t n_rows = (size_t)r->request.head.n_tokens * (size_t)spec.n_q_heads;
     size_t out_bytes = n_rows * 16U * 4U;
-    g_tensors = (fv_tensors_t){.q = malloc(r->request.head.q.n_bytes),
-                               .k = malloc(r->request.head.k.n_bytes),
-                               .v = malloc(r->request.head.v.n_bytes),
-                               .out = malloc(out_bytes),
-                               .lse = malloc(n_rows * 4U)};
+    g_tensors =
+        (fv_tensors_t){.q = malloc(out_bytes), /* K and V have fewer heads, and all have one size */
+                       .k = malloc(out_bytes),
+                       .v = malloc(out_bytes),
+                       .out = malloc(out_bytes),
+                       .lse = malloc(n_rows * 4U)};
     uint8_t *count = calloc(out_bytes, 1);
     uint8_t *lse_count = calloc(n_rows * 4U, 1);
     assert_true((count != NULL) && (lse_count != NULL));
     assert_int_equal(fv_dispatch_create(N_RANKS, OWN_RANK, &d), FV_OK);
-    assert_int_equal(fv_dispatch_build(d, &plan, tensors_of), FV_OK);
-    for (uint32_t rank = 1; rank < N_RANKS; rank++) {
-        check_packed_sizes(d, r, rank);
-        cover(fv_dispatch_work(d, rank), true, g_tensors.out, out_bytes, count);
-        cover(fv_dispatch_work(d, rank), true, g_tensors.lse, n_rows * 4U, lse_count);
-    }
-    cover_own_rows(r, 64, count);
-    cover_own_rows(r, 4, lse_count);
+    serve(sched, d, r, out_bytes, count, lse_count);
     for (size_t b = 0; b < out_bytes; b++) {
         assert_int_equal(count[b], 1);
     }

@@ -1,14 +1,17 @@
 /*
  * test_engine.c - the engine's order of things: two steps under way, commands, failures.
  *
- * Goal:   every message is answered exactly once; at most FV_STEP_DEPTH steps are under way, and n + 2 begins only when every
- *         rank is done with n; commands reach ranks only when nothing is under way, also those that undo what failed; a next
- *         step is begun while one is under way, also while our own share runs; a lost rank ends both steps at once.
+ * Goal:   every message is answered exactly once, those served in pieces or given up between two of them as well; at most
+ *         FV_STEP_DEPTH steps are under way, and n + 2 begins only when every rank is done with n; commands reach ranks only
+ *         when nothing is under way, and not between two pieces of their session's request, also those that undo what
+ *         failed; a next step is begun while one is under way, also while our own share runs; a lost rank ends both
+ *         steps at once.
  * Method: the real engine and scheduler core between a door and ranks that are made up here: ranks answer when chance says
  *         so, our own share gives the engine a random number of looks and brings new messages meanwhile. Each seed is one
  *         story; FV_SEED repeats it.
  */
 #include "coord/engine_internal.h"
+#include "coord/sched_internal.h"
 #include "tests/support/random.h"
 #include "tests/support/sched_case.h"
 #include "tests/support/test.h"
@@ -52,12 +55,13 @@ static struct {
     char model_id[FV_MODEL_ID_BYTES];
     fv_session_id_t sessions[N_SESSIONS];
     fv_call_t *calls[N_CALLS];
-    int n_calls;
+    int n_calls, n_calls_max; /* of an event's turn */
     rank_step_t steps[FV_STEP_DEPTH][N_RANKS];
     int n_commands_out[N_RANKS]; /* sent, not answered */
     bool is_local_running, is_dead;
     void (*on_wait)(void *arg);
     void *on_wait_arg;
+    uint64_t n_held, n_given_up; /* commands, and requests, of sessions between two pieces */
     uint64_t n_pairs, n_pairs_in_local, n_failed, n_commands, n_served;
 } g;
 
@@ -252,15 +256,25 @@ fv_status_t fv_link_step_test(fv_link_t *link,
     return FV_OK;
 }
 
+/* A client's truncation waits for a request that is half-way; what undoes that request does not. */
+static void check_not_half_way(const fv_ctl_truncate_t *cut)
+{
+    for (int i = 0; (cut->layer == UINT32_MAX) && (i < N_SESSIONS); i++) {
+        const fv_session_t *session = fv_sched_session(g.engine->sched, &g.sessions[i]);
+        assert_false((session->slot == cut->session_slot) && fv_sched_is_half_way(session));
+    }
+}
+
 fv_status_t
 fv_link_send(fv_link_t *link, uint32_t rank, fv_ctl_type_t type, const void *body, size_t n_bytes)
 {
     uint64_t oldest = 0;
 
     (void)link;
-    (void)type;
-    (void)body;
     (void)n_bytes;
+    if (type == FV_CTL_TRUNCATE) {
+        check_not_half_way(body);
+    }
     assert_int_equal(count_under_way(&oldest), 0);
     assert_false(g.is_local_running);
     g.n_commands_out[rank]++;
@@ -373,13 +387,26 @@ static void deliver_truncate(void)
     fv_session_request_t request = {.session = g.sessions[pick(0, N_SESSIONS - 1)]};
     fv_bytes_t bytes = {0};
 
+    g.n_held += fv_sched_is_half_way(fv_sched_session(g.engine->sched, &request.session)) ? 1U : 0U;
     assert_int_equal(fv_wire_truncate_request_encode(&request, &bytes), FV_OK);
     deliver(new_call(FV_METHOD_TRUNCATE_SESSION), bytes.data, bytes.n_bytes);
     free(bytes.data);
 }
 
+/* The client of some request is gone, maybe half-way. */
+static void close_some(void)
+{
+    for (fv_request_t *r = g.engine->sched->queue_head; r != NULL; r = r->next) {
+        if ((r->n_tokens_done > 0) && (pick(0, 9) == 0)) {
+            fv_job_of(r)->entry.call->is_closed = true;
+            g.n_given_up++;
+        }
+    }
+}
+
 static void deliver_some(void)
 {
+    close_some();
     for (int64_t n = pick(0, 3); n > 0; n--) {
         int64_t dice = pick(0, 19);
         if (dice == 0) {
@@ -415,7 +442,9 @@ static fv_status_t local_step(void *ctx,
     assert_true(n_items > 0);
     g.is_local_running = true;
     for (int64_t n = pick(0, 4); n > 0; n--) {
-        deliver_some();
+        if (g.n_calls < g.n_calls_max) { /* else it would never end */
+            deliver_some();
+        }
         g.on_wait(g.on_wait_arg);
     }
     g.is_local_running = false;
@@ -462,6 +491,7 @@ static void begin(uint64_t seed)
     fv_engine_config_t config = {.sched = {.n_ranks = N_RANKS,
                                            .sessions_max = 64,
                                            .step_tokens_max = 8192,
+                                           .prefill_tokens_per_step = (uint32_t)(seed % 4U) * 700U,
                                            .shard_tokens = 64,
                                            .cost = fv_plan_cost_cpu()},
                                  .request_memory_bytes = (size_t)1 << 30,
@@ -502,6 +532,7 @@ static void test_stories(void **state)
         begin(first + (uint64_t)i);
         for (int event = 0; event < 40; event++) {
             uint64_t oldest = 0;
+            g.n_calls_max = g.n_calls + 60;
             deliver_some();
             if (fv_engine_work(g.engine) != FV_OK) {
                 fail_msg("%s", fv_error_context());
@@ -517,7 +548,8 @@ static void test_stories(void **state)
                   (unsigned long long)g.n_commands);
     if (n_stories == N_STORIES) { /* the stories must have something to tell */
         assert_true((g.n_served > 500) && (g.n_pairs > 100) && (g.n_pairs_in_local > 50) &&
-                    (g.n_failed > 10) && (g.n_commands > 10));
+                    (g.n_failed > 10) && (g.n_commands > 10) && (g.n_held > 10) &&
+                    (g.n_given_up > 10));
     }
 }
 

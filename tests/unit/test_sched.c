@@ -49,12 +49,15 @@ static fv_step_plan_t run_step(fixture_t *f)
     return plan;
 }
 
-/* Submits alone, runs a step; the status the client would see. */
+/* Submits alone, runs as many steps as it takes; the status the client would see. */
 static int serve(fixture_t *f, fv_case_request_t *r)
 {
     fv_case_sizes(r, &f->spec);
     fv_sched_submit(f->sched, &r->request);
     fv_step_plan_t plan = run_step(f);
+    while ((plan.n_joined > 0) && (plan.joined == NULL)) { /* piece by piece */
+        plan = run_step(f);
+    }
     assert_true((plan.joined == &r->request) != (plan.finished == &r->request));
     return r->request.error.status;
 }
@@ -273,18 +276,22 @@ static void test_step_tokens_bound_a_step(void **state)
     fv_case_request_t *large = fv_case_request(0, true);
     fv_case_request_t *small = fv_case_request(0, true);
 
-    fv_case_add(large, fv_case_open(f->sched, f->model_id, NULL), 0, 300,
-                1); /* over the bound: alone */
-    fv_case_add(small, fv_case_open(f->sched, f->model_id, NULL), 0, 1, 2);
+    fv_case_add(large, fv_case_open(f->sched, f->model_id, NULL), 0, 300, 1); /* over the bound */
+    fv_case_add(small, fv_case_open(f->sched, f->model_id, NULL), 0, 250, 2);
     fv_case_sizes(large, &f->spec);
     fv_case_sizes(small, &f->spec);
     fv_sched_submit(f->sched, &large->request);
     fv_sched_submit(f->sched, &small->request);
     fv_step_plan_t plan = run_step(f);
     assert_int_equal(plan.n_joined, 1);
-    assert_ptr_equal(plan.joined, &large->request);
-    plan = run_step(f);
+    assert_int_equal(plan.n_tokens, 256);
+    assert_null(plan.joined); /* nothing to answer yet */
+    plan = run_step(f);       /* what is left went to the back of the queue */
+    assert_int_equal(plan.n_joined, 1);
     assert_ptr_equal(plan.joined, &small->request);
+    plan = run_step(f);
+    assert_int_equal(plan.n_tokens, 44);
+    assert_ptr_equal(plan.joined, &large->request);
     free(large);
     free(small);
 }

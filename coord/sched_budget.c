@@ -1,0 +1,103 @@
+/*
+ * sched_budget.c - see sched_budget.h.
+ */
+#include "coord/sched_budget.h"
+
+#include <math.h>
+
+/* Of a slow core; a rate that is too low costs a few small steps, one that is too high a long wait. */
+#define MACS_PER_US_FIRST 1e5
+#define MACS_PER_US_MIN   1e3
+/* Pairs that one token's transfers, append and output are worth. */
+#define TOKEN_PAIRS 256.0
+/* Decode counts as running for so long after it was seen: a frontend's other layers lie between two requests. */
+#define DECODE_IDLE_US    100000
+#define DECODE_IDLE_STEPS 8.0
+#define SHARE             0.5 /* of a decode step: sched_budget.h says why */
+#define WEIGHT            0.25
+
+void fv_budget_init(fv_budget_t *budget, uint32_t tokens_fixed)
+{
+    *budget = (fv_budget_t){.tokens_fixed = tokens_fixed,
+                            .macs_per_us = MACS_PER_US_FIRST,
+                            .decode_seen_us = INT64_MIN};
+}
+
+static bool is_decode_running(const fv_budget_t *budget, int64_t now_us)
+{
+    double idle_us = DECODE_IDLE_STEPS * budget->decode_us;
+
+    idle_us = (idle_us > DECODE_IDLE_US) ? idle_us : DECODE_IDLE_US;
+    return (budget->decode_seen_us != INT64_MIN) &&
+           ((double)(now_us - budget->decode_seen_us) < idle_us);
+}
+
+fv_allowance_t
+fv_budget_allow(fv_budget_t *budget, int64_t now_us, bool has_decode, uint64_t n_tokens_max)
+{
+    fv_allowance_t none = {0, 0.0};
+    double us = FV_BUDGET_IDLE_US;
+
+    if (has_decode) {
+        budget->decode_seen_us = now_us;
+    }
+    if (budget->tokens_fixed > 0) {
+        return (fv_allowance_t){
+            .n_tokens = (budget->tokens_fixed < n_tokens_max) ? budget->tokens_fixed : n_tokens_max,
+            .macs = (double)INFINITY};
+    }
+    if (has_decode && ((budget->decode_us <= 0.0) || (budget->n_mixed >= FV_BUDGET_LOOK_EVERY))) {
+        budget->n_mixed = 0;
+        return none;
+    }
+    if (is_decode_running(budget, now_us)) {
+        us = SHARE * budget->decode_us;
+        us = (us > FV_BUDGET_MIN_US) ? us : FV_BUDGET_MIN_US;
+    }
+    return (fv_allowance_t){.n_tokens = n_tokens_max, .macs = us * budget->macs_per_us};
+}
+
+static double follow(double known, double seen)
+{
+    return (known <= 0.0) ? seen : (known + WEIGHT * (seen - known));
+}
+
+void fv_budget_learn(fv_budget_t *budget, const fv_step_cost_t *cost)
+{
+    double prefill_us = (double)cost->took_us;
+
+    if (cost->prefill_macs <= 0.0) {
+        if (cost->has_decode && (cost->took_us > 0)) {
+            budget->decode_us = follow(budget->decode_us, (double)cost->took_us);
+            budget->n_mixed = 0;
+        }
+        return;
+    }
+    if (cost->has_decode) {
+        budget->n_mixed++;
+        prefill_us -= budget->decode_us;
+    }
+    /* a mixed step says something only where the prefill in it can be told from the decode's own scatter */
+    if ((cost->took_us > 0) && (prefill_us > 0.25 * (double)cost->took_us)) {
+        double rate = follow(budget->macs_per_us, cost->prefill_macs / prefill_us);
+        budget->macs_per_us = (rate > MACS_PER_US_MIN) ? rate : MACS_PER_US_MIN;
+    }
+}
+
+/* n tokens, the first of which sees `visible`: n * visible + n^2 / 2 pairs. */
+double fv_budget_macs(double macs_per_pair, double visible, double n_tokens)
+{
+    return macs_per_pair * n_tokens * (visible + TOKEN_PAIRS + n_tokens / 2.0);
+}
+
+uint64_t fv_budget_tokens(double macs_per_pair, double visible, double macs)
+{
+    double b = visible + TOKEN_PAIRS;
+    double n = 0.0;
+
+    if (isinf(macs)) {
+        return UINT64_MAX;
+    }
+    n = sqrt(b * b + 2.0 * macs / macs_per_pair) - b;
+    return (n > 0.0) ? (uint64_t)n : 0U;
+}
