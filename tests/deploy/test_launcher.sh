@@ -7,8 +7,9 @@ launcher=$here/../../deploy/fovead-run
 command -v mpirun >/dev/null || exit 77
 unset FOVEAD "${!OMPI_MCA_@}"
 work=$(mktemp -d)
+bin=$(mktemp -d) # of stand-ins
 export FAKE_DIR=$work
-trap 'jobs -p | xargs -r kill -KILL 2>/dev/null; rm -rf "$work"' EXIT
+trap 'jobs -p | xargs -r kill -KILL 2>/dev/null; rm -rf "$work" "$bin"' EXIT
 n_failed=0
 
 check() { # NAME CONDITION...
@@ -107,6 +108,17 @@ test_stop() {
         check "SIG$signal drains: exit code" [ "$code" -eq 0 ]
         check "SIG$signal drains: ranks were told" wait_for drained.0 drained.1 drained.2
     done
+    # not every mpirun passes SIGUSR1 on; this one never sees it
+    mkdir -p "$bin"
+    printf '#!/usr/bin/env python3\nimport os, signal, sys\nsignal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})\nos.execv("%s", sys.argv)\n' \
+        "$(command -v mpirun)" >"$bin/mpirun"
+    chmod +x "$bin/mpirun"
+    PATH=$bin:$PATH FAKE=serve start -n 3
+    wait_for ready.0 ready.1 ready.2
+    kill -TERM "$pid"
+    finish
+    check "a deaf mpirun: exit code" [ "$code" -eq 0 ]
+    check "a deaf mpirun: ranks were told" wait_for drained.0 drained.1 drained.2
     FAKE=deaf start -n 2
     wait_for ready.0 ready.1
     kill -TERM "$pid"
