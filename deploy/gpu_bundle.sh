@@ -13,7 +13,7 @@
 #     client/python, tests/python, bench/peers, bench/scale ... (as in the repository), gpu_run.sh, commit
 #
 # NCCL is never carried: gpu_run.sh chooses there, by the version of the build's headers. --tar packs all into BUNDLE_DIR/bundle.tar.xz, beside gpu_run.sh,
-# which unpacks it. RACE=1 adds race_cuda_attend, the test in the form that racecheck follows (docs/gpu.md).
+# which unpacks it. RACE=1 adds race_cuda_kernels, the test in the form that racecheck follows (docs/gpu.md).
 # FV_FLASHINFER=DIR adds what bench/peers/flashinfer_build.sh made.
 set -euo pipefail
 
@@ -117,9 +117,9 @@ rm -rf "$bundle"
 copy_binaries "$@"
 if [[ -n ${RACE:-} ]]; then
     configure "$build-race" -DCMAKE_CUDA_FLAGS=-DFV_LEAN_ALL_ARRIVE
-    compile "$build-race" test_cuda_attend
-    cp "$build-race/bin/test_cuda_attend" "$bundle/bin/race_cuda_attend"
-    strip "$bundle/bin/race_cuda_attend"
+    compile "$build-race" test_cuda_kernels
+    cp "$build-race/bin/test_cuda_kernels" "$bundle/bin/race_cuda_kernels"
+    strip "$bundle/bin/race_cuda_kernels"
 fi
 if [[ $# -eq 0 ]]; then
     copy_python

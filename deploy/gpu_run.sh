@@ -139,16 +139,31 @@ part_tests() {
         run tests-gpu-ranks 200 "$bundle/tests/deploy/test_gpu_ranks.sh" "$bundle/bin/fovead" "$bundle/bin/fovea"
 }
 
+# TOOL TEST [NAME...]: a sanitizer each for these tests of TEST, side by side; without names one for all
+sanitize() {
+    local tool=$1 test=$2
+    has "$test" || return
+    shift 2
+    # shellcheck disable=SC2016 # for the shell inside
+    FV_GPU_QUICK=1 run "sanitize-$tool-$test" 120 bash -c '
+        tool=$1 test=$2 folder=$(mktemp -d) status=0 pids=()
+        shift 2
+        for name in "${@:-}"; do
+            compute-sanitizer --tool "$tool" --error-exitcode 99 "$test" ${name:+"$name"} >"$folder/${name:-all}" 2>&1 &
+            pids+=($!)
+        done
+        for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+        cat "$folder"/*
+        exit $status' sanitize "$tool" "$bundle/bin/$test" "$@"
+}
+
 part_sanitize() {
     local tool test
-    for test in test_cuda_attend test_cuda_pages; do
-        for tool in memcheck initcheck synccheck racecheck; do
-            has "$test" || continue
-            if [[ $tool == racecheck ]]; then
-                [[ $test != test_cuda_attend ]] || { has race_cuda_attend && test=race_cuda_attend; } || continue
-            fi
-            FV_GPU_QUICK=1 run "sanitize-$tool-$test" 120 compute-sanitizer --tool "$tool" --error-exitcode 99 \
-                "$bundle/bin/$test"
+    sanitize racecheck race_cuda_kernels bf16 f16 f32 f16_wide bf16_q_parts
+    for tool in memcheck initcheck synccheck; do
+        sanitize "$tool" test_cuda_kernels bf16 f16 f32 f16_wide bf16_q_parts
+        for test in test_cuda_attend test_cuda_pages; do
+            sanitize "$tool" "$test"
         done
     done
 }

@@ -18,6 +18,7 @@
 
 static const fv_lean_tuning_t k_tuning = {
     .ctas_max = {CTAS_PER_SM_MAX, CTAS_PER_SM_MAX},
+    .ring_slots = FV_LEAN_SLOTS_MAX,
     .bytes_ahead = 64U << 10U,
     .rounds_min = {200, 800},
     .first_percent = 90,
@@ -101,6 +102,7 @@ static fv_status_t set_ring(const fv_backend_t *backend,
                        launch->head_dim_qk, launch->head_dim_v);
     }
     n_slots = (n_slots < FV_LEAN_SLOTS_MAX) ? n_slots : FV_LEAN_SLOTS_MAX;
+    n_slots = (n_slots < backend->tuning.ring_slots) ? n_slots : backend->tuning.ring_slots;
     if ((fv_lean_cuda_teams(launch->m_warps, launch->is_exact != 0) == 2) && (n_slots > 4U)) {
         /* an even number of tiles: a slot is one team's within a piece, which so has seen each of its phases */
         n_slots -= n_slots % 4U;
@@ -284,6 +286,7 @@ fv_status_t fv_lean_plan(fv_backend_t *backend, const fv_lean_draft_t *draft)
     const fv_lean_geometry_t *g = &draft->geometry;
     const uint32_t e = (g->kind == (int32_t)FV_LEAN_F32_WIDE) ? 4U : 2U;
     fv_lean_launch_t launch;
+    uint32_t n_ctas = 0;
     int32_t ctas = 0;
 
     memset(&launch, 0, sizeof(launch));
@@ -306,7 +309,11 @@ fv_status_t fv_lean_plan(fv_backend_t *backend, const fv_lean_draft_t *draft)
                       (draft->n_q_parts == 1) && (g->head_dim_qk == g->head_dim_v) &&
                       ((g->head_dim_v == 64) || (g->head_dim_v == 128));
     FV_RETURN_IF_ERR(set_ring(backend, draft, &launch, &ctas));
-    make_shares(backend, draft, &launch, (uint32_t)(backend->n_sms * ctas));
+    n_ctas = (uint32_t)(backend->n_sms * ctas);
+    if ((backend->tuning.launch_ctas > 0U) && (backend->tuning.launch_ctas < n_ctas)) {
+        n_ctas = backend->tuning.launch_ctas;
+    }
+    make_shares(backend, draft, &launch, n_ctas);
     FV_RETURN_IF_ERR(reserve_slots(backend, &launch));
     FV_RETURN_IF_ERR(fv_cuda_grow((void **)&backend->launches, &backend->launches_max,
                                   backend->n_launches + 1U, sizeof(*backend->launches)));

@@ -25,6 +25,8 @@ typedef struct fv_lean_draft {
 /* How lines are cut and groups merged: set by fv_lean_plan_init() to what measured best; others only for measuring. */
 typedef struct fv_lean_tuning {
     uint32_t ctas_max[2]; /* of an SM: up to 16 rows, more */
+    uint32_t launch_ctas; /* of a launch, at most; 0: as many as fit */
+    uint32_t ring_slots;  /* at most: even, 4 or more; FV_LEAN_SLOTS_MAX or more: as many as fit */
     uint32_t bytes_ahead; /* of K and V under way on an SM, but at least 2 tiles of each CTA */
     uint32_t rounds_min
         [2]; /* tiles for each CTA from which shares come in rounds: up to 16 rows, to 32 */

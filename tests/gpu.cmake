@@ -6,6 +6,9 @@ if(FV_WITH_CUDA)
     fv_add_test(test_cuda_pages gpu SOURCES gpu/test_cuda_pages.c LIBS fv_attn_case fv_kernels TIMEOUT 300)
     fv_add_test(test_cuda_tables gpu SOURCES gpu/test_cuda_tables.c LIBS fv_attn_case fv_kernels CUDA::cudart_static
                 TIMEOUT 120)
+    foreach(_test test_cuda_kernels test_cuda_cancel)
+        fv_add_test(${_test} gpu SOURCES gpu/${_test}.c LIBS fv_attn_case fv_kernels CUDA::cudart_static TIMEOUT 120)
+    endforeach()
     fv_add_test(test_cuda_ahead gpu SOURCES gpu/test_cuda_ahead.c LIBS fv_attn_case fv_kernels CUDA::cudart_static
                 TIMEOUT 60)
 endif()
