@@ -4,10 +4,12 @@
  *     mpirun -np N bench_exchange_nccl        (one GPU a rank)
  *
  * Decode, 32 query heads, 8 KV heads, d = 128, bf16, every row's KV on all ranks, so every rank merges 1/N of the rows.
- * First table: device time of a step with exchange minus that of the same attention with its states left at home; steps
- * follow each other on the stream, so launches hide behind the attention as in a busy service. Second table: the end of
- * an exchange alone (signal, wait, merge; with NCCL's send and receive the transfer too), by the bytes that each rank
- * sends to each other one. Medians over batches of steps; the slowest rank counts.
+ * First table: device time of a step with exchange minus that of the same attention with its states left at home.
+ * Second table: the end of an exchange alone (signal, wait, merge; with NCCL's send and receive the transfer too), by the
+ * bytes that each rank sends to each other one. Every sample is a pair of calls that ends with finish(), as the service
+ * does it: memory is cleared, behind which all launches of the sample hide, an exchange in which the ranks meet, and then,
+ * between two events, what is measured. Means of the middle half of the samples (events count in half microseconds); the
+ * slowest rank counts.
  */
 #include "worker/worker.h"
 
@@ -25,10 +27,10 @@
 #define RANKS_MAX  16
 #define ARENA      ((size_t)3 << 30)
 #define PAGE_BYTES ((size_t)FV_PAGE_TOKENS * DIM * 2U * 2U)
-#define STEPS      20
-#define SAMPLES    25
-#define MICRO      50
-#define ROWS_MAX   8192 /* of one message of the second table: 4 MiB and a bit */
+#define SAMPLES    100
+#define CLEARS \
+    3 /* of the states at home, over 1 ms: no launch takes as long, and L2 holds nothing after it */
+#define ROWS_MAX 8192 /* of one message of the second table: 4 MiB and a bit */
 
 #define MUST(expr)                                                                         \
     do {                                                                                   \
@@ -39,6 +41,7 @@
     } while (0)
 
 static int s_rank, s_n;
+static size_t s_home_bytes;
 static fv_backend_t *s_backend;
 static const fv_backend_ops_t *const k_ops = &fv_backend_cuda;
 
@@ -279,14 +282,16 @@ static int by_value(const void *a, const void *b)
     return (d > 0.0) - (d < 0.0);
 }
 
-/* Median, then the slowest rank. */
+/* Mean of the middle half, then the slowest rank. */
 static double agree(double *samples, int n)
 {
     double mine = 0.0;
     double all = 0.0;
 
     qsort(samples, (size_t)n, sizeof(*samples), by_value);
-    mine = samples[n / 2];
+    for (int i = n / 4; i < n - n / 4; i++) {
+        mine += samples[i] / (n - n / 4 - n / 4);
+    }
     MPI_Allreduce(&mine, &all, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
     return all;
 }
@@ -299,8 +304,16 @@ static double elapsed_us(cudaEvent_t from, cudaEvent_t to)
     return (double)ms * 1000.0;
 }
 
-/* us of device time of a step. */
-static double time_steps(workload_t *w, const way_t *way)
+/*
+ * us of device time of a step, or (with_attend false) of the end of an exchange of `rows` rows of each rank. The ranks
+ * meet in an exchange of their own before.
+ */
+static double time_one(workload_t *w,
+                       const way_t *meet,
+                       const way_t *way,
+                       int n_items,
+                       int rows,
+                       bool with_attend)
 {
     cudaStream_t stream = fv_backend_cuda_stream(s_backend);
     cudaEvent_t events[2];
@@ -310,47 +323,34 @@ static double time_steps(workload_t *w, const way_t *way)
     (void)cudaEventCreate(&events[1]);
     for (int s = -3; s < SAMPLES; s++) {
         MPI_Barrier(MPI_COMM_WORLD);
-        enqueue(w, way, w->batch, HEADS, true); /* ranks meet; launches run ahead */
-        (void)cudaEventRecord(events[0], stream);
-        for (int i = 0; i < STEPS; i++) {
-            enqueue(w, way, w->batch, HEADS, true);
+        for (int i = 0; i < CLEARS; i++) {
+            (void)cudaMemsetAsync(w->home, 0, s_home_bytes, stream);
         }
+        enqueue(w, meet, 1, 2 * s_n, false);
+        (void)cudaEventRecord(events[0], stream);
+        enqueue(w, way, n_items, rows, with_attend);
         (void)cudaEventRecord(events[1], stream);
-        finish(way);
+        finish(meet);
+        if (way->exchange != meet->exchange) {
+            finish(way);
+        }
         if (s >= 0) {
-            samples[s] = elapsed_us(events[0], events[1]) / STEPS;
+            samples[s] = elapsed_us(events[0], events[1]);
         }
     }
+    (void)cudaEventDestroy(events[0]);
+    (void)cudaEventDestroy(events[1]);
     return agree(samples, SAMPLES);
 }
 
-/* us of one exchange's end with `rows` rows of each rank to each other. */
-static double time_ends(workload_t *w, const way_t *way, int rows)
+static double time_steps(workload_t *w, const way_t *ways, int m)
 {
-    cudaStream_t stream = fv_backend_cuda_stream(s_backend);
-    const way_t home = {.what = STAY};
-    cudaEvent_t events[2];
-    double samples[SAMPLES];
+    return time_one(w, &ways[3], &ways[m], w->batch, HEADS, true);
+}
 
-    (void)cudaEventCreate(&events[0]);
-    (void)cudaEventCreate(&events[1]);
-    for (int s = -3; s < SAMPLES; s++) {
-        MPI_Barrier(MPI_COMM_WORLD);
-        for (int i = 0; i < 4; i++) { /* something to do while the rest is enqueued */
-            enqueue(w, &home, w->batch, HEADS, true);
-        }
-        enqueue(w, way, 1, rows, false); /* ranks meet */
-        (void)cudaEventRecord(events[0], stream);
-        for (int i = 0; i < MICRO; i++) {
-            enqueue(w, way, 1, rows, false);
-        }
-        (void)cudaEventRecord(events[1], stream);
-        finish(way);
-        if (s >= 0) {
-            samples[s] = elapsed_us(events[0], events[1]) / MICRO;
-        }
-    }
-    return agree(samples, SAMPLES);
+static double time_ends(workload_t *w, const way_t *meet, const way_t *way, int rows)
+{
+    return time_one(w, meet, way, 1, rows, false);
 }
 
 static fv_exchange_nccl_t *open_exchange(bool is_collective)
@@ -392,7 +392,7 @@ static void table_of_steps(workload_t *w, const way_t *ways)
 
         make_workload(w, k_cases[i].batch, k_cases[i].context);
         for (int m = 0; m < 5; m++) {
-            us[m] = time_steps(w, &ways[m]);
+            us[m] = time_steps(w, ways, m);
         }
         if (s_rank == 0) {
             (void)printf("| %d x %lld | %.2f | %.2f | %.2f | %.2f | %.2f | %.2f | %.2f |\n",
@@ -411,9 +411,9 @@ static void table_of_ends(workload_t *w, const way_t *ways)
     }
     for (int rows = 2; rows <= ROWS_MAX; rows *= 4) {
         const way_t home = {.what = AT_HOME};
-        const double alone = time_ends(w, &home, rows * s_n);
-        const double direct = time_ends(w, &ways[3], rows * s_n);
-        const double rest = time_ends(w, &ways[4], rows * s_n);
+        const double alone = time_ends(w, &ways[3], &home, rows * s_n);
+        const double direct = time_ends(w, &ways[3], &ways[3], rows * s_n);
+        const double rest = time_ends(w, &ways[3], &ways[4], rows * s_n);
 
         if (s_rank == 0) {
             (void)printf("| %zu | %d | %.2f | %.2f | %.2f |\n", chunk_bytes(rows), rows, alone,
@@ -427,10 +427,10 @@ int main(int argc, char **argv)
 {
     way_t ways[5] = {
         {.what = STAY}, {.what = ANSWER}, {.what = WRITE}, {.what = MERGE}, {.what = MERGE}};
-    const size_t home_bytes = chunk_bytes(ROWS_MAX) * RANKS_MAX * (RANKS_MAX + 1U);
     const size_t out_bytes = (size_t)ROWS_MAX * RANKS_MAX * DIM * 2U;
     fv_backend_config_t config = {.kv_arena_bytes = ARENA};
 
+    s_home_bytes = chunk_bytes(ROWS_MAX) * RANKS_MAX * (RANKS_MAX + 1U);
     MPI_Init(&argc, &argv);
     MPI_Comm_rank(MPI_COMM_WORLD, &s_rank);
     MPI_Comm_size(MPI_COMM_WORLD, &s_n);
@@ -448,12 +448,12 @@ int main(int argc, char **argv)
     MUST(fv_exchange_nccl_ops.attach(ways[4].exchange, s_backend));
     s_work.q = pinned((size_t)BATCH_MAX * HEADS * DIM * 2U);
     s_work.out = pinned((size_t)BATCH_MAX * HEADS * DIM * 2U);
-    if ((cudaMalloc((void **)&s_work.home, home_bytes) != cudaSuccess) ||
+    if ((cudaMalloc((void **)&s_work.home, s_home_bytes) != cudaSuccess) ||
         (cudaMalloc((void **)&s_work.device_out, out_bytes) != cudaSuccess)) {
         MPI_Abort(MPI_COMM_WORLD, 1);
     }
-    (void)cudaMemset(s_work.home, 0, home_bytes);
-    MUST(fv_backend_cuda_reach(s_backend, s_work.home, home_bytes));
+    (void)cudaMemset(s_work.home, 0, s_home_bytes);
+    MUST(fv_backend_cuda_reach(s_backend, s_work.home, s_home_bytes));
     MUST(fv_backend_cuda_reach(s_backend, s_work.device_out, out_bytes));
     table_of_steps(&s_work, ways);
     table_of_ends(&s_work, ways);
