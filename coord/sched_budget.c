@@ -90,6 +90,18 @@ double fv_budget_macs(double macs_per_pair, double visible, double n_tokens)
     return macs_per_pair * n_tokens * (visible + TOKEN_PAIRS + n_tokens / 2.0);
 }
 
+uint64_t fv_budget_least(const fv_budget_t *budget,
+                         double macs_per_pair,
+                         double kv_bytes,
+                         double bytes_per_us)
+{
+    double n = kv_bytes / bytes_per_us * budget->macs_per_us / macs_per_pair;
+    uint64_t least = (uint64_t)((n < FV_PIECE_TOKENS_FULL) ? n : (double)FV_PIECE_TOKENS_FULL) /
+                     FV_PIECE_TOKENS_MIN * FV_PIECE_TOKENS_MIN;
+
+    return (least > FV_PIECE_TOKENS_MIN) ? least : FV_PIECE_TOKENS_MIN;
+}
+
 uint64_t fv_budget_tokens(double macs_per_pair, double visible, double macs)
 {
     double b = visible + TOKEN_PAIRS;

@@ -12,6 +12,9 @@
  * been seen for a moment, pieces last FV_BUDGET_IDLE_US: what the first decode request waits at most, and long against what
  * a step costs by itself.
  *
+ * A piece is never smaller than fv_budget_least(): where one pass over a long prompt's KV takes longer than C, D + 2C is more
+ * than 2D, and cutting along the queries can not help.
+ *
  * D is learned from steps without prefill. While both run, one step in FV_BUDGET_LOOK_EVERY takes none, to see it again.
  */
 #ifndef FV_COORD_SCHED_BUDGET_H
@@ -23,8 +26,8 @@
 #define FV_BUDGET_IDLE_US    20000
 #define FV_BUDGET_MIN_US     250 /* less is mostly what a step costs by itself */
 #define FV_BUDGET_LOOK_EVERY 16U
-/* A piece is never smaller: a page of queries of four heads each fills a CPU's block of rows. */
-#define FV_PIECE_TOKENS_MIN 16U
+#define FV_PIECE_TOKENS_MIN  4U
+#define FV_PIECE_TOKENS_FULL 64U
 
 typedef struct fv_budget {
     uint32_t tokens_fixed;  /* > 0: so many tokens a step, whatever they cost */
@@ -59,6 +62,15 @@ void fv_budget_learn(fv_budget_t *budget, const fv_step_cost_t *cost);
  * macs_per_pair = query heads x (dk + dv) of one (query, key) pair. A constant of pairs a token stands for its transfers.
  */
 double fv_budget_macs(double macs_per_pair, double visible, double n_tokens);
+/*
+ * The tokens of the smallest piece. Whatever their number, a piece reads all the KV that they see; below as many as the rank
+ * computes in the time of reading (macs_per_token of one KV token, kv_bytes of it), fewer are hardly faster.
+ * In FV_PIECE_TOKENS_MIN .. FV_PIECE_TOKENS_FULL, a multiple of FV_PIECE_TOKENS_MIN.
+ */
+uint64_t fv_budget_least(const fv_budget_t *budget,
+                         double macs_per_pair,
+                         double kv_bytes,
+                         double bytes_per_us);
 /* The most tokens that cost at most `macs`. */
 uint64_t fv_budget_tokens(double macs_per_pair, double visible, double macs);
 

@@ -66,9 +66,10 @@ void fv_sched_enqueue(fv_sched_t *sched, fv_request_t *request);
 
 /*
  * sched_piece.c: how many of the request's next tokens fit the allowance, which they are taken from; adds their cost.
- * is_first: the step has no other prefill, and takes FV_PIECE_TOKENS_MIN in any case.
+ * is_first: the step has no other prefill, and takes fv_budget_least() in any case.
  */
-uint64_t fv_sched_size_piece(const fv_request_t *request,
+uint64_t fv_sched_size_piece(const fv_sched_t *sched,
+                             const fv_request_t *request,
                              bool is_first,
                              fv_allowance_t *allowance,
                              double *macs);

@@ -113,10 +113,26 @@ static uint64_t round_piece(uint64_t position, uint64_t n, uint64_t left)
     return (n > FV_PIECE_TOKENS_MIN) ? (n / FV_PIECE_TOKENS_MIN * FV_PIECE_TOKENS_MIN) : n;
 }
 
-/* Tokens of one item that the allowance has room for, and their cost, which is taken from it. is_first: of the step. */
+static double macs_per_pair(const fv_model_spec_t *spec)
+{
+    return (double)spec->n_q_heads * ((double)spec->head_dim_qk + (double)spec->head_dim_v);
+}
+
+static uint64_t least_tokens(const fv_sched_t *sched, const fv_model_spec_t *spec)
+{
+    double n_kv_heads = fv_model_is_latent(spec) ? 1.0 : (double)spec->n_kv_heads;
+
+    return fv_budget_least(&sched->budget, macs_per_pair(spec),
+                           n_kv_heads * (double)fv_model_token_bytes(spec),
+                           sched->config.cost.rank_bytes_per_us);
+}
+
+/* Tokens of one item that the allowance has room for, and their cost, which is taken from it; at least `least`, or none, unless it is
+ * the first of the step. */
 static uint64_t take_of_item(const fv_request_t *request,
                              uint32_t i,
                              uint64_t n_done,
+                             uint64_t least,
                              bool is_first,
                              fv_allowance_t *allowance,
                              double *macs)
@@ -128,24 +144,23 @@ static uint64_t take_of_item(const fv_request_t *request,
         request->head.causal
             ? visible_tokens(&spec->policies[spec->layer_policy[request->head.layer]], position)
             : (double)request->ctl_items[i].kv_end;
-    double per_pair =
-        (double)spec->n_q_heads * ((double)spec->head_dim_qk + (double)spec->head_dim_v);
     uint64_t left = item->n_tokens - n_done;
-    uint64_t n = fv_budget_tokens(per_pair, visible, allowance->macs);
+    uint64_t n = fv_budget_tokens(macs_per_pair(spec), visible, allowance->macs);
 
     n = (n < allowance->n_tokens) ? n : allowance->n_tokens;
-    if ((n < FV_PIECE_TOKENS_MIN) && (n < left)) {
-        n = is_first ? clamp(allowance->n_tokens, 0, FV_PIECE_TOKENS_MIN) : 0U;
+    if ((n < least) && (n < left)) {
+        n = is_first ? clamp(allowance->n_tokens, 0, least) : 0U;
     }
     n = round_piece(item->position + n_done, n, left);
-    double cost = fv_budget_macs(per_pair, visible, (double)n);
+    double cost = fv_budget_macs(macs_per_pair(spec), visible, (double)n);
     *macs += cost;
     allowance->macs -= (cost < allowance->macs) ? cost : allowance->macs;
     allowance->n_tokens -= n;
     return n;
 }
 
-uint64_t fv_sched_size_piece(const fv_request_t *request,
+uint64_t fv_sched_size_piece(const fv_sched_t *sched,
+                             const fv_request_t *request,
                              bool is_first,
                              fv_allowance_t *allowance,
                              double *macs)
@@ -154,6 +169,7 @@ uint64_t fv_sched_size_piece(const fv_request_t *request,
     uint64_t n_tokens = 0;
     bool can_cut = can_be_cut(request);
     fv_allowance_t unbounded = {.n_tokens = UINT64_MAX, .macs = (double)INFINITY};
+    uint64_t least = least_tokens(sched, request->spec);
 
     for (uint32_t i = 0; i < request->head.n_items; i++) {
         uint64_t n_item = request->items[i].n_tokens;
@@ -163,7 +179,7 @@ uint64_t fv_sched_size_piece(const fv_request_t *request,
         if (n_done == n_item) {
             continue;
         }
-        uint64_t n = take_of_item(request, i, n_done, is_first && (n_tokens == 0),
+        uint64_t n = take_of_item(request, i, n_done, least, is_first && (n_tokens == 0),
                                   can_cut ? allowance : &unbounded, macs);
         n_tokens += n;
         if (n_done + n < n_item) {

@@ -443,7 +443,7 @@ static fv_verdict_t judge_prefill(fv_sched_t *sched, fv_forming_t *f, fv_request
     }
     request->candidate_step = 0;
     uint64_t n_tokens =
-        fv_sched_size_piece(request, f->plan.cost.prefill_macs <= 0.0, &left, &macs);
+        fv_sched_size_piece(sched, request, f->plan.cost.prefill_macs <= 0.0, &left, &macs);
     if ((n_tokens == 0) || is_full(sched, f, request, n_tokens)) {
         return FV_VERDICT_WAIT;
     }

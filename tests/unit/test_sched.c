@@ -277,7 +277,7 @@ static void test_step_tokens_bound_a_step(void **state)
     fv_case_request_t *small = fv_case_request(0, true);
 
     fv_case_add(large, fv_case_open(f->sched, f->model_id, NULL), 0, 300, 1); /* over the bound */
-    fv_case_add(small, fv_case_open(f->sched, f->model_id, NULL), 0, 250, 2);
+    fv_case_add(small, fv_case_open(f->sched, f->model_id, NULL), 0, 254, 2);
     fv_case_sizes(large, &f->spec);
     fv_case_sizes(small, &f->spec);
     fv_sched_submit(f->sched, &large->request);

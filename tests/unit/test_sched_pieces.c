@@ -349,6 +349,13 @@ static void test_tokens_of_a_cost(void **state)
         }
     }
     assert_int_equal(fv_budget_tokens(1024.0, 1000.0, 0.0), 0);
+    fv_budget_t b;
+    fv_budget_init(&b, 0);
+    b.macs_per_us =
+        160000.0; /* 160 macs in the time of a byte: of a token's 4096 bytes 80 x 8192 macs */
+    assert_int_equal(fv_budget_least(&b, 8192.0, 4096.0, 1000.0), 64);
+    assert_int_equal(fv_budget_least(&b, 8192.0, 4096.0, 2000.0), 40);
+    assert_int_equal(fv_budget_least(&b, 8192.0, 4096.0, 1e6), 4);
 }
 
 int main(void)
