@@ -201,8 +201,10 @@ static const struct argp_option k_spec_options[] = {
     {"latent-dim", OPT_LATENT_DIM, "N", 0,
      "A latent (MLA) model of this many dims, in place of KV heads; needs --scale", 0},
     {"rope-dim", OPT_ROPE_DIM, "N", 0, "... and its RoPE key's", 0},
-    {"sharding", OPT_SHARDING, "auto|heads|context|latent", 0,
-     "How sessions spread over ranks; latent (approximate) cuts the latent", 0},
+    {"sharding", OPT_SHARDING, "auto|heads|context|latent|latent-exact", 0,
+     "How sessions spread over ranks; latent (approximate) cuts the latent, latent-exact adds up "
+     "the slices' scores",
+     0},
     {"groups", OPT_GROUPS, "N", 0, "Slices of the latent (with --sharding latent)", 0},
     {"shard-tokens", OPT_SHARD_TOKENS, "N", 0, "Tokens per turn of a sharded context", 0},
     {"max-ranks", OPT_MAX_RANKS, "N", 0, "Use at most N ranks per session", 0},
@@ -218,11 +220,13 @@ static fovea_sharding_mode_t parse_sharding(struct argp_state *state, const char
     if (strcmp(text, "heads") == 0) {
         return FOVEA_SHARDING_HEADS;
     }
-    if (strcmp(text, "latent") == 0) {
+    if ((strcmp(text, "latent") == 0) || (strcmp(text, "latent-exact") == 0)) {
         return FOVEA_SHARDING_LATENT;
     }
     if (strcmp(text, "context") != 0) {
-        argp_error(state, "--sharding: given \"%s\", expected auto, heads, context or latent",
+        argp_error(state,
+                   "--sharding: given \"%s\", expected auto, heads, context, latent or "
+                   "latent-exact",
                    text);
     }
     return FOVEA_SHARDING_CONTEXT;
@@ -313,6 +317,7 @@ static error_t parse_spec(int key, char *arg, struct argp_state *state)
         break;
     case OPT_SHARDING:
         o->spec.sharding.mode = parse_sharding(state, arg);
+        o->spec.sharding.exact = strcmp(arg, "latent-exact") == 0;
         break;
     case OPT_S2:
         o->s2 = fv_cli_s2(state, arg);

@@ -50,6 +50,7 @@ static fv_sharding_t sharding_of(const fovea_sharding_t *sharding)
                          .shard_tokens = fv_client_i32(sharding->shard_tokens),
                          .max_ranks = fv_client_i32(sharding->max_ranks),
                          .groups = fv_client_i32(sharding->groups),
+                         .exact = sharding->exact ? 1 : 0,
                          .is_set = 1};
 
     out.n_mu = copy_factors(sharding->mu, sharding->groups, out.mu);

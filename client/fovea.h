@@ -188,6 +188,8 @@ typedef struct fovea_sharding {
     uint32_t max_ranks; /* 0 = all */
     uint32_t groups;    /* LATENT: slices, 1, 2, 4 or 8; a model's, not a session's */
     const float *mu;    /* LATENT: [groups] factors of each slice's latent scores; NULL = 1 */
+    bool
+        exact; /* LATENT: scores are added up over the slices before one softmax; exact, and slower than CONTEXT */
 } fovea_sharding_t;
 
 typedef enum fovea_model_kind {
@@ -576,7 +578,7 @@ typedef struct fovea_placement {
     fovea_session_id_t session;
     char model_id[FOVEA_MODEL_ID_BYTES];
     char mode
-        [32]; /* "one rank", "heads", "context", "heads x context", "latent", "latent x heads" */
+        [32]; /* "one rank", "heads", "context", "heads x context"; "latent" or "latent exact", " x heads", " x context" */
     char reason[256]; /* why the planner chose it */
     uint32_t n_head_parts, n_ctx_parts, shard_tokens;
     uint32_t n_latent_parts; /* slices of the latent; 1 unless sharded by latent */

@@ -19,10 +19,10 @@ static fv_status_t fail_number(const char *field, int64_t given, const char *exp
 
 static fv_status_t check_no_groups(const fv_sharding_t *sharding)
 {
-    if ((sharding->groups | sharding->n_alpha | sharding->n_mu) == 0) {
+    if ((sharding->groups | sharding->n_alpha | sharding->n_mu | sharding->exact) == 0) {
         return FV_OK;
     }
-    return fail_number("sharding.groups, alpha, mu", sharding->groups,
+    return fail_number("sharding.groups, alpha, mu, exact", sharding->groups,
                        "none unless sharding.mode is LATENT");
 }
 
@@ -102,6 +102,22 @@ check_factors(const char *field, const float *factors, int32_t n_given, int32_t 
     return FV_OK;
 }
 
+/* One softmax over added scores is the model's own: there is nothing to weigh. */
+static fv_status_t check_exact(const fv_sharding_t *sharding)
+{
+    FV_RETURN_IF_ERR(((sharding->exact == 0) || (sharding->exact == 1))
+                         ? FV_OK
+                         : fail_number("sharding.exact", sharding->exact, "0 or 1"));
+    for (int32_t i = 0; (sharding->exact != 0) && (i < sharding->n_mu); i++) {
+        if ((sharding->mu[i] < 1.0F) || (sharding->mu[i] > 1.0F)) {
+            return fv_fail(FV_ERR_INVALID_ARG,
+                           "spec.sharding.mu[%d]: given %g, expected 1 with sharding.exact", i,
+                           (double)sharding->mu[i]);
+        }
+    }
+    return FV_OK;
+}
+
 static fv_status_t check_sharding(fv_sharding_t *sharding, int32_t latent_dim)
 {
     if (sharding->mode != FV_SHARDING_LATENT) {
@@ -123,7 +139,8 @@ static fv_status_t check_sharding(fv_sharding_t *sharding, int32_t latent_dim)
             sharding->mu[i] = 1.0F;
         }
     }
-    return check_factors("sharding.mu", sharding->mu, sharding->n_mu, g);
+    FV_RETURN_IF_ERR(check_factors("sharding.mu", sharding->mu, sharding->n_mu, g));
+    return check_exact(sharding);
 }
 
 /*
@@ -162,6 +179,10 @@ static fv_status_t check_norm(fv_model_spec_t *spec)
     }
     if (norm->mode != FV_NORM_SLICE_RMS) {
         return fail_number("latent_norm.mode", norm->mode, "NONE or SLICE_RMS");
+    }
+    if (sharding->exact != 0) {
+        return fail_number("latent_norm.mode", norm->mode,
+                           "NONE with sharding.exact: a slice does not know the whole's norm");
     }
     if (!isfinite(norm->eps) || (norm->eps < 0.0F)) {
         return fv_fail(FV_ERR_INVALID_ARG,

@@ -84,7 +84,8 @@ typedef enum fv_sharding_mode {
     FV_SHARDING_AUTO = 0,
     FV_SHARDING_HEADS = 1,
     FV_SHARDING_CONTEXT = 2,
-    FV_SHARDING_LATENT = 3, /* TPLA: slices of the latent, a softmax each: an approximation */
+    FV_SHARDING_LATENT =
+        3, /* slices of the latent: a softmax each (TPLA), an approximation; or `exact` */
 } fv_sharding_mode_t;
 
 typedef struct fv_sharding {
@@ -93,8 +94,9 @@ typedef struct fv_sharding {
     int32_t max_ranks;    /* 0 = all */
     int32_t is_set;       /* a request carried it (OpenSession override) */
     int32_t groups;       /* LATENT: slices of the latent */
-    int32_t n_alpha;      /* as given; resolved into latent_norm: 0 */
-    int32_t n_mu;         /* resolved: groups */
+    int32_t exact;   /* LATENT: 1 = the slices' scores are added up before one softmax; 0 = TPLA */
+    int32_t n_alpha; /* as given; resolved into latent_norm: 0 */
+    int32_t n_mu;    /* resolved: groups */
     float alpha[FV_GROUPS_MAX];
     float mu[FV_GROUPS_MAX]; /* of each slice's latent scores, as a factor */
 } fv_sharding_t;
@@ -141,6 +143,18 @@ static inline int32_t fv_model_groups(const fv_model_spec_t *spec)
     return (fv_model_is_latent(spec) && (spec->sharding.mode == FV_SHARDING_LATENT))
                ? spec->sharding.groups
                : 1;
+}
+
+/* TPLA: each slice of the latent has a softmax of its own, which the model has not. */
+static inline bool fv_model_is_approximate(const fv_model_spec_t *spec)
+{
+    return (fv_model_groups(spec) > 1) && (spec->sharding.exact == 0);
+}
+
+/* The slices' scores are added up before the one softmax. */
+static inline bool fv_model_adds_scores(const fv_model_spec_t *spec)
+{
+    return (fv_model_groups(spec) > 1) && (spec->sharding.exact != 0);
 }
 
 /* Dims of one stored row of K (a slice, and the whole RoPE key) and of V. */

@@ -63,6 +63,10 @@ fv_status_t fv_engine_create(const fv_engine_config_t *config, fv_engine_t **out
                 (config->ranks[r].memory.kv_bytes_total > 0U)) {
                 sched.no_latent = config->ranks[r].backend;
             }
+            if ((config->ranks[r].has_exact == 0U) &&
+                (config->ranks[r].memory.kv_bytes_total > 0U)) {
+                sched.no_exact = config->ranks[r].backend;
+            }
         }
         status = fv_sched_create(&sched, &engine->sched);
     }

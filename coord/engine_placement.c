@@ -55,17 +55,23 @@ static void fill_share(const fv_engine_t *engine,
     list_ranges(p, cp, n_tokens, out);
 }
 
-static const char *mode_of(const fv_placement_t *p, const fv_model_spec_t *spec)
+static void
+put_mode(const fv_placement_t *p, const fv_model_spec_t *spec, char *out, size_t n_bytes)
 {
-    int32_t groups = fv_model_groups(spec);
+    const char *latent = fv_model_adds_scores(spec)    ? "latent exact"
+                         : (fv_model_groups(spec) > 1) ? "latent"
+                                                       : NULL;
+    const char *heads = (p->n_head_parts > fv_model_groups(spec)) ? "heads" : NULL;
+    const char *context = (p->n_ctx_parts > 1) ? "context" : NULL;
+    const char *axes[] = {latent, heads, context};
+    size_t at = 0;
 
-    if (groups > 1) {
-        return (p->n_head_parts > groups) ? "latent x heads" : "latent";
+    (void)snprintf(out, n_bytes, "one rank");
+    for (size_t i = 0; i < sizeof(axes) / sizeof(axes[0]); i++) {
+        if ((axes[i] != NULL) && (at < n_bytes)) {
+            at += (size_t)snprintf(out + at, n_bytes - at, "%s%s", (at > 0) ? " x " : "", axes[i]);
+        }
     }
-    if ((p->n_head_parts > 1) && (p->n_ctx_parts > 1)) {
-        return "heads x context";
-    }
-    return (p->n_head_parts > 1) ? "heads" : ((p->n_ctx_parts > 1) ? "context" : "one rank");
 }
 
 static void
@@ -119,7 +125,7 @@ fv_engine_placement(fv_engine_t *engine, const fv_session_t *session, fv_placeme
     const fv_model_spec_t *spec = fv_sched_model(engine->sched, session->model_slot);
     fv_placement_info_t info = {
         .n_latent_parts = (uint32_t)fv_model_groups(spec),
-        .is_approximate = fv_model_groups(spec) > 1,
+        .is_approximate = fv_model_is_approximate(spec),
         .session = session->id,
         .n_head_parts = p->n_head_parts,
         .n_ctx_parts = p->n_ctx_parts,
@@ -143,7 +149,7 @@ fv_engine_placement(fv_engine_t *engine, const fv_session_t *session, fv_placeme
     list_patterns(session, spec, &info);
     (void)snprintf(info.model_id, sizeof(info.model_id), "%s",
                    fv_sched_model_id(engine->sched, session->model_slot));
-    (void)snprintf(info.mode, sizeof(info.mode), "%s", mode_of(p, spec));
+    put_mode(p, spec, info.mode, sizeof(info.mode));
     (void)snprintf(info.reason, sizeof(info.reason), "%s", session->reason);
     *out = info;
     return FV_OK;

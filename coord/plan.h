@@ -17,6 +17,7 @@
 #include "common/status.h"
 #include "proto/placement.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #define FV_PLAN_REASON_BYTES 192
@@ -28,6 +29,7 @@ typedef struct fv_plan_cost {
     double exchange_bytes_per_us;
     double
         rank_macs_per_us; /* of latent models, whose many heads share what is read; 0 = no limit */
+    bool no_latent_context; /* ranks do not merge slices of latents whose context is cut too */
 } fv_plan_cost_t;
 
 fv_plan_cost_t fv_plan_cost_cpu(void);  /* defaults measured on CPU ranks */

@@ -36,7 +36,8 @@ fv_plan_cost_t fv_plan_cost_cuda(void)
                             .fanout_us = 40.0,
                             .exchange_us = 4.0,
                             .exchange_bytes_per_us = 200000.0,
-                            .rank_macs_per_us = 200000000.0};
+                            .rank_macs_per_us = 200000000.0,
+                            .no_latent_context = true};
 }
 
 /* fv_placement_tokens() of part 0. */
@@ -125,7 +126,8 @@ static double token_us(const fv_plan_shape_t *shape, int32_t n_head_parts, int32
     us += fanout_us(shape, n_head_parts, n_ctx_parts);
     if (n_parts > 1.0) {
         double n_rows = n_heads * (double)fv_model_group(shape->spec);
-        double sent = n_rows * (n_parts - 1.0) / n_parts * STATE_BYTES(shape->spec->head_dim_v);
+        double sent =
+            n_rows * (n_parts - 1.0) / n_parts * STATE_BYTES(fv_model_stored_dim_v(shape->spec));
 
         us += cost->exchange_us + sent / cost->exchange_bytes_per_us;
     }
@@ -233,6 +235,25 @@ static int32_t latent_parts(const fv_model_spec_t *spec, const fv_plan_ask_t *as
     return groups * min_i32(ask->n_ranks_max / groups, spec->n_q_heads);
 }
 
+/* Slices whose context is cut as well, at a known length; of the ranks of a slice the fewer are left for its heads. */
+static void add_latent(candidates_t *c, int32_t n_head_parts)
+{
+    const fv_plan_ask_t *ask = c->ask;
+    int32_t groups = fv_model_groups(c->shape->spec);
+    int32_t n_max = active_parts(c->shape, ask->n_ranks_max / groups);
+
+    (void)add(c, n_head_parts, 1);
+    if (!ask->has_hint || (ask->mode != FV_SHARDING_LATENT) || c->shape->cost->no_latent_context) {
+        return;
+    }
+    for (int32_t n = 2; n <= n_max; n *= 2) {
+        int32_t n_heads =
+            ask->has_max ? min_i32(ask->n_ranks_max / groups / n, c->shape->spec->n_q_heads) : 1;
+
+        (void)add(c, groups * n_heads, n);
+    }
+}
+
 static void enumerate(candidates_t *c)
 {
     const fv_plan_ask_t *ask = c->ask;
@@ -242,7 +263,7 @@ static void enumerate(candidates_t *c)
 
     if (fv_model_is_latent(c->shape->spec) &&
         ((ask->mode == FV_SHARDING_LATENT) || (ask->mode == FV_SHARDING_HEADS))) {
-        (void)add(c, latent_parts(c->shape->spec, ask), 1);
+        add_latent(c, latent_parts(c->shape->spec, ask));
         return;
     }
     if (ask->mode == FV_SHARDING_CONTEXT) {

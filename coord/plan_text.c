@@ -52,7 +52,7 @@ static void put_count(text_t *t, uint64_t n, const char *unit)
 static const char *axis(const fv_plan_grid_t *g, const fv_model_spec_t *spec)
 {
     if (fv_model_groups(spec) > 1) {
-        return "latent";
+        return (g->n_ctx_parts > 1) ? "latent x context" : "latent";
     }
     if ((g->n_head_parts > 1) && (g->n_ctx_parts > 1)) {
         return "heads x context";
@@ -68,7 +68,8 @@ static void put_latent_parts(text_t *t, const fv_model_spec_t *spec, int32_t n_h
         put_number(t, (uint64_t)groups);
         put(t, " slices of ");
         put_number(t, (uint64_t)fv_model_stored_dim_v(spec));
-        put(t, " dims, an approximation");
+        put(t, fv_model_is_approximate(spec) ? " dims, an approximation"
+                                             : " dims, their scores added up");
     }
     if (n_head_parts > groups) {
         put(t, (groups > 1) ? "; " : "");
@@ -87,6 +88,7 @@ static void put_parts(text_t *t, const fv_plan_why_t *w)
     put(t, ": ");
     if (fv_model_is_latent(spec) && (g->n_head_parts > 1)) {
         put_latent_parts(t, spec, g->n_head_parts);
+        put(t, (g->n_ctx_parts > 1) ? "; " : "");
     } else if (g->n_head_parts > 1) {
         put_number(t, (uint64_t)w->shape->spec->n_kv_heads);
         put(t, " KV heads over ");

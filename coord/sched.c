@@ -93,6 +93,12 @@ static fv_status_t check_served(const fv_sched_t *sched, const fv_model_spec_t *
                        "spec.kind: LATENT is not served by the %s backend in this version",
                        sched->config.no_latent);
     }
+    if (fv_model_adds_scores(spec) && (sched->config.no_exact != NULL)) {
+        return fv_fail(FV_ERR_UNIMPLEMENTED,
+                       "spec.sharding.exact: given true, which the %s backend does not serve; "
+                       "CONTEXT is as exact, and faster",
+                       sched->config.no_exact);
+    }
     for (int32_t i = 0; (sched->config.no_s2 != NULL) && (i < spec->n_policies); i++) {
         if (spec->policies[i].kind == FV_POLICY_S2) {
             return fv_fail(FV_ERR_UNIMPLEMENTED,
@@ -243,12 +249,14 @@ static fv_status_t check_override(const fv_model_spec_t *spec, const fv_sharding
             is_latent ? "LATENT, as its model says" : "no LATENT, as its model says none");
     }
     if (is_latent &&
-        ((given->groups != spec->sharding.groups) || ((given->n_alpha | given->n_mu) != 0))) {
+        ((given->groups != spec->sharding.groups) || (given->exact != spec->sharding.exact) ||
+         ((given->n_alpha | given->n_mu) != 0))) {
         return fv_fail(
             FV_ERR_INVALID_ARG,
-            "sharding.groups: given %d with %d alpha and %d mu, expected the model's %d and "
-            "no factors",
-            given->groups, given->n_alpha, given->n_mu, spec->sharding.groups);
+            "sharding.groups: given %d with %d alpha, %d mu and exact = %d, expected the model's "
+            "%d, no factors and exact = %d",
+            given->groups, given->n_alpha, given->n_mu, given->exact, spec->sharding.groups,
+            spec->sharding.exact);
     }
     return FV_OK;
 }

@@ -110,7 +110,7 @@ static fv_status_t check_tensors(const fv_request_t *request)
         check_tensor("k", head->k.n_bytes, n_kv, spec->n_kv_heads, spec->head_dim_qk, head->dtype));
     FV_RETURN_IF_ERR(check_tensor("v", head->v.n_bytes, n_kv, spec->n_kv_heads,
                                   fv_model_v_dim_sent(spec), head->dtype));
-    if (head->want_lse && (fv_model_groups(spec) > 1)) {
+    if (head->want_lse && fv_model_is_approximate(spec)) {
         return fv_fail(
             FV_ERR_INVALID_ARG,
             "want_lse: given true, expected false: sharded by latent, each of the %d slices "

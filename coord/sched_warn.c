@@ -54,7 +54,12 @@ void fv_sched_warn(const fv_model_spec_t *spec, fv_register_response_t *response
                 : "sharding.mode: HEADS cannot split one KV head; every session of this "
                   "model lives on one rank (CONTEXT would spread it)");
     }
-    if (fv_model_groups(spec) > 1) {
+    if (fv_model_adds_scores(spec)) {
+        add_warning(response,
+                    "sharding.exact: the scores of every token are exchanged before the softmax; "
+                    "CONTEXT is as exact and exchanges one state a row");
+    }
+    if (fv_model_is_approximate(spec)) {
         add_warning(response,
                     "sharding.mode: LATENT is an approximation of the model (TPLA): each slice of "
                     "the latent has a softmax of its own; CONTEXT is exact");

@@ -82,6 +82,38 @@ reserve_groups(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_item
     return FV_OK;
 }
 
+static int32_t group_rows(const fv_lean_group_t *group)
+{
+    return (group->t_end - group->t_begin) * (group->g_end - group->g_begin);
+}
+
+static uint64_t group_scores(const fv_lean_group_t *group)
+{
+    return (uint64_t)group->n_tiles * (uint64_t)group_rows(group) * FV_PAGE_TOKENS;
+}
+
+uint64_t fv_cpu_score_count(const fv_attn_item_t *item)
+{
+    uint64_t n = 0;
+    int32_t step = block_tokens(item);
+
+    for (int32_t g = 0; g < item->group; g += walk_heads(item)) {
+        for (int32_t t = 0; t < item->n_tokens; t += step) {
+            fv_lean_group_t group = {.t_begin = t,
+                                     .t_end =
+                                         (item->n_tokens - t < step) ? item->n_tokens : (t + step),
+                                     .g_begin = g,
+                                     .g_end = g + walk_heads(item)};
+            fv_tile_query_t query = group_query(item, &group);
+
+            group.tiles = fv_tiles_make(&query);
+            group.n_tiles = fv_tiles_count(&group.tiles);
+            n += group_scores(&group);
+        }
+    }
+    return n * (uint64_t)item->n_kv_heads;
+}
+
 /* The group's tiles join the line; rows without any are answered at once. */
 static fv_status_t
 plan_group(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_group_t *group)
@@ -92,7 +124,9 @@ plan_group(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_group_t *g
     group->tiles = fv_tiles_make(&query);
     group->n_tiles = fv_tiles_count(&group->tiles);
     if (group->n_tiles == 0) {
-        fv_cpu_write_empty(item, group);
+        if (!backend->is_scoring) {
+            fv_cpu_write_empty(item, group);
+        }
         return FV_OK;
     }
     if (item->pages == NULL) {
@@ -100,8 +134,7 @@ plan_group(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_group_t *g
                        group->n_tiles, group->kv_head);
     }
     group->cost_begin = line->cost;
-    group->tile_cost =
-        tile_cost(backend, item, (group->t_end - group->t_begin) * (group->g_end - group->g_begin));
+    group->tile_cost = tile_cost(backend, item, group_rows(group));
     line->cost += (uint64_t)group->tile_cost * (uint64_t)group->n_tiles;
     line->n_groups++;
     return FV_OK;
@@ -113,6 +146,7 @@ static fv_status_t plan_item(fv_backend_t *backend, uint32_t item_idx)
     const fv_attn_item_t *item = &backend->items[item_idx];
     int32_t step = block_tokens(item);
     int32_t n_heads = walk_heads(item);
+    uint64_t n_scores = 0;
 
     for (int32_t h = 0; h < item->n_kv_heads; h++) {
         for (int32_t g = 0; g < item->group; g += n_heads) {
@@ -125,7 +159,9 @@ static fv_status_t plan_item(fv_backend_t *backend, uint32_t item_idx)
                 group->t_end = (item->n_tokens - t < step) ? item->n_tokens : (t + step);
                 group->g_begin = g;
                 group->g_end = g + n_heads;
+                group->score_begin = n_scores;
                 FV_RETURN_IF_ERR(plan_group(backend, item, group));
+                n_scores += group_scores(group);
             }
         }
     }
@@ -165,6 +201,17 @@ static void weigh_latent(fv_tile_block_t *block, float mu)
     block->n_q_planes = FV_Q_PLANES_MAX;
 }
 
+/* Another rank's scores have the RoPE key's part. */
+static void drop_rope(fv_tile_block_t *block)
+{
+    size_t dk = (size_t)block->head_dim_qk;
+    size_t dv = (size_t)block->head_dim_v;
+
+    for (size_t r = 0; r < (size_t)block->n_rows; r++) {
+        memset(block->q + r * dk + dv, 0, (dk - dv) * sizeof(float));
+    }
+}
+
 static void
 load_block(fv_tile_block_t *block, const fv_attn_item_t *item, const fv_lean_group_t *group)
 {
@@ -199,6 +246,9 @@ load_block(fv_tile_block_t *block, const fv_attn_item_t *item, const fv_lean_gro
     }
     if ((item->latent_mu != 0.0F) && (item->latent_mu != 1.0F)) {
         weigh_latent(block, item->latent_mu);
+    }
+    if (item->without_rope) {
+        drop_rope(block);
     }
     memset(block->o, 0, (size_t)block->n_rows * (size_t)block->o_stride * sizeof(float));
     for (int32_t r = 0; r < block->n_rows; r++) {
@@ -243,12 +293,17 @@ static void attend_tile(const fv_tile_ops_t *ops,
                         int32_t n_heads,
                         const fv_tile_query_t *query,
                         const fv_tile_t *tile,
-                        const uint8_t *page)
+                        const uint8_t *page,
+                        const float *scores)
 {
     const uint8_t *v = NULL;
     bool whole = tile->n_tokens == FV_PAGE_TOKENS;
 
-    ops->scores(block, page);
+    if (scores == NULL) {
+        ops->scores(block, page);
+    } else {
+        memcpy(block->s, scores, (size_t)block->n_rows * FV_PAGE_TOKENS * sizeof(float));
+    }
     v = fetch_v(ops, block, page);
     if (item->logit_softcap > 0.0F) {
         ops->softcap(block);
@@ -271,7 +326,14 @@ static void attend_tile(const fv_tile_ops_t *ops,
     ops->accumulate(block, v);
 }
 
-/* Tiles [begin, end) of a group into `block`, from the empty state. */
+/* Where the scores of a group's i-th tile are. */
+static float *tile_scores(const fv_attn_item_t *item, const fv_lean_group_t *group, int32_t i)
+{
+    return item->scores + group->score_begin +
+           (size_t)i * (size_t)group_rows(group) * FV_PAGE_TOKENS;
+}
+
+/* Tiles [begin, end) of a group into `block`, from the empty state; scoring: into the item's scores. */
 static void attend_piece(fv_backend_t *backend,
                          fv_tile_block_t *block,
                          const fv_lean_group_t *group,
@@ -302,7 +364,13 @@ static void attend_piece(fv_backend_t *backend,
             fv_tile_t next = fv_tile_at(&query, &group->tiles, i + 1);
             block->next_page = fv_cpu_page(backend, pages[next.local_page], page_bytes);
         }
-        attend_tile(ops, block, item, group->g_end - group->g_begin, &query, &tile, page);
+        float *scores = (item->scores == NULL) ? NULL : tile_scores(item, group, i);
+        if (backend->is_scoring) {
+            ops->scores(block, page);
+            memcpy(scores, block->s, (size_t)block->n_rows * FV_PAGE_TOKENS * sizeof(float));
+            continue;
+        }
+        attend_tile(ops, block, item, group->g_end - group->g_begin, &query, &tile, page, scores);
     }
     if (ops->end != NULL) {
         ops->end();
@@ -395,6 +463,9 @@ static void attend_share(fv_backend_t *backend, int32_t thread_idx, int32_t shar
             block.l = slot->l;
         }
         attend_piece(backend, &block, group, piece);
+        if (backend->is_scoring) {
+            continue;
+        }
         if (whole) {
             fv_cpu_write_rows(&backend->items[group->item_idx], group, &block);
         } else {
@@ -417,7 +488,7 @@ static void attend_thread(void *ctx, int32_t thread_idx)
     }
 }
 
-fv_status_t fv_cpu_attend(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items)
+static fv_status_t walk_line(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items)
 {
     fv_lean_line_t *line = &backend->line;
 
@@ -450,4 +521,22 @@ fv_status_t fv_cpu_attend(fv_backend_t *backend, const fv_attn_item_t *items, si
                        backend->kv_arena_bytes);
     }
     return FV_OK;
+}
+
+fv_status_t fv_cpu_attend(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items)
+{
+    backend->is_scoring = false;
+    return walk_line(backend, items, n_items);
+}
+
+fv_status_t fv_cpu_scores(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items)
+{
+    for (size_t i = 0; i < n_items; i++) {
+        if ((items[i].scores == NULL) || !items[i].v_in_k) {
+            return fv_fail(FV_ERR_INVALID_ARG,
+                           "kernels: scores: given none, or an item without v_in_k");
+        }
+    }
+    backend->is_scoring = true;
+    return walk_line(backend, items, n_items);
 }

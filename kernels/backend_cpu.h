@@ -39,6 +39,7 @@ struct fv_backend {
     /* The step under way. */
     const fv_attn_item_t *items;
     fv_lean_line_t line;
+    bool is_scoring; /* scores() rather than attend() */
     atomic_int next_share;
     atomic_bool bad_page; /* a page reference outside the arena was met (and not read) */
 };
@@ -65,6 +66,8 @@ fv_cpu_page(const fv_backend_t *backend, fv_page_ref_t ref, size_t page_bytes)
 fv_status_t fv_cpu_append(fv_backend_t *backend, const fv_append_item_t *items, size_t n_items);
 fv_status_t fv_cpu_copy_pages(fv_backend_t *backend, const fv_page_copy_t *copies, size_t n_copies);
 fv_status_t fv_cpu_attend(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items);
+uint64_t fv_cpu_score_count(const fv_attn_item_t *item);
+fv_status_t fv_cpu_scores(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items);
 fv_status_t fv_cpu_merge(fv_backend_t *backend,
                          const fv_merge_item_t *items,
                          size_t n_items,

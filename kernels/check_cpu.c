@@ -167,6 +167,8 @@ fv_status_t fv_cpu_check_attend(const fv_attn_item_t *item)
     FV_RETURN_IF_ERR(check((item->rope_gap_bytes == 0U) || (item->q_head_bytes != 0U),
                            "q_head_bytes", 0,
                            "the bytes of a head, because rope_gap_bytes is given"));
+    FV_RETURN_IF_ERR(
+        check((item->scores == NULL) || item->v_in_k, "scores", 1, "none without v_in_k"));
     FV_RETURN_IF_ERR(check_pointer("q", item->q));
     FV_RETURN_IF_ERR(check_context(item));
     return check_result(item);

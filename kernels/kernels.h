@@ -142,6 +142,12 @@ typedef struct fv_attn_item {
     size_t lse_token_stride; /* elements */
     const fv_partial_dst_t *dst;
     int32_t n_dst;
+    /*
+     * Scores that are added up between ranks (LATENT, exact; v_in_k): fp32, q . k before scale and softcap, in an order of
+     * the backend's own, which the same item has on every rank. NULL: attend() computes its own.
+     */
+    float *scores;     /* scores() writes them, attend() reads (and may change) them */
+    bool without_rope; /* scores(): of dims [0, dv) alone */
 } fv_attn_item_t;
 
 /* ------------------------------------------------------------------ merge */
@@ -164,7 +170,8 @@ typedef struct fv_merge_item {
     uint64_t row_base, row_len;
     void *out;
     size_t out_token_bytes;
-    float *lse; /* may be NULL */
+    size_t out_head_bytes; /* from row to row of a token; 0 = dv * e */
+    float *lse;            /* may be NULL */
     size_t lse_token_stride;
 } fv_merge_item_t;
 
@@ -240,6 +247,12 @@ typedef struct fv_backend_ops {
     fv_status_t (*append)(fv_backend_t *backend, const fv_append_item_t *items, size_t n_items);
     fv_status_t (*copy_pages)(fv_backend_t *backend, const fv_page_copy_t *copies, size_t n_copies);
     fv_status_t (*attend)(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items);
+    /*
+     * The first half of attend(), for items whose scores are added up between ranks before the second: writes
+     * score_count(item) floats to each item's `scores`. Both NULL: not served.
+     */
+    uint64_t (*score_count)(const fv_attn_item_t *item);
+    fv_status_t (*scores)(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items);
     /* sync NULL: all parts are there. CPU backends take nothing else. With it, n_items may be 0: signals and waits. */
     fv_status_t (*merge)(fv_backend_t *backend,
                          const fv_merge_item_t *items,

@@ -28,6 +28,7 @@ typedef struct fv_lean_group {
     int32_t g_begin, g_end; /* query heads of the KV head */
     int32_t n_tiles;        /* >= 1 */
     uint32_t tile_cost;     /* >= 1 */
+    uint64_t score_begin;   /* items with scores: where the group's are, [n_tiles][rows, P] */
     fv_tile_list_t tiles;
 } fv_lean_group_t;
 

@@ -28,6 +28,9 @@ static void merge_row(const fv_merge_item_t *item, uint64_t i)
 {
     size_t dv = (size_t)item->head_dim_v;
     uint64_t row = item->row_base + i;
+    size_t head_bytes = (item->out_head_bytes != 0U)
+                            ? item->out_head_bytes
+                            : (dv * fv_dtype_bytes((fv_dtype_t)item->io_dtype));
     float o[FV_DIM_V_MAX];
     float m = -INFINITY;
     float sum = 0.0F;
@@ -54,7 +57,7 @@ static void merge_row(const fv_merge_item_t *item, uint64_t i)
         o[d] *= inverse;
     }
     fv_store_row((uint8_t *)item->out + (row / item->row_len) * item->out_token_bytes +
-                     (row % item->row_len) * dv * fv_dtype_bytes((fv_dtype_t)item->io_dtype),
+                     (row % item->row_len) * head_bytes,
                  (fv_dtype_t)item->io_dtype, o, dv);
     if (item->lse != NULL) {
         item->lse[(row / item->row_len) * item->lse_token_stride + row % item->row_len] =

@@ -50,8 +50,8 @@ typedef enum fv_ctl_type {
      * What a worker with a store shall keep of what it found there (worker/worker.h): after the MODELs, one KEEP for each
      * session, then KEEP_END.
      */
-    FV_CTL_KEEP,     /* fv_ctl_keep_t, then n_layers fv_ctl_keep_layer_t */
-    FV_CTL_KEPT,     /* answer to KEEP: fv_ctl_done_t, then n_layers floors, uint64_t; none if refused */
+    FV_CTL_KEEP, /* fv_ctl_keep_t, then n_layers fv_ctl_keep_layer_t */
+    FV_CTL_KEPT, /* answer to KEEP: fv_ctl_done_t, then n_layers floors, uint64_t; none if refused */
     FV_CTL_KEEP_END, /* no body; DONE */
 } fv_ctl_type_t;
 
@@ -88,6 +88,8 @@ typedef struct fv_ctl_hello {
     uint32_t n_threads;
     uint32_t has_latent; /* the rank's backend serves models of kind LATENT */
     uint32_t channel;    /* FV_CHANNEL_*: a rank introduces each of its connections */
+    uint32_t has_exact;  /* and, sharded by latent, adds up scores between ranks */
+    uint32_t reserved;
     char host[64];
     char backend[16];
     char device[96];
@@ -129,7 +131,8 @@ typedef struct fv_ctl_close {
 typedef struct fv_ctl_keep {
     uint32_t session_slot, model_slot;
     uint32_t n_layers;
-    uint32_t is_exact; /* more tokens are no unfinished append: the coordinator may have lost something */
+    uint32_t
+        is_exact; /* more tokens are no unfinished append: the coordinator may have lost something */
     fv_placement_t placement;
 } fv_ctl_keep_t;
 

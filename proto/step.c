@@ -39,8 +39,9 @@ bool fv_item_share(const fv_model_spec_t *spec,
     s.k_bytes = s.n_kv_tokens * n_heads * dk * e;
     s.v_bytes = fv_model_is_latent(spec) ? 0U : (s.n_kv_tokens * n_heads * dv * e);
     s.out_bytes = (s.row_end - s.row_begin) * dv * e;
-    s.lse_bytes =
-        ((item->flags & FV_ITEM_WANT_LSE) != 0) ? ((s.row_end - s.row_begin) * sizeof(float)) : 0U;
+    if (((item->flags & FV_ITEM_WANT_LSE) != 0) && (s.part.slice == 0)) {
+        s.lse_bytes = (s.row_end - s.row_begin) * sizeof(float); /* all slices have the same */
+    }
     *out = s;
     return true;
 }

@@ -47,13 +47,14 @@ static fv_status_t sharding_decode(const Fovea__V1__Sharding *in, fv_sharding_t 
                        (int)in->mode);
     }
     if (((int)in->mode != FV_SHARDING_LATENT) &&
-        ((in->groups != 0) || (in->n_alpha != 0) || (in->n_mu != 0))) {
+        ((in->groups != 0) || (in->n_alpha != 0) || (in->n_mu != 0) || (in->exact != 0))) {
         return fv_fail(
             FV_ERR_INVALID_ARG,
-            "sharding.groups, alpha, mu: given with mode %d, expected none unless LATENT",
+            "sharding.groups, alpha, mu, exact: given with mode %d, expected none unless LATENT",
             (int)in->mode);
     }
     out->mode = (int32_t)in->mode;
+    out->exact = (in->exact != 0) ? 1 : 0;
     FV_RETURN_IF_ERR(fv_message_int32("sharding.groups", in->groups, &out->groups));
     FV_RETURN_IF_ERR(
         factors_decode("sharding.alpha", in->alpha, in->n_alpha, out->alpha, &out->n_alpha));
@@ -74,6 +75,7 @@ static Fovea__V1__Sharding sharding_encode(const fv_sharding_t *in)
     out.n_mu = (size_t)in->n_mu;
     out.mu = borrow_floats(in->mu);
     out.mode = (Fovea__V1__Sharding__Mode)in->mode;
+    out.exact = (in->exact != 0) ? 1 : 0;
     out.shard_tokens = (uint32_t)in->shard_tokens;
     out.max_ranks = (uint32_t)in->max_ranks;
     return out;

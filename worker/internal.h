@@ -37,6 +37,34 @@ typedef struct fv_peer {
     uint8_t *send, *recv; /* next free byte while messages are laid out */
 } fv_peer_t;
 
+/* An item whose slices' scores are added up (exact.h), and how its rows are cut into blocks. */
+typedef struct fv_exact_item {
+    const fv_step_item_t *item;
+    fv_attn_item_t attend;
+    int32_t n_block_tokens,
+        n_block_heads; /* several tokens with all heads, or heads of one token */
+    uint64_t n_blocks;
+} fv_exact_item_t;
+
+typedef struct fv_exact_block {
+    const fv_step_item_t *item;
+    fv_attn_item_t attend;
+    uint64_t n_scores;
+} fv_exact_block_t;
+
+/* Scratch of exact.c. Counts are of the step and the round under way. */
+typedef struct fv_exact_work {
+    fv_array_t items;    /* fv_exact_item_t */
+    fv_array_t blocks;   /* fv_exact_block_t */
+    fv_array_t attends;  /* fv_attn_item_t */
+    fv_array_t dsts;     /* fv_partial_dst_t */
+    fv_array_t peers;    /* fv_peer_t [n_ranks] */
+    fv_array_t messages; /* fv_exchange_message_t, sends, then receives */
+    size_t n_items, n_blocks;
+    int64_t exchange_us;     /* spent in the exchange, all rounds */
+    fv_host_buffer_t buffer; /* own scores | to and from each peer */
+} fv_exact_work_t;
+
 /* Scratch of the step, see step.c and partials.c. Counts are of the step under way. */
 typedef struct fv_step_work {
     fv_array_t items;    /* fv_step_item_t */
@@ -54,6 +82,7 @@ typedef struct fv_step_work {
     uint8_t *own;
     fv_host_buffer_t
         exchange; /* host exchange: to each peer | from each peer | own partial states */
+    fv_exact_work_t exact;
 } fv_step_work_t;
 
 struct fv_worker {

@@ -169,7 +169,10 @@ static fv_merge_item_t make_merge(const fv_step_item_t *item)
 {
     const fv_item_share_t *s = &item->share;
     size_t q_head = (size_t)s->part.q_head_begin;
-    size_t row_bytes = (size_t)s->part.head_dim_v * fv_dtype_bytes((fv_dtype_t)item->ctl->dtype);
+    const fv_model_spec_t *spec = &item->session->model->spec;
+    size_t e = fv_dtype_bytes((fv_dtype_t)item->ctl->dtype);
+    size_t row_bytes = (size_t)s->part.head_dim_v * e;
+    size_t head_bytes = (size_t)spec->head_dim_v * e; /* of all slices */
     fv_merge_item_t m = {
         .n_rows = s->row_end - s->row_begin,
         .n_parts = s->n_parts,
@@ -187,9 +190,10 @@ static fv_merge_item_t make_merge(const fv_step_item_t *item)
         m.lse_token_stride = m.n_rows;
     } else {
         m.row_base = s->row_begin;
-        m.out = (uint8_t *)item->io->out + q_head * row_bytes;
+        m.out = (uint8_t *)item->io->out + q_head * head_bytes + (size_t)s->part.latent_begin * e;
+        m.out_head_bytes = (head_bytes > row_bytes) ? head_bytes : 0U;
         m.out_token_bytes = item->io->out_token_bytes;
-        m.lse = (item->io->lse == NULL) ? NULL : (item->io->lse + q_head);
+        m.lse = (s->lse_bytes == 0U) ? NULL : (item->io->lse + q_head);
         m.lse_token_stride = item->io->lse_token_stride;
     }
     return m;

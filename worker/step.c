@@ -14,6 +14,7 @@
  */
 #include "common/clock.h"
 #include "common/policy.h"
+#include "worker/exact.h"
 #include "worker/internal.h"
 #include "worker/partials.h"
 
@@ -283,7 +284,7 @@ static fv_attn_item_t make_attend(const fv_step_item_t *item)
     if (item->share.n_parts == 1) { /* whole rows are here: straight to the output */
         a.out = (uint8_t *)io->out + q_head * (size_t)spec->head_dim_v * e + latent;
         a.out_token_bytes = io->out_token_bytes;
-        a.lse = ((ctl->flags & FV_ITEM_WANT_LSE) != 0) ? (io->lse + q_head) : NULL;
+        a.lse = (item->share.lse_bytes > 0U) ? (io->lse + q_head) : NULL;
         a.lse_token_stride = io->lse_token_stride;
     }
     return a;
@@ -299,6 +300,7 @@ static fv_status_t compute(fv_worker_t *worker, fv_error_t *item_errors)
     w->n_appends = 0;
     w->n_copies = 0;
     w->n_attends = 0;
+    fv_exact_begin(worker);
     for (size_t i = 0; i < w->n_items; i++) {
         fv_step_item_t *item = (fv_step_item_t *)w->items.data + i;
 
@@ -315,6 +317,12 @@ static fv_status_t compute(fv_worker_t *worker, fv_error_t *item_errors)
             *attend = make_attend(item);
         }
         FV_RETURN_IF_ERR(fv_partials_bind(worker, item, attend));
+        if (fv_model_adds_scores(&item->session->model->spec)) {
+            fv_attn_item_t of_all = (attend != NULL) ? *attend : make_attend(item);
+
+            FV_RETURN_IF_ERR(fv_exact_add(worker, item, &of_all));
+            w->n_attends -= (attend != NULL) ? 1U : 0U;
+        }
     }
     if (w->n_copies > 0U) { /* before any append: it may write into a page that is copied here */
         FV_RETURN_IF_ERR(ops->copy_pages(worker->backend, w->copies.data, w->n_copies));
@@ -325,7 +333,7 @@ static fv_status_t compute(fv_worker_t *worker, fv_error_t *item_errors)
     if (w->n_attends > 0U) {
         FV_RETURN_IF_ERR(ops->attend(worker->backend, attends, w->n_attends));
     }
-    return FV_OK;
+    return fv_exact_run(worker);
 }
 
 /* ------------------------------------------------------------------ the step */
@@ -397,11 +405,13 @@ fv_status_t fv_worker_step(fv_worker_t *worker,
         return fv_worker_break(worker, status);
     }
     out_done->compute_us =
-        times.device.is_known ? times.device.compute_us : micros(t_begin, times.computed_us);
+        times.device.is_known ? times.device.compute_us
+                              : micros(t_begin + worker->work.exact.exchange_us, times.computed_us);
     /* through host memory the host's clock sees all of it */
     out_done->exchange_us = (times.device.is_known && times.is_exchange_known)
                                 ? times.device.exchange_us
-                                : micros(times.computed_us, fv_clock_us());
+                                : (micros(times.computed_us, fv_clock_us()) +
+                                   micros(0, worker->work.exact.exchange_us));
     out_done->error = first_error(item_errors, n_items, &out_done->n_items);
     fv_worker_memory(worker, &out_done->memory);
     return FV_OK;

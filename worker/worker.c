@@ -4,6 +4,7 @@
 #include "worker/worker.h"
 
 #include "common/log.h"
+#include "worker/exact.h"
 #include "worker/internal.h"
 
 #include <stdatomic.h>
@@ -58,7 +59,7 @@ fv_status_t fv_worker_create(const fv_worker_config_t *config, fv_worker_t **out
 /* Buffers that messages given up may still read or write. Reachable for ever: the leak is meant. */
 typedef struct abandoned {
     struct abandoned *next;
-    fv_host_buffer_t buffers[1 + 2 * FV_STEP_DEPTH];
+    fv_host_buffer_t buffers[2 + 2 * FV_STEP_DEPTH];
 } abandoned_t;
 
 static _Atomic(abandoned_t *) s_abandoned;
@@ -71,6 +72,7 @@ static void abandon_buffers(const fv_worker_t *worker)
         memcpy(a->buffers, worker->in, sizeof(worker->in));
         memcpy(a->buffers + FV_STEP_DEPTH, worker->out, sizeof(worker->out));
         a->buffers[2 * FV_STEP_DEPTH] = worker->work.exchange;
+        a->buffers[2 * FV_STEP_DEPTH + 1] = worker->work.exact.buffer;
         a->next = atomic_load(&s_abandoned);
         while (!atomic_compare_exchange_weak(&s_abandoned, &a->next, a)) {
         }
@@ -91,12 +93,14 @@ static void free_work(fv_worker_t *worker)
     fv_array_free(&w->parts);
     fv_array_free(&w->messages);
     fv_array_free(&w->with);
+    fv_exact_free(&w->exact);
     free(w->peers);
     if (worker->broken != FV_OK) {
         abandon_buffers(worker);
         return;
     }
     fv_host_buffer_free(&w->exchange, ops, worker->backend);
+    fv_host_buffer_free(&w->exact.buffer, ops, worker->backend);
     for (size_t i = 0; i < FV_STEP_DEPTH; i++) {
         fv_host_buffer_free(&worker->in[i], ops, worker->backend);
         fv_host_buffer_free(&worker->out[i], ops, worker->backend);
@@ -223,6 +227,7 @@ void fv_worker_hello(const fv_worker_t *worker, fv_ctl_hello_t *out)
     out->rank = worker->config.rank;
     out->n_threads = (uint32_t)info.n_threads;
     out->has_latent = worker->config.backend->has_latent ? 1U : 0U;
+    out->has_exact = fv_exact_is_served(worker) ? 1U : 0U;
     (void)snprintf(out->backend, sizeof(out->backend), "%s", worker->config.backend->name);
     (void)snprintf(out->device, sizeof(out->device), "%s", info.device);
     fv_worker_memory(worker, &out->memory);
@@ -252,6 +257,11 @@ fv_status_t fv_worker_model(fv_worker_t *worker, const fv_ctl_model_t *message)
     if ((status == FV_OK) && fv_model_is_latent(&model->spec) &&
         !worker->config.backend->has_latent) {
         status = fv_fail(FV_ERR_UNIMPLEMENTED, "spec.kind: LATENT is not served by the %s backend",
+                         worker->config.backend->name);
+    }
+    if ((status == FV_OK) && fv_model_adds_scores(&model->spec) && !fv_exact_is_served(worker)) {
+        status = fv_fail(FV_ERR_UNIMPLEMENTED,
+                         "spec.sharding.exact: given true, which the %s backend does not serve",
                          worker->config.backend->name);
     }
     if (status == FV_OK) {
@@ -293,9 +303,15 @@ check_placement(const fv_worker_t *worker, const fv_model_spec_t *spec, const fv
     int32_t n_heads = fv_model_is_latent(spec) ? (groups * spec->n_q_heads) : spec->n_kv_heads;
 
     if ((n_cells == 0U) || (n_cells > FV_PLACEMENT_RANKS_MAX) || (p->n_head_parts > n_heads) ||
-        (p->n_head_parts % groups != 0) || ((groups > 1) && (p->n_ctx_parts > 1U))) {
+        (p->n_head_parts % groups != 0)) {
         return fv_fail(FV_ERR_PROTOCOL, "placement: %u x %u parts for %d heads, %d groups",
                        p->n_head_parts, p->n_ctx_parts, n_heads, groups);
+    }
+    if ((groups > 1) && (p->n_ctx_parts > 1U) && !fv_exact_is_served(worker)) {
+        return fv_fail(FV_ERR_UNIMPLEMENTED,
+                       "placement: slices of latents x context parts are not served by the %s "
+                       "backend",
+                       worker->config.backend->name);
     }
     if ((p->shard_tokens == 0U) || (p->shard_tokens % FV_PAGE_TOKENS != 0U)) {
         return fv_fail(FV_ERR_PROTOCOL,

@@ -158,6 +158,35 @@ static void test_exact(void **state)
     free(x);
 }
 
+/* T11: two slices whose scores are added up are the model itself, lse included; nothing is approximate. */
+static void test_slices_added_up(void **state)
+{
+    fv_e2e_t *e = *state;
+    fovea_model_spec_t spec = make_spec("exact");
+    fovea_placement_t placement = {0};
+    fovea_session_id_t session = {{0}};
+    fovea_error_t error = {FOVEA_OK, ""};
+
+    spec.sharding = (fovea_sharding_t){.mode = FOVEA_SHARDING_LATENT, .groups = 2, .exact = true};
+    fovea_model_t model = fv_e2e_model(e, &spec);
+    assert_int_equal(model.n_warnings, 1);
+    assert_null(strstr(model.warnings[0], "approximation"));
+    if (fovea_open_session(e->client, model.model_id, NULL, 0, &session, &error) != FOVEA_OK) {
+        fv_assert_error(&error, FOVEA_FAILED_PRECONDITION, "groups", "2 given", "at most 1");
+        return;
+    }
+    latents_t *x = make_latents(&e->random);
+    run(e, &session, x);
+    check_slice(x, 0, LATENT, 1.0);
+    fv_assert_ok(fovea_get_placement(e->client, &session, 0, &placement, &error), error);
+    assert_false(placement.is_approximate);
+    assert_string_equal(placement.mode, "latent exact");
+    assert_int_equal(placement.n_latent_parts, 2);
+    fovea_placement_free(&placement);
+    fv_e2e_close(e, &session);
+    free(x);
+}
+
 /* On one rank two slices are refused; on more each is a softmax of its own, and said to be. */
 static void test_slices(void **state)
 {
@@ -222,6 +251,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_exact),
+        cmocka_unit_test(test_slices_added_up),
         cmocka_unit_test(test_slices),
         cmocka_unit_test(test_norm_is_the_models),
     };

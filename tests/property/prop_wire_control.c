@@ -151,6 +151,7 @@ static void random_latent(fv_model_spec_t *spec)
     }
     if (spec->sharding.mode == FV_SHARDING_LATENT) {
         spec->sharding.groups = random_i31();
+        spec->sharding.exact = (int32_t)fv_random_below(&g_random, 2);
         spec->sharding.n_alpha = random_factors(spec->sharding.alpha);
         spec->sharding.n_mu = random_factors(spec->sharding.mu);
     }

@@ -59,9 +59,9 @@ class Latents:
         self.k = np.concatenate([self.k, oracle.rounded(stored.astype(np.float32), self.spec.kv_dtype)])
 
     def expect(self, q: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
-        """Each slice for itself; one slice is MLA."""
+        """Each slice for itself; one slice is MLA, and so are slices whose scores are added up."""
         sharding = self.spec.sharding or fovea.Sharding()
-        groups = sharding.groups or 1
+        groups = 1 if sharding.exact else (sharding.groups or 1)
         mu = sharding.mu or [1.0] * groups
         geometry = oracle.Geometry(self.spec.n_q_heads, 1, SCALE)
         out, lse = [], np.zeros(0)
@@ -164,6 +164,37 @@ def test_slices_are_a_softmax_each(client, rng, groups, wire):
         assert [(p.latent_begin, p.latent_end) for p in placement.shares] == [(0, 64), (64, 128)]
         e = {"f32": 4, "bf16": 2}[wire]
         assert all(p.kv_bytes == 2 * 64 * (64 + ROPE) * e for p in placement.shares)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("wire", ["f32", "bf16"])
+def test_exact_slices_are_mla(client, rng, groups, wire):
+    """T11: scores are added up over the slices; one softmax, one lse."""
+    need_ranks(client, groups)
+    s = Latents(client, rng, latent_spec(sharding=by_latent(groups, exact=True), kv_dtype=wire))
+    for n in (70, 1, 1, 9, 1):
+        s.attend(n, wire, want_lse=True)
+    placement = s.session.placement()
+    assert not placement.approximate and placement.n_latent_parts == groups
+    if groups > 1:
+        assert placement.mode == "latent exact" and "scores added up" in placement.reason
+        assert "approximation" not in fovea.format_placement(placement)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_context_is_cut_inside_a_slice(client, rng, exact):
+    """T10 with context parts: 4 ranks in 2 groups equal 2 ranks in 2 groups."""
+    need_ranks(client, 4)
+    spec = latent_spec(sharding=by_latent(2, exact=exact))
+    wide = fovea.Sharding("latent", groups=2, exact=exact, shard_tokens=64)
+    model = client.register_model(spec)
+    s = Latents(client, rng, spec, client.open_session(model, max_tokens_hint=4_000_000, sharding=wide))
+    for n in (70, 1, 1, 100, 1):
+        s.attend(n)
+    placement = s.session.placement()
+    assert placement.mode == f"latent {'exact ' if exact else ''}x context" and placement.n_ctx_parts == 2
+    assert [p.latent_begin for p in placement.shares] == [0, 0, 64, 64]
+    assert sum(p.n_tokens for p in placement.shares) == 2 * len(s.k)
 
 
 def test_heads_split_inside_a_slice(client, rng):

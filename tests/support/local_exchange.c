@@ -17,7 +17,7 @@ struct fv_local_hub {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     uint32_t n_ranks;
-    uint64_t n_messages;
+    uint64_t n_messages, n_bytes;
     endpoint_t ends[FV_LOCAL_RANKS_MAX];
     /* what `from` offers to `to`, NULL when taken */
     const fv_exchange_message_t *slots[FV_LOCAL_RANKS_MAX][FV_LOCAL_RANKS_MAX];
@@ -59,6 +59,11 @@ uint64_t fv_local_hub_messages(const fv_local_hub_t *hub)
     return hub->n_messages;
 }
 
+uint64_t fv_local_hub_bytes(const fv_local_hub_t *hub)
+{
+    return hub->n_bytes;
+}
+
 /* Waits until the slot is (not) NULL. The lock is held. */
 static fv_status_t wait_slot(fv_local_hub_t *hub,
                              const fv_exchange_message_t *const *slot,
@@ -97,6 +102,7 @@ static fv_status_t exchange_locked(const endpoint_t *me,
         memcpy(recvs[i].data, (*slot)->data, recvs[i].n_bytes);
         *slot = NULL;
         hub->n_messages++;
+        hub->n_bytes += recvs[i].n_bytes;
         (void)pthread_cond_broadcast(&hub->changed);
     }
     for (size_t i = 0; i < n_sends; i++) {

@@ -22,5 +22,6 @@ void *fv_local_hub_ctx(fv_local_hub_t *hub, uint32_t rank);
 
 /* Messages delivered so far. Call between steps. */
 uint64_t fv_local_hub_messages(const fv_local_hub_t *hub);
+uint64_t fv_local_hub_bytes(const fv_local_hub_t *hub);
 
 #endif /* FV_TESTS_SUPPORT_LOCAL_EXCHANGE_H */

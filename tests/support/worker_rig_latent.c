@@ -74,12 +74,16 @@ void fv_rig_latent_ref(const fv_model_spec_t *spec, const fv_attend_ref_params_t
 {
     int32_t n_groups = fv_model_groups(spec);
     size_t dv = (size_t)(spec->latent_dim / n_groups);
+
+    if (!fv_model_is_approximate(spec)) {
+        fv_attend_ref(whole);
+        return;
+    }
     size_t n_rows = (size_t)whole->n_tokens * (size_t)spec->n_q_heads;
     double *out = must_alloc(n_rows * dv);
 
     for (int32_t g = 0; g < n_groups; g++) {
-        bool has_mu = spec->sharding.mode == FV_SHARDING_LATENT;
-        double *q = cut(spec, whole->q, n_rows, g, has_mu ? (double)spec->sharding.mu[g] : 1.0);
+        double *q = cut(spec, whole->q, n_rows, g, (double)spec->sharding.mu[g]);
         double *k = cut(spec, whole->k, (size_t)whole->kv_end, g, 1.0);
         double *v = must_alloc((size_t)whole->kv_end * dv);
         fv_attend_ref_params_t part = *whole;

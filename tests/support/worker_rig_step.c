@@ -50,7 +50,7 @@ static void make_item(fv_rig_t *rig, fv_rig_item_t *item)
     size_t dv_sent = (size_t)fv_model_v_dim_sent(spec);
     size_t n_out = item->n_tokens * n_q * dv * e;
 
-    if (fv_model_groups(spec) > 1) { /* a softmax for each slice: there is no one lse */
+    if (fv_model_is_approximate(spec)) { /* a softmax for each slice: there is no one lse */
         item->flags &= (uint16_t) ~(unsigned)FV_ITEM_WANT_LSE;
     }
 

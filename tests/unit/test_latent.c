@@ -110,6 +110,17 @@ SPOIL(groups_elsewhere, spec->sharding.mode = FV_SHARDING_CONTEXT)
 SPOIL(one_mu, (spec->sharding.n_mu = 1, spec->sharding.mu[0] = 1.0F))
 SPOIL(zero_mu, (spec->sharding.n_mu = 2, spec->sharding.mu[0] = 1.0F))
 SPOIL(idle_alpha, (spec->sharding.n_alpha = 2, spec->sharding.alpha[0] = 2.0F))
+SPOIL(exact_elsewhere,
+      (spec->sharding.mode = FV_SHARDING_CONTEXT,
+       spec->sharding.groups = 0,
+       spec->sharding.exact = 1))
+SPOIL(exact_twice, spec->sharding.exact = 2)
+SPOIL(exact_mu,
+      (spec->sharding.exact = 1,
+       spec->sharding.n_mu = 2,
+       spec->sharding.mu[0] = 1.0F,
+       spec->sharding.mu[1] = 1.5F))
+SPOIL(exact_norm, (spec->sharding.exact = 1, spec->latent_norm = NORM(2.0F, 2.0F)))
 SPOIL(norm_mode, spec->latent_norm.mode = 2)
 SPOIL(norm_eps, (spec->latent_norm = NORM(2.0F, 2.0F), spec->latent_norm.eps = -1.0F))
 SPOIL(norm_alone, spec->latent_norm.mode = FV_NORM_SLICE_RMS)
@@ -140,10 +151,14 @@ static void test_each_bad_field_is_refused_by_name(void **state)
         {"groups: given 3, expected 1, 2, 4 or 8", three_groups},
         {"groups: given 0", no_groups},
         {"groups: given 4, expected slices of at least 32", thin_slices},
-        {"groups, alpha, mu: given 2, expected none", groups_elsewhere},
+        {"groups, alpha, mu, exact: given 2, expected none", groups_elsewhere},
         {"mu: given 1, expected 2", one_mu},
         {"mu[1]: given 0", zero_mu},
         {"sharding.alpha: given 2, expected none", idle_alpha},
+        {"groups, alpha, mu, exact: given 0, expected none", exact_elsewhere},
+        {"exact: given 2, expected 0 or 1", exact_twice},
+        {"mu[1]: given 1.5, expected 1 with sharding.exact", exact_mu},
+        {"latent_norm.mode: given 1, expected NONE with sharding.exact", exact_norm},
         {"latent_norm.mode: given 2", norm_mode},
         {"latent_norm.eps: given -1", norm_eps},
         {"latent_norm.alpha: given 0, expected 2", norm_alone},

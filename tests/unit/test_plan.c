@@ -450,7 +450,7 @@ static void test_latent_models(void **state)
               reason);
     assert_true((p.n_head_parts == 3) && (p.n_ctx_parts == 1));
     assert_non_null(strstr(reason, "128 query heads over 3 ranks, the latent on each"));
-    p = place(planner, &sliced, sliced.sharding, 1U << 20, reason);
+    p = place(planner, &sliced, sliced.sharding, 100, reason);
     assert_true((p.n_head_parts == 2) && (p.n_ctx_parts == 1));
     assert_non_null(strstr(reason, "latent (as asked): 2 slices of 256 dims, an approximation"));
     assert_null(strstr(reason, "on one"));
@@ -462,6 +462,40 @@ static void test_latent_models(void **state)
     assert_int_equal(fv_planner_place(planner, &sliced, &sliced.sharding, 2048, 0, &p, reason),
                      FV_ERR_PRECONDITION);
     assert_non_null(strstr(fv_error_context(), "sharding.groups: 8 given, expected at most 5"));
+    fv_planner_destroy(planner);
+}
+
+/* A long session's slices are cut by context as well, where ranks merge such parts; heads only where no more are left. */
+static void test_latent_context(void **state)
+{
+    fv_planner_t *planner = make_planner(8, 1ULL << 40);
+    fv_plan_cost_t cost = k_cost;
+    fv_model_spec_t sliced = mla_spec(2);
+    fv_placement_t p;
+    char reason[FV_PLAN_REASON_BYTES];
+
+    (void)state;
+    sliced.sharding = (fv_sharding_t){.mode = FV_SHARDING_LATENT, .groups = 2, .exact = 1};
+    assert_int_equal(fv_model_spec_check(&sliced), FV_OK);
+    p = place(planner, &sliced, sliced.sharding, 1U << 20, reason);
+    assert_true((p.n_head_parts == 2) && (p.n_ctx_parts == 4));
+    assert_non_null(strstr(reason, "latent x context (as asked): 2 slices of 256 dims, their "
+                                   "scores added up; blocks of 2048 tokens over 4 ranks"));
+    p = place(planner, &sliced, sliced.sharding, 0, reason);
+    assert_true((p.n_head_parts == 2) && (p.n_ctx_parts == 1)); /* its length is not known */
+    sliced.sharding.max_ranks = 4;
+    p = place(planner, &sliced, sliced.sharding, 1U << 20, reason);
+    assert_true((p.n_head_parts == 2) && (p.n_ctx_parts == 2));
+    p = place(planner, &sliced, sliced.sharding, 100, reason);
+    assert_true((p.n_head_parts == 4) && (p.n_ctx_parts == 1));
+    fv_planner_destroy(planner);
+    cost.no_latent_context = true;
+    assert_int_equal(fv_planner_create(4, &cost, &planner), FV_OK);
+    for (uint32_t i = 0; i < 4U; i++) {
+        fv_planner_set_rank(planner, i, 1ULL << 40);
+    }
+    p = place(planner, &sliced, sliced.sharding, 1U << 20, reason);
+    assert_true((p.n_head_parts == 4) && (p.n_ctx_parts == 1));
     fv_planner_destroy(planner);
 }
 
@@ -539,6 +573,7 @@ int main(void)
         cmocka_unit_test(test_spread_for_memory),
         cmocka_unit_test(test_reasons),
         cmocka_unit_test(test_latent_models),
+        cmocka_unit_test(test_latent_context),
         cmocka_unit_test(test_latent_arithmetic_counts),
         cmocka_unit_test(test_bad_sharding),
         cmocka_unit_test(test_bad_planner),

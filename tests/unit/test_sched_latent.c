@@ -47,7 +47,8 @@ static void test_ranks_without_latents_refuse_the_kind(void **state)
                                 .step_tokens_max = 64,
                                 .shard_tokens = 64,
                                 .cost = fv_plan_cost_cpu(),
-                                .no_latent = "cuda"};
+                                .no_latent = "cuda",
+                                .no_exact = "cuda"};
     fv_register_response_t response;
     fv_sched_t *sched = NULL;
 
@@ -59,6 +60,28 @@ static void test_ranks_without_latents_refuse_the_kind(void **state)
     assert_int_equal(fv_sched_n_models(sched), 0);
     fv_model_spec_t kv = fv_case_spec("kv");
     assert_int_equal(try_register(sched, kv, &response), FV_OK);
+    fv_sched_destroy(sched);
+}
+
+/* Ranks that serve latents, but do not add up scores between them. */
+static void test_ranks_that_add_no_scores_refuse_exact(void **state)
+{
+    fv_sched_config_t config = {.n_ranks = N_RANKS,
+                                .sessions_max = 4,
+                                .step_tokens_max = 64,
+                                .shard_tokens = 64,
+                                .cost = fv_plan_cost_cpu(),
+                                .no_exact = "cuda"};
+    fv_model_spec_t spec = make_spec(2);
+    fv_register_response_t response;
+    fv_sched_t *sched = NULL;
+
+    (void)state;
+    spec.sharding.exact = 1;
+    assert_int_equal(fv_sched_create(&config, &sched), FV_OK);
+    assert_int_equal(try_register(sched, spec, &response), FV_ERR_UNIMPLEMENTED);
+    assert_non_null(strstr(fv_error_context(), "spec.sharding.exact: given true"));
+    assert_non_null(strstr(fv_error_context(), "cuda"));
     fv_sched_destroy(sched);
 }
 
@@ -99,7 +122,12 @@ static void test_warnings(void **state)
     assert_int_equal(warnings_of(sched, 1, &response), 0); /* one slice is the model itself */
     assert_int_equal(warnings_of(sched, 2, &response), 1);
     assert_non_null(strstr(response.warnings[0], "approximation"));
-    heads.sharding.mode = FV_SHARDING_HEADS;
+    heads.sharding = (fv_sharding_t){.mode = FV_SHARDING_LATENT, .groups = 2, .exact = 1};
+    assert_int_equal(try_register(sched, heads, &response), FV_OK);
+    assert_int_equal(response.n_warnings, 1);
+    assert_null(strstr(response.warnings[0], "approximation"));
+    assert_non_null(strstr(response.warnings[0], "scores of every token are exchanged"));
+    heads.sharding = (fv_sharding_t){.mode = FV_SHARDING_HEADS};
     assert_int_equal(try_register(sched, heads, &response), FV_OK);
     assert_int_equal(response.n_warnings, 1);
     assert_non_null(strstr(response.warnings[0], "whole latent cache on every rank"));
@@ -128,6 +156,10 @@ static void test_sessions_do_not_choose_slices(void **state)
     open.sharding.n_mu = 2;
     assert_int_equal(fv_sched_open(sched, &open, &birth, &message), FV_ERR_INVALID_ARG);
     open.sharding.n_mu = 0;
+    open.sharding.exact = 1;
+    assert_int_equal(fv_sched_open(sched, &open, &birth, &message), FV_ERR_INVALID_ARG);
+    assert_non_null(strstr(fv_error_context(), "exact = 1, expected"));
+    open.sharding.exact = 0;
     assert_int_equal(fv_sched_open(sched, &open, &birth, &message), FV_OK);
     assert_int_equal(message.placement.n_head_parts, 2);
     spec = make_spec(0);
@@ -211,6 +243,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_ranks_without_latents_refuse_the_kind),
+        cmocka_unit_test(test_ranks_that_add_no_scores_refuse_exact),
         cmocka_unit_test(test_pages_must_fit_every_ranks_slabs),
         cmocka_unit_test(test_warnings),
         cmocka_unit_test(test_sessions_do_not_choose_slices),

@@ -88,6 +88,7 @@ class Sharding:
     its own and has a softmax of its own. That is an approximation of the model; "context" is exact.
 
     mu:            one factor for each slice's latent scores; empty = 1.
+    exact:         the slices' scores are added up before one softmax: the model itself, slower than "context".
     """
 
     mode: str = "auto"
@@ -95,6 +96,7 @@ class Sharding:
     max_ranks: int = 0
     groups: int = 0  # 1, 2, 4 or 8
     mu: Sequence[float] = ()
+    exact: bool = False
 
     def to_pb(self) -> pb.Sharding:
         mode = _MODES.get(self.mode)
@@ -106,6 +108,7 @@ class Sharding:
             max_ranks=self.max_ranks,
             groups=self.groups,
             mu=self.mu,
+            exact=self.exact,
         )
 
 

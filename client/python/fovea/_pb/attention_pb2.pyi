@@ -127,7 +127,7 @@ class S2(_message.Message):
     def __init__(self, block_tokens: _Optional[int] = ..., local_blocks: _Optional[int] = ..., vert_stride: _Optional[int] = ..., head_sliding_step: _Optional[int] = ..., head_sliding_offset: _Optional[int] = ..., num_dense_heads: _Optional[int] = ..., homo_head: bool = ..., pattern_per: _Optional[_Union[S2.PatternPer, str]] = ..., preset: _Optional[str] = ...) -> None: ...
 
 class Sharding(_message.Message):
-    __slots__ = ("mode", "groups", "alpha", "mu", "shard_tokens", "max_ranks")
+    __slots__ = ("mode", "groups", "alpha", "mu", "shard_tokens", "max_ranks", "exact")
     class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         AUTO: _ClassVar[Sharding.Mode]
@@ -144,13 +144,15 @@ class Sharding(_message.Message):
     MU_FIELD_NUMBER: _ClassVar[int]
     SHARD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_RANKS_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
     mode: Sharding.Mode
     groups: int
     alpha: _containers.RepeatedScalarFieldContainer[float]
     mu: _containers.RepeatedScalarFieldContainer[float]
     shard_tokens: int
     max_ranks: int
-    def __init__(self, mode: _Optional[_Union[Sharding.Mode, str]] = ..., groups: _Optional[int] = ..., alpha: _Optional[_Iterable[float]] = ..., mu: _Optional[_Iterable[float]] = ..., shard_tokens: _Optional[int] = ..., max_ranks: _Optional[int] = ...) -> None: ...
+    exact: bool
+    def __init__(self, mode: _Optional[_Union[Sharding.Mode, str]] = ..., groups: _Optional[int] = ..., alpha: _Optional[_Iterable[float]] = ..., mu: _Optional[_Iterable[float]] = ..., shard_tokens: _Optional[int] = ..., max_ranks: _Optional[int] = ..., exact: bool = ...) -> None: ...
 
 class RegisterModelRequest(_message.Message):
     __slots__ = ("spec",)
