@@ -194,3 +194,34 @@ fv_status_t fv_cpu_copy_pages(fv_backend_t *backend, const fv_page_copy_t *copie
     }
     return FV_OK;
 }
+
+fv_status_t fv_cpu_read_page(const fv_backend_t *backend,
+                             const fv_page_copy_t *page,
+                             void *k_rows,
+                             void *v_rows)
+{
+    size_t dk = (size_t)page->head_dim_qk;
+    size_t dv = (size_t)page->head_dim_v;
+    fv_dtype_t kv = (fv_dtype_t)page->kv_dtype;
+    size_t e = fv_dtype_bytes(kv);
+
+    FV_RETURN_IF_ERR(fv_cpu_check_copy(page));
+    const uint8_t *k = fv_cpu_page(
+        backend, page->src, fv_page_bytes(kv, page->head_dim_qk, page->head_dim_v, page->v_in_k));
+    if (k == NULL) {
+        return fv_fail(FV_ERR_INVALID_ARG, "kernels: page %u: expected one inside the arena",
+                       page->src);
+    }
+    const uint8_t *v = k + fv_page_v_offset(kv, page->head_dim_qk);
+    for (size_t slot = 0; slot < FV_PAGE_TOKENS; slot++) {
+        for (size_t d = 0; d < dk; d++) {
+            memcpy((uint8_t *)k_rows + (slot * dk + d) * e,
+                   k + fv_page_index(kv, dk, FV_PAGE_TOKENS, d, slot) * e, e);
+        }
+        for (size_t d = 0; !page->v_in_k && (d < dv); d++) {
+            memcpy((uint8_t *)v_rows + (slot * dv + d) * e,
+                   v + fv_page_index(kv, FV_PAGE_TOKENS, dv, slot, d) * e, e);
+        }
+    }
+    return FV_OK;
+}

@@ -16,7 +16,6 @@
 #define THREADS_MAX       1024
 #define SHARES_PER_THREAD 4 /* a thread that is held up leaves the rest of its work to the others */
 #define ALIGNMENT         64U
-#define ARENA_SLACK       4096U /* vector loads of a page's last row may reach past it */
 #define ROWS_PADDED       ((size_t)FV_BLOCK_ROWS_MAX + 16U) /* AMX works on 16 rows at a time */
 #define DIM_MAX           ((size_t)FV_DIM_QK_MAX)           /* touched as far as a step needs it */
 #define PAGE_ELEMS        (DIM_MAX * FV_PAGE_TOKENS)
@@ -105,7 +104,7 @@ static void cpu_destroy(fv_backend_t *backend)
     if (backend->workspace != NULL) {
         (void)munmap(backend->workspace, backend->workspace_bytes);
     }
-    if (backend->arena != NULL) {
+    if ((backend->arena != NULL) && (backend->arena_map_bytes > 0U)) {
         (void)munmap(backend->arena, backend->arena_map_bytes);
     }
     free(backend->groups);
@@ -132,8 +131,12 @@ static fv_status_t cpu_init(fv_backend_t *backend, const fv_backend_config_t *co
     backend->n_shares_max =
         (backend->n_threads == 1) ? 1 : (backend->n_threads * SHARES_PER_THREAD);
     backend->kv_arena_bytes = config->kv_arena_bytes;
-    backend->arena_map_bytes = config->kv_arena_bytes + ARENA_SLACK;
-    FV_RETURN_IF_ERR(map_memory("KV arena", backend->arena_map_bytes, &backend->arena));
+    if (config->kv_arena != NULL) {
+        backend->arena = config->kv_arena;
+    } else {
+        backend->arena_map_bytes = config->kv_arena_bytes + FV_KV_ARENA_SLACK;
+        FV_RETURN_IF_ERR(map_memory("KV arena", backend->arena_map_bytes, &backend->arena));
+    }
     FV_RETURN_IF_ERR(make_tables(backend));
     return fv_pool_create(backend->n_threads, &backend->pool);
 }
@@ -222,6 +225,7 @@ cpu_finish(fv_backend_t *backend, const fv_wait_limits_t *limits, fv_device_time
 
 const fv_backend_ops_t fv_backend_cpu = {
     .name = "cpu",
+    .kv_home = FV_KV_HOST,
     .has_latent = true,
     .create = cpu_create,
     .destroy = cpu_destroy,

@@ -115,6 +115,7 @@ null_finish(fv_backend_t *backend, const fv_wait_limits_t *limits, fv_device_tim
 
 const fv_backend_ops_t fv_backend_null = {
     .name = "null",
+    .kv_home = FV_KV_NOWHERE,
     .has_latent = true,
     .create = null_create,
     .destroy = null_destroy,

@@ -49,10 +49,22 @@ typedef struct fv_backend fv_backend_t;
 typedef struct fv_backend_config {
     int32_t n_threads; /* CPU: compute threads, caller's included; 0 = all this process may use */
     size_t kv_arena_bytes; /* multiple of FV_PAGE_UNIT */
-    int32_t device;        /* CUDA: which of the GPUs that this process sees */
+    /* FV_KV_HOST: memory for the arena and FV_KV_ARENA_SLACK bytes behind it; keeps. NULL: the backend's own. */
+    void *kv_arena;
+    int32_t device; /* CUDA: which of the GPUs that this process sees */
     const char
         *isa; /* CPU: "auto", "amx", "avx512", "avx2", "portable" (tests force each); NULL = auto */
 } fv_backend_config_t;
+
+#define FV_KV_ARENA_SLACK \
+    4096 /* bytes behind a host's arena: vector loads of a page's last row may reach there */
+
+/* Where a backend keeps KV. */
+typedef enum fv_kv_home {
+    FV_KV_DEVICE = 0, /* where the host does not reach it */
+    FV_KV_HOST,       /* in the host's memory, which may be given to it */
+    FV_KV_NOWHERE,    /* it keeps none */
+} fv_kv_home_t;
 
 typedef struct fv_device_info {
     char device[96]; /* e.g. "Intel Xeon, 2 threads, avx512 bf16" */
@@ -231,8 +243,9 @@ typedef struct fv_device_times {
  */
 typedef struct fv_backend_ops {
     const char *name; /* "cpu", "cuda" */
-    bool has_latent;  /* serves models of kind LATENT (v_in_k) */
-    bool is_async;    /* calls enqueue, and the caller's thread is free until finish() */
+    fv_kv_home_t kv_home;
+    bool has_latent; /* serves models of kind LATENT (v_in_k) */
+    bool is_async;   /* calls enqueue, and the caller's thread is free until finish() */
     fv_status_t (*create)(const fv_backend_config_t *config, fv_backend_t **out);
     void (*destroy)(fv_backend_t *backend); /* NULL is fine */
     void (*describe)(const fv_backend_t *backend, fv_device_info_t *out);
@@ -271,6 +284,14 @@ typedef struct fv_backend_ops {
 } fv_backend_ops_t;
 
 extern const fv_backend_ops_t fv_backend_cpu;
+/*
+ * A page of the CPU backend as plain rows: k_rows [FV_PAGE_TOKENS, head_dim_qk], v_rows [FV_PAGE_TOKENS, head_dim_v] (unused
+ * with v_in_k), elements of kv_dtype as stored. Rows that were never written hold anything. Errors: FV_ERR_INVALID_ARG.
+ */
+FV_MUST_CHECK fv_status_t fv_cpu_read_page(const fv_backend_t *backend,
+                                           const fv_page_copy_t *page,
+                                           void *k_rows,
+                                           void *v_rows);
 /* Moves no KV and computes nothing: outputs are left as they are. For measuring the service around it. */
 extern const fv_backend_ops_t fv_backend_null;
 #if defined(FV_WITH_CUDA)

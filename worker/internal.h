@@ -6,6 +6,7 @@
 
 #include "worker/kv_pool.h"
 #include "worker/session.h"
+#include "worker/store.h"
 #include "worker/worker.h"
 #include "worker/workspace.h"
 
@@ -19,8 +20,9 @@ typedef struct fv_step_item {
     fv_session_t *session;
     fv_layer_kv_t *layer;
     fv_item_share_t share;
-    int32_t n_q_heads; /* local query heads */
-    bool failed;       /* its error is in item_errors; it goes on as the empty set */
+    int32_t n_q_heads;    /* local query heads */
+    uint32_t first_entry; /* of the layer's table that this step may have changed */
+    bool failed;          /* its error is in item_errors; it goes on as the empty set */
 } fv_step_item_t;
 
 /* How long the parts of a step took. */
@@ -80,6 +82,7 @@ typedef struct fv_step_work {
     fv_peer_t *peers; /* [n_ranks] */
     size_t own_bytes;
     uint8_t *own;
+    bool is_store_full; /* its appends have failed */
     fv_host_buffer_t
         exchange; /* host exchange: to each peer | from each peer | own partial states */
     fv_exact_work_t exact;
@@ -95,7 +98,9 @@ struct fv_worker {
     uint64_t n_steps;
     fv_step_work_t work;
     fv_status_t broken; /* not FV_OK: a backend or exchange failure; nothing works any more */
-    fv_array_t ios;     /* step_packed.c: fv_step_io_t */
+    fv_store_t *store;  /* NULL: nothing outlives the process */
+    fv_array_t store_refs, store_tags; /* store.c, store_load.c: scratch */
+    fv_array_t ios;                    /* step_packed.c: fv_step_io_t */
     fv_host_buffer_t in[FV_STEP_DEPTH],
         out[FV_STEP_DEPTH]; /* inbox_mpi.c: packed tensors of steps */
     void (*on_wait)(void *arg);
@@ -105,6 +110,17 @@ struct fv_worker {
 
 /* NULL when the slot is empty. */
 fv_session_t *fv_worker_session(const fv_worker_t *worker, uint32_t slot);
+
+/* Errors: FV_ERR_PROTOCOL for a placement that no model and no job has. */
+FV_MUST_CHECK fv_status_t fv_worker_check_placement(const fv_worker_t *worker,
+                                                    const fv_model_spec_t *spec,
+                                                    const fv_placement_t *p);
+/* An empty place for session `slot`. Errors: FV_ERR_PROTOCOL when it is none; FV_ERR_NO_MEMORY. */
+FV_MUST_CHECK fv_status_t fv_worker_claim_slot(fv_worker_t *worker, uint32_t slot);
+/* A model in its slot, which is empty. Errors: as of its spec and its pages' class. */
+FV_MUST_CHECK fv_status_t fv_worker_add_model(fv_worker_t *worker,
+                                              uint32_t slot,
+                                              const fv_model_spec_t *spec);
 
 /* Remembers that the worker can not go on; returns `status`. */
 fv_status_t fv_worker_break(fv_worker_t *worker, fv_status_t status);

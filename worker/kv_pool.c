@@ -35,6 +35,7 @@ struct fv_kv_pool {
     size_t slab_bytes;
     uint32_t n_slabs, n_slabs_free;
     uint32_t free_slabs; /* head of the list, or NONE */
+    uint32_t n_slabs_seen;
     uint32_t words_per_slab;
     uint32_t n_classes;
     page_class_t classes[FV_KV_POOL_CLASSES_MAX];
@@ -183,6 +184,7 @@ static void open_slab(fv_kv_pool_t *pool, uint32_t page_class)
 
     pool->free_slabs = slab->next;
     pool->n_slabs_free--;
+    pool->n_slabs_seen = (s < pool->n_slabs_seen) ? pool->n_slabs_seen : (s + 1U);
     slab->page_class = page_class;
     slab->n_used = 0;
     slab->n_fresh = 0;
@@ -284,6 +286,10 @@ static uint32_t *held_word(const fv_kv_pool_t *pool, fv_page_ref_t page, uint32_
 void fv_kv_pool_ref(fv_kv_pool_t *pool, fv_page_ref_t page)
 {
     uint32_t s = 0;
+
+    if (pool == NULL) {
+        return;
+    }
     uint32_t *word = held_word(pool, page, &s);
 
     FV_ASSERT(*word < PAGE_FREE - 1U);
@@ -293,6 +299,10 @@ void fv_kv_pool_ref(fv_kv_pool_t *pool, fv_page_ref_t page)
 void fv_kv_pool_unref(fv_kv_pool_t *pool, fv_page_ref_t page)
 {
     uint32_t s = 0;
+
+    if (pool == NULL) {
+        return;
+    }
     uint32_t *word = held_word(pool, page, &s);
     slab_t *slab = &pool->slabs[s];
     page_class_t *c = &pool->classes[slab->page_class];
@@ -326,6 +336,91 @@ uint32_t fv_kv_pool_refs(const fv_kv_pool_t *pool, fv_page_ref_t page)
     uint32_t word =
         pool->words[s * pool->words_per_slab + (offset % pool->slab_bytes) / page_bytes];
     return ((word & PAGE_FREE) != 0U) ? 0U : word;
+}
+
+/* ------------------------------------------------------------------ from tables */
+
+fv_status_t fv_kv_pool_check(const fv_kv_pool_t *pool, uint32_t page_class, fv_page_ref_t page)
+{
+    const page_class_t *c = &pool->classes[page_class];
+    size_t offset = (size_t)page * FV_PAGE_UNIT;
+    size_t s = offset / pool->slab_bytes;
+    size_t in_slab = offset % pool->slab_bytes;
+
+    if ((page == FV_PAGE_NONE) || (s >= pool->n_slabs) || (in_slab % c->page_bytes != 0U) ||
+        (in_slab / c->page_bytes >= c->pages_per_slab) ||
+        ((pool->slabs[s].page_class != NONE) && (pool->slabs[s].page_class != page_class)) ||
+        (pool->words[s * pool->words_per_slab + in_slab / c->page_bytes] >= PAGE_FREE - 1U)) {
+        return fv_fail(FV_ERR_DATA_LOSS,
+                       "page %u: expected one of %zu bytes in an arena of %u slabs", page,
+                       c->page_bytes, pool->n_slabs);
+    }
+    return FV_OK;
+}
+
+void fv_kv_pool_adopt(fv_kv_pool_t *pool, uint32_t page_class, fv_page_ref_t page)
+{
+    size_t offset = (size_t)page * FV_PAGE_UNIT;
+    size_t s = offset / pool->slab_bytes;
+    slab_t *slab = &pool->slabs[s];
+
+    FV_ASSERT(fv_kv_pool_check(pool, page_class, page) == FV_OK);
+    if (slab->page_class == NONE) {
+        slab->page_class = page_class;
+        slab->n_used = 0;
+        pool->n_slabs_seen = (s < pool->n_slabs_seen) ? pool->n_slabs_seen : ((uint32_t)s + 1U);
+    }
+    uint32_t *word = &pool->words[s * pool->words_per_slab +
+                                  offset % pool->slab_bytes / pool->classes[page_class].page_bytes];
+    if (*word == 0U) {
+        slab->n_used++;
+        pool->n_pages_held++;
+    }
+    (*word)++;
+}
+
+/* The pages of an adopted slab that nobody has become its list of free ones. */
+static void adopt_slab(fv_kv_pool_t *pool, uint32_t s)
+{
+    slab_t *slab = &pool->slabs[s];
+    page_class_t *c = &pool->classes[slab->page_class];
+    uint32_t *words = &pool->words[(size_t)s * pool->words_per_slab];
+
+    slab->n_fresh = c->pages_per_slab;
+    slab->free_head = LIST_END;
+    for (uint32_t i = c->pages_per_slab; i > 0U; i--) {
+        if (words[i - 1U] == 0U) {
+            words[i - 1U] = PAGE_FREE | slab->free_head;
+            slab->free_head = i - 1U;
+        }
+    }
+    c->n_slabs++;
+    c->n_free += c->pages_per_slab - slab->n_used;
+    if (slab->n_used < c->pages_per_slab) {
+        link_partial(pool, s);
+    }
+}
+
+void fv_kv_pool_adopt_end(fv_kv_pool_t *pool)
+{
+    pool->free_slabs = NONE;
+    pool->n_slabs_free = 0;
+    for (uint32_t s = pool->n_slabs; s > 0U; s--) {
+        slab_t *slab = &pool->slabs[s - 1U];
+
+        if (slab->page_class == NONE) {
+            slab->next = pool->free_slabs;
+            pool->free_slabs = s - 1U;
+            pool->n_slabs_free++;
+        } else {
+            adopt_slab(pool, s - 1U);
+        }
+    }
+}
+
+uint32_t fv_kv_pool_slabs_seen(const fv_kv_pool_t *pool)
+{
+    return pool->n_slabs_seen;
 }
 
 /* ------------------------------------------------------------------ figures */

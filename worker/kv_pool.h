@@ -75,10 +75,24 @@ FV_MUST_CHECK fv_status_t fv_kv_pool_alloc(fv_kv_pool_t *pool,
                                            size_t n,
                                            fv_page_ref_t *out);
 
-/* `page` must be held. unref of the last reference frees it. */
+/* `page` must be held. unref of the last reference frees it. pool NULL: tables that nobody counts yet (store.h). */
 void fv_kv_pool_ref(fv_kv_pool_t *pool, fv_page_ref_t page);
 void fv_kv_pool_unref(fv_kv_pool_t *pool, fv_page_ref_t page);
 uint32_t fv_kv_pool_refs(const fv_kv_pool_t *pool, fv_page_ref_t page); /* 0: free */
+
+/*
+ * An empty pool made as one was whose tables are known: one adopt for each entry of a table (the second one of a page is a
+ * reference more), then adopt_end; nothing else in between. check: whether adopt would do.
+ * Errors: FV_ERR_DATA_LOSS for what can not be a page of the class.
+ */
+FV_MUST_CHECK fv_status_t fv_kv_pool_check(const fv_kv_pool_t *pool,
+                                           uint32_t page_class,
+                                           fv_page_ref_t page);
+void fv_kv_pool_adopt(fv_kv_pool_t *pool, uint32_t page_class, fv_page_ref_t page);
+void fv_kv_pool_adopt_end(fv_kv_pool_t *pool);
+
+/* Slabs from the first one on that were ever used: the next new one is the one behind them. */
+uint32_t fv_kv_pool_slabs_seen(const fv_kv_pool_t *pool);
 
 uint64_t fv_kv_pool_bytes_free(const fv_kv_pool_t *pool);
 uint32_t fv_kv_pool_pages_free(const fv_kv_pool_t *pool, uint32_t page_class); /* in used slabs */

@@ -298,6 +298,26 @@ fv_status_t fv_session_reserve(fv_session_t *session,
     return FV_OK;
 }
 
+fv_status_t fv_session_set_entries(fv_session_t *session,
+                                   uint32_t layer,
+                                   uint32_t first,
+                                   uint32_t n,
+                                   const fv_page_ref_t *refs)
+{
+    fv_layer_kv_t *l = &session->layers[layer];
+
+    FV_RETURN_IF_ERR(grow_table(session, l, (uint64_t)first + n));
+    drop_pages(session, l, first, NULL);
+    for (size_t h = 0; h < (size_t)session->n_heads; h++) {
+        for (uint32_t p = 0; p < n; p++) {
+            l->pages[h * l->stride + first + p] = refs[h * n + p];
+            l->n_freed += (refs[h * n + p] == FV_PAGE_NONE) ? 1U : 0U;
+        }
+    }
+    l->n_pages = first + n;
+    return FV_OK;
+}
+
 uint64_t fv_session_pages(const fv_session_t *session)
 {
     uint64_t n = 0;

@@ -17,12 +17,14 @@
 #include "proto/placement.h"
 #include "worker/kv_pool.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 
 /* A registered model; outlives its sessions. */
 typedef struct fv_worker_model {
     fv_model_spec_t spec;
     uint32_t page_class; /* in the pool */
+    bool is_kept;        /* found in a store: the coordinator knows it, too */
 } fv_worker_model_t;
 
 typedef struct fv_layer_kv {
@@ -49,6 +51,10 @@ typedef struct fv_session {
     int32_t head_begin;    /* the model's number of local KV head 0 */
     int32_t n_heads;       /* local KV heads */
     fv_layer_kv_t *layers; /* [n_layers], NULL without a cell */
+    /* store.h */
+    uint64_t n_records; /* in the journal */
+    uint64_t n_rewritten;
+    bool is_lost, is_kept; /* found in a store: damaged; wanted */
 } fv_session_t;
 
 /* Errors: FV_ERR_NO_MEMORY. The session keeps pointers to `model`. */
@@ -103,6 +109,16 @@ static inline uint64_t fv_session_own(const fv_session_t *session, uint64_t n_to
 {
     return fv_placement_tokens(&session->placement, session->cp, n_tokens);
 }
+
+/*
+ * Of a table that nobody counts: entries [first, first + n) of every head become refs[h * n + i], the table ends behind them.
+ * first: at most the table's end. Errors: FV_ERR_EXHAUSTED.
+ */
+FV_MUST_CHECK fv_status_t fv_session_set_entries(fv_session_t *session,
+                                                 uint32_t layer,
+                                                 uint32_t first,
+                                                 uint32_t n,
+                                                 const fv_page_ref_t *refs);
 
 /* Pages held, all layers and heads; shared ones count in full. */
 uint64_t fv_session_pages(const fv_session_t *session);

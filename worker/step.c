@@ -16,6 +16,7 @@
 #include "common/policy.h"
 #include "worker/exact.h"
 #include "worker/internal.h"
+#include "worker/mirror.h"
 #include "worker/partials.h"
 
 #include <string.h>
@@ -109,6 +110,43 @@ static void fail_item(fv_step_item_t *item, fv_status_t status, fv_error_t *out_
     *out_error = fv_error_capture(status);
 }
 
+/* Page references and bytes that an append may add. */
+static void add_need(const fv_step_item_t *item, size_t *n_refs, size_t *n_bytes)
+{
+    const fv_session_t *session = item->session;
+    uint64_t end = fv_placement_pages(&session->placement, session->cp, item->ctl->kv_end);
+    size_t n_new = ((size_t)(end - item->layer->n_pages) + 1U) * (size_t)session->n_heads;
+
+    *n_refs += n_new;
+    *n_bytes += n_new * fv_model_page_bytes(&session->model->spec);
+}
+
+/* Nothing may fail for want of room in the store once pages are taken: without it, appends fail here. */
+static void make_room(fv_worker_t *worker, fv_error_t *item_errors)
+{
+    fv_step_work_t *w = &worker->work;
+    fv_step_item_t *items = w->items.data;
+    size_t n_refs = 0;
+    size_t n_bytes = 0;
+
+    w->is_store_full = false;
+    if (worker->store == NULL) {
+        return;
+    }
+    for (size_t i = 0; i < w->n_items; i++) {
+        if (((items[i].ctl->flags & FV_ITEM_APPEND) != 0) && !items[i].failed) {
+            add_need(&items[i], &n_refs, &n_bytes);
+        }
+    }
+    fv_status_t status = fv_store_reserve(worker, w->n_items, n_refs, n_bytes);
+    w->is_store_full = status != FV_OK;
+    for (size_t i = 0; (status != FV_OK) && (i < w->n_items); i++) {
+        if (((items[i].ctl->flags & FV_ITEM_APPEND) != 0) && !items[i].failed) {
+            fail_item(&items[i], status, &item_errors[i]);
+        }
+    }
+}
+
 /* Shares, checks, sizes of messages, room for everything: after it only the pool can refuse an item. */
 static fv_status_t plan(fv_worker_t *worker,
                         const fv_ctl_item_t *items,
@@ -128,6 +166,7 @@ static fv_status_t plan(fv_worker_t *worker,
 
         FV_RETURN_IF_ERR(fv_step_item_make(worker, &items[i], item));
         item->io = &io[i];
+        item->first_entry = item->layer->n_pages;
         item_errors[i] = (fv_error_t){.status = FV_OK};
         fv_status_t status = check_item(item, worker->n_steps);
         if (status != FV_OK) {
@@ -135,6 +174,7 @@ static fv_status_t plan(fv_worker_t *worker,
         }
         fv_partials_add(worker, item);
     }
+    make_room(worker, item_errors);
     return fv_partials_layout(worker);
 }
 
@@ -209,12 +249,13 @@ static fv_status_t add_appends(fv_step_work_t *w, const fv_step_item_t *item)
     return FV_OK;
 }
 
-static fv_status_t reserve_item(fv_worker_t *worker, const fv_step_item_t *item)
+static fv_status_t reserve_item(fv_worker_t *worker, fv_step_item_t *item)
 {
     fv_step_work_t *w = &worker->work;
     size_t n_before = w->n_appends;
     size_t n_copies = 0;
 
+    item->first_entry = item->layer->n_pages;
     if (item->share.n_kv_tokens == 0U) {
         return FV_OK;
     }
@@ -223,6 +264,7 @@ static fv_status_t reserve_item(fv_worker_t *worker, const fv_step_item_t *item)
     FV_RETURN_IF_ERR(fv_session_reserve(item->session, item->ctl->layer, item->ctl->kv_end,
                                         worker->pool,
                                         (fv_page_copy_t *)w->copies.data + w->n_copies, &n_copies));
+    item->first_entry -= (n_copies > 0U) ? 1U : 0U;
     w->n_copies +=
         n_copies; /* stay even if the next fails: the table points to the copies already */
     fv_status_t status = add_appends(w, item);
@@ -324,6 +366,10 @@ static fv_status_t compute(fv_worker_t *worker, fv_error_t *item_errors)
             w->n_attends -= (attend != NULL) ? 1U : 0U;
         }
     }
+    if ((worker->store != NULL) && (worker->store->mirror != NULL)) {
+        FV_RETURN_IF_ERR(fv_mirror_write(worker->store->mirror, w->copies.data, w->n_copies,
+                                         w->appends.data, w->n_appends));
+    }
     if (w->n_copies > 0U) { /* before any append: it may write into a page that is copied here */
         FV_RETURN_IF_ERR(ops->copy_pages(worker->backend, w->copies.data, w->n_copies));
     }
@@ -338,8 +384,21 @@ static fv_status_t compute(fv_worker_t *worker, fv_error_t *item_errors)
 
 /* ------------------------------------------------------------------ the step */
 
+/* What became of an item's layer, for the journal. */
+static void note_item(fv_worker_t *worker, const fv_step_item_t *item, bool frees)
+{
+    const fv_store_entries_t entries = {.layer = item->ctl->layer,
+                                        .first = item->first_entry,
+                                        .n_entries = item->layer->n_pages - item->first_entry,
+                                        .frees = frees ? 1U : 0U,
+                                        .length = item->layer->length,
+                                        .position = item->ctl->position};
+
+    fv_store_note_entries(worker, item->ctl->session_slot, item->session, &entries);
+}
+
 /* Lengths advance, or the reserved pages go back. */
-static void settle(fv_worker_t *worker, const fv_error_t *item_errors, bool is_done)
+static fv_status_t settle(fv_worker_t *worker, const fv_error_t *item_errors, bool is_done)
 {
     fv_step_work_t *w = &worker->work;
 
@@ -358,11 +417,19 @@ static void settle(fv_worker_t *worker, const fv_error_t *item_errors, bool is_d
         }
         /* a full pool here: on other ranks the append is in, so that all free alike; a later piece of an append frees
          * nothing, so that the whole of it can be undone, and asked for again, like one that came in one piece */
-        if (((item->ctl->flags & FV_ITEM_CONTINUES) == 0) &&
-            (!item->failed || (item_errors[i].status == FV_ERR_EXHAUSTED))) {
+        bool frees = ((item->ctl->flags & FV_ITEM_CONTINUES) == 0) &&
+                     (!item->failed || (item_errors[i].status == FV_ERR_EXHAUSTED));
+        if (w->is_store_full) { /* then no append got anywhere, and nothing can be noted */
+            continue;
+        }
+        if (worker->store != NULL) {
+            note_item(worker, item, frees);
+        }
+        if (frees) {
             fv_session_settle(item->session, item->ctl->layer, item->ctl->position, worker->pool);
         }
     }
+    return is_done ? fv_store_commit(worker) : FV_OK;
 }
 
 static uint32_t micros(int64_t from, int64_t to)
@@ -400,7 +467,8 @@ fv_status_t fv_worker_step(fv_worker_t *worker,
     FV_RETURN_IF_ERR(fv_worker_usable(worker));
     FV_RETURN_IF_ERR(plan(worker, items, io, n_items, item_errors));
     fv_status_t status = fv_partials_finish(worker, compute(worker, item_errors), &times);
-    settle(worker, item_errors, status == FV_OK);
+    fv_status_t settled = settle(worker, item_errors, status == FV_OK);
+    status = (status == FV_OK) ? settled : status;
     if (status != FV_OK) {
         return fv_worker_break(worker, status);
     }

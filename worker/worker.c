@@ -18,12 +18,16 @@ static fv_status_t create_parts(fv_worker_t *worker)
 {
     const fv_worker_config_t *c = &worker->config;
 
+    fv_backend_config_t backend = c->backend_config;
+
     FV_RETURN_IF_ERR(fv_kv_pool_create(c->backend_config.kv_arena_bytes, 0, &worker->pool));
     worker->work.peers = calloc(c->n_ranks, sizeof(*worker->work.peers));
     if (worker->work.peers == NULL) {
         return fv_fail(FV_ERR_NO_MEMORY, "worker: no host memory");
     }
-    FV_RETURN_IF_ERR(c->backend->create(&c->backend_config, &worker->backend));
+    FV_RETURN_IF_ERR(fv_store_open(c, &backend, &worker->store));
+    FV_RETURN_IF_ERR(c->backend->create(&backend, &worker->backend));
+    FV_RETURN_IF_ERR(fv_store_load(worker));
     if ((c->exchange == NULL) || (c->exchange->attach == NULL)) {
         return FV_OK;
     }
@@ -113,7 +117,9 @@ void fv_worker_destroy(fv_worker_t *worker)
         return;
     }
     for (uint32_t i = 0; i < worker->n_session_slots; i++) {
-        fv_session_destroy(fv_worker_session(worker, i), worker->pool);
+        /* what was found and not counted yet has no references */
+        bool is_counted = (worker->store == NULL) || !worker->store->is_attaching;
+        fv_session_destroy(fv_worker_session(worker, i), is_counted ? worker->pool : NULL);
     }
     for (size_t i = 0; i < FV_MODELS_MAX; i++) {
         free(worker->models[i]);
@@ -121,8 +127,11 @@ void fv_worker_destroy(fv_worker_t *worker)
     free_work(worker);
     fv_array_free(&worker->sessions);
     fv_array_free(&worker->ios);
+    fv_array_free(&worker->store_refs);
+    fv_array_free(&worker->store_tags);
     worker->config.backend->destroy(worker->backend);
     fv_kv_pool_destroy(worker->pool);
+    fv_store_close(worker->store);
     free(worker);
 }
 
@@ -138,6 +147,10 @@ fv_status_t fv_worker_usable(const fv_worker_t *worker)
 {
     if (worker->broken != FV_OK) {
         return fv_fail(worker->broken, "rank %u failed in an earlier step and must be restarted",
+                       worker->config.rank);
+    }
+    if ((worker->store != NULL) && worker->store->is_attaching) {
+        return fv_fail(FV_ERR_PROTOCOL, "rank %u has not been told what to keep of its store",
                        worker->config.rank);
     }
     return FV_OK;
@@ -240,19 +253,13 @@ fv_session_t *fv_worker_session(const fv_worker_t *worker, uint32_t slot)
     return (slot < worker->n_session_slots) ? ((fv_session_t **)worker->sessions.data)[slot] : NULL;
 }
 
-fv_status_t fv_worker_model(fv_worker_t *worker, const fv_ctl_model_t *message)
+fv_status_t fv_worker_add_model(fv_worker_t *worker, uint32_t slot, const fv_model_spec_t *spec)
 {
-    uint32_t slot = message->model_slot;
-
-    if ((slot >= FV_MODELS_MAX) || (worker->models[slot] != NULL)) {
-        return fv_fail(FV_ERR_PROTOCOL, "model slot %u: expected a free one below %d", slot,
-                       FV_MODELS_MAX);
-    }
     fv_worker_model_t *model = calloc(1, sizeof(*model));
     if (model == NULL) {
         return fv_fail(FV_ERR_NO_MEMORY, "model: no host memory");
     }
-    model->spec = message->spec;
+    model->spec = *spec;
     fv_status_t status = fv_model_spec_check(&model->spec);
     if ((status == FV_OK) && fv_model_is_latent(&model->spec) &&
         !worker->config.backend->has_latent) {
@@ -276,8 +283,37 @@ fv_status_t fv_worker_model(fv_worker_t *worker, const fv_ctl_model_t *message)
     return FV_OK;
 }
 
+/* A model that the store has, too: the same, or of a store that the coordinator knows nothing of. */
+static bool keep_model(fv_worker_t *worker, const fv_ctl_model_t *message)
+{
+    fv_worker_model_t *model = worker->models[message->model_slot];
+
+    if ((model == NULL) || (worker->store == NULL) || !worker->store->is_attaching ||
+        !fv_model_spec_equal(&model->spec, &message->spec)) {
+        return false;
+    }
+    model->is_kept = true;
+    return true;
+}
+
+fv_status_t fv_worker_model(fv_worker_t *worker, const fv_ctl_model_t *message)
+{
+    uint32_t slot = message->model_slot;
+
+    if ((slot < FV_MODELS_MAX) && keep_model(worker, message)) {
+        return FV_OK;
+    }
+    if ((slot >= FV_MODELS_MAX) || (worker->models[slot] != NULL)) {
+        return fv_fail(FV_ERR_PROTOCOL, "model slot %u: expected a free one below %d", slot,
+                       FV_MODELS_MAX);
+    }
+    FV_RETURN_IF_ERR(fv_worker_add_model(worker, slot, &message->spec));
+    worker->models[slot]->is_kept = true;
+    return fv_store_note_model(worker, slot, &worker->models[slot]->spec);
+}
+
 /* Room for session slot `slot`, which must be empty. */
-static fv_status_t claim_slot(fv_worker_t *worker, uint32_t slot)
+fv_status_t fv_worker_claim_slot(fv_worker_t *worker, uint32_t slot)
 {
     if ((slot >= FV_SESSION_SLOTS_MAX) || (fv_worker_session(worker, slot) != NULL)) {
         return fv_fail(FV_ERR_PROTOCOL, "session slot %u: expected a free one below %u", slot,
@@ -295,8 +331,9 @@ static fv_status_t claim_slot(fv_worker_t *worker, uint32_t slot)
     return FV_OK;
 }
 
-static fv_status_t
-check_placement(const fv_worker_t *worker, const fv_model_spec_t *spec, const fv_placement_t *p)
+fv_status_t fv_worker_check_placement(const fv_worker_t *worker,
+                                      const fv_model_spec_t *spec,
+                                      const fv_placement_t *p)
 {
     uint32_t n_cells = (uint32_t)p->n_head_parts * p->n_ctx_parts;
     int32_t groups = fv_model_groups(spec);
@@ -328,6 +365,18 @@ check_placement(const fv_worker_t *worker, const fv_model_spec_t *spec, const fv
     return FV_OK;
 }
 
+/* A new session, and whether it is in the journal. */
+static fv_status_t
+settle_new(fv_worker_t *worker, uint32_t slot, fv_session_t *session, fv_status_t status)
+{
+    if (status != FV_OK) {
+        fv_session_destroy(session, worker->pool);
+        return status;
+    }
+    ((fv_session_t **)worker->sessions.data)[slot] = session;
+    return FV_OK;
+}
+
 fv_status_t fv_worker_open(fv_worker_t *worker, const fv_ctl_open_t *message)
 {
     uint32_t slot = message->session_slot;
@@ -337,10 +386,12 @@ fv_status_t fv_worker_open(fv_worker_t *worker, const fv_ctl_open_t *message)
         return fv_fail(FV_ERR_PROTOCOL, "open: model slot %u is unknown", message->model_slot);
     }
     const fv_worker_model_t *model = worker->models[message->model_slot];
-    FV_RETURN_IF_ERR(check_placement(worker, &model->spec, &message->placement));
-    FV_RETURN_IF_ERR(claim_slot(worker, slot));
-    return fv_session_create(model, message->model_slot, &message->placement, worker->config.rank,
-                             &((fv_session_t **)worker->sessions.data)[slot]);
+    FV_RETURN_IF_ERR(fv_worker_check_placement(worker, &model->spec, &message->placement));
+    FV_RETURN_IF_ERR(fv_worker_claim_slot(worker, slot));
+    fv_session_t *session = NULL;
+    FV_RETURN_IF_ERR(fv_session_create(model, message->model_slot, &message->placement,
+                                       worker->config.rank, &session));
+    return settle_new(worker, slot, session, fv_store_note_open(worker, slot, session));
 }
 
 /* A session that a message names. */
@@ -359,9 +410,11 @@ fv_status_t fv_worker_fork(fv_worker_t *worker, const fv_ctl_fork_t *message)
     fv_session_t *parent = NULL;
 
     FV_RETURN_IF_ERR(find_session(worker, message->parent_slot, &parent));
-    FV_RETURN_IF_ERR(claim_slot(worker, message->session_slot));
-    return fv_session_fork(parent, message->at_position, worker->pool,
-                           &((fv_session_t **)worker->sessions.data)[message->session_slot]);
+    FV_RETURN_IF_ERR(fv_worker_claim_slot(worker, message->session_slot));
+    fv_session_t *child = NULL;
+    FV_RETURN_IF_ERR(fv_session_fork(parent, message->at_position, worker->pool, &child));
+    return settle_new(worker, message->session_slot, child,
+                      fv_store_note_fork(worker, message, child));
 }
 
 fv_status_t fv_worker_truncate(fv_worker_t *worker, const fv_ctl_truncate_t *message)
@@ -375,6 +428,7 @@ fv_status_t fv_worker_truncate(fv_worker_t *worker, const fv_ctl_truncate_t *mes
         return fv_fail(FV_ERR_PROTOCOL, "truncate: layer given %u, expected less than %u",
                        message->layer, n_layers);
     }
+    FV_RETURN_IF_ERR(fv_store_note_truncate(worker, message, session));
     if (session->layers == NULL) {
         return FV_OK;
     }
@@ -390,6 +444,7 @@ fv_status_t fv_worker_close(fv_worker_t *worker, const fv_ctl_close_t *message)
     fv_session_t *session = NULL;
 
     FV_RETURN_IF_ERR(find_session(worker, message->session_slot, &session));
+    FV_RETURN_IF_ERR(fv_store_note_close(worker, message->session_slot, session));
     fv_session_destroy(session, worker->pool);
     ((fv_session_t **)worker->sessions.data)[message->session_slot] = NULL;
     return FV_OK;

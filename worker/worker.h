@@ -84,7 +84,8 @@ typedef struct fv_worker_config {
     const fv_exchange_ops_t *exchange;  /* NULL: single rank */
     void *exchange_ctx;                 /* keeps */
     uint32_t step_deadline_ms;          /* of one exchange, and of the device's work; 0 = 30000 */
-    const fv_store_place_t *store; /* where its state outlives it (worker/store.h); copied; NULL: nowhere */
+    const fv_store_place_t
+        *store; /* where its state outlives it (worker/store.h); copied; NULL: nowhere */
 } fv_worker_config_t;
 
 FV_MUST_CHECK fv_status_t fv_worker_create(const fv_worker_config_t *config, fv_worker_t **out);
