@@ -6,6 +6,10 @@
  * The plan is arithmetic on the host: a run for each (item, block of rows), some ns each (lean_cuda.h). Items of one
  * geometry (how K and V are stored, head dims, how many rows a KV head has) share a launch, so a step of one model is
  * one launch for decode and one for prefill.
+ *
+ * S2: each head has a list of its own. A run takes neighbours whose lists are as long and differ in the pattern's number
+ * alone, which is most of them: strided blocks of two heads differ by one at most. With a pattern for each query head, each
+ * is a head of a run, and rows of the page table are shared.
  */
 #include "kernels/lean_cuda_launch.h"
 #include "kernels/stage_cuda.h"
@@ -27,9 +31,21 @@ static int32_t item_kind(const fv_attn_item_t *item)
     return (item->io_dtype == (int32_t)FV_DTYPE_F16) ? FV_LEAN_F16 : FV_LEAN_F16_WIDE;
 }
 
+/* Heads of an item's page table row: 1, or a KV head's query heads where each has a pattern. */
+static int32_t row_heads(const fv_attn_item_t *item)
+{
+    return fv_policy_splits_group(&item->policy) ? item->group : 1;
+}
+
+/* Rows of a head of a run for each token. */
+static int32_t head_group(const fv_attn_item_t *item)
+{
+    return item->group / row_heads(item);
+}
+
 static fv_lean_geometry_t item_geometry(const fv_attn_item_t *item)
 {
-    int64_t n_rows = (int64_t)item->n_tokens * item->group;
+    int64_t n_rows = (int64_t)item->n_tokens * head_group(item);
     fv_lean_geometry_t g = {
         .kind = item_kind(item), .head_dim_qk = item->head_dim_qk, .head_dim_v = item->head_dim_v};
 
@@ -53,30 +69,38 @@ static int32_t run_rows(const fv_lean_geometry_t *g)
     return 16 * g->m_warps;
 }
 
-static uint32_t item_runs(const fv_attn_item_t *item)
+/* At most. */
+static size_t item_runs(const fv_attn_item_t *item)
 {
     const fv_lean_geometry_t g = item_geometry(item);
-    const uint64_t n_rows = (uint64_t)item->n_tokens * (uint64_t)item->group;
+    const uint64_t n_rows = (uint64_t)item->n_tokens * (uint64_t)head_group(item);
+    const int32_t n_heads = (item->policy.kind == FV_POLICY_S2)
+                                ? (item->n_kv_heads * row_heads(item))
+                                : 1; /* they share every run */
 
-    return (uint32_t)fv_div_up(n_rows, (uint64_t)run_rows(&g));
+    return fv_div_up(n_rows, (uint64_t)run_rows(&g)) * (size_t)n_heads;
 }
 
 static fv_tile_query_t rows_query(const fv_attn_item_t *item, int32_t row_begin, int32_t n_rows)
 {
-    fv_tile_query_t query = {.policy = item->policy, .shard = item->shard, .kv_end = item->kv_end};
+    const int32_t group = head_group(item);
 
-    query.causal = item->causal;
-    query.q_begin = item->position + row_begin / item->group;
-    query.q_end = item->position + (row_begin + n_rows - 1) / item->group + 1;
-    return query;
+    return fv_cuda_tokens_query(item, row_begin / group, (row_begin + n_rows - 1) / group + 1);
 }
 
-/* The pages that any row of the item reads: local pages [a_begin, a_end) and [b_begin, b_end). */
+/*
+ * The pages that any row of the item reads: local pages [a_begin, a_end) and [b_begin, b_end). S2: all up to the last one,
+ * of which each head reads its own.
+ */
 static fv_tile_list_t item_pages(const fv_attn_item_t *item)
 {
-    fv_tile_query_t query = rows_query(item, 0, item->n_tokens * item->group);
+    fv_tile_query_t query = fv_cuda_tokens_query(item, 0, item->n_tokens);
+    fv_tile_list_t list = fv_tiles_make(&query);
 
-    return fv_tiles_make(&query);
+    if (item->policy.kind == FV_POLICY_S2) {
+        list = (fv_tile_list_t){.b_end = list.b_end};
+    }
+    return list;
 }
 
 static void set_scale(const fv_attn_item_t *item, fv_lean_run_t *run)
@@ -89,11 +113,91 @@ static void set_scale(const fv_attn_item_t *item, fv_lean_run_t *run)
     }
 }
 
+static bool same_list(const fv_tile_list_t *a, const fv_tile_list_t *b)
+{
+    return (a->a_begin == b->a_begin) && (a->a_end == b->a_end) && (a->b_begin == b->b_begin) &&
+           (a->b_end == b->b_end);
+}
+
+/* A run of the item's heads from `head` on: its query's rows are set, the rest is the item's. Takes as many as are alike. */
+static void set_heads(const fv_attn_item_t *item, int32_t head, fv_lean_run_t *run)
+{
+    const fv_policy_t *policy = &item->policy;
+    const int32_t each = row_heads(item);
+    const int32_t n_heads = item->n_kv_heads * each;
+    fv_tile_query_t next = run->query;
+
+    run->query.head =
+        fv_policy_head(policy, item->kv_head_begin + head / each, item->group, head % each);
+    run->head_step = ((policy->kind == FV_POLICY_S2) && (policy->homo_head == 0)) ? 1 : 0;
+    run->tiles = fv_tiles_make(&run->query);
+    run->n_kv_heads = n_heads - head;
+    for (int32_t i = 1; (run->head_step != 0) && (i < run->n_kv_heads); i++) {
+        next.head = run->query.head + i;
+        const fv_tile_list_t list = fv_tiles_make(&next);
+
+        if ((fv_policy_is_dense(policy, next.head) !=
+             fv_policy_is_dense(policy, run->query.head)) ||
+            !same_list(&list, &run->tiles)) {
+            run->n_kv_heads = i;
+        }
+    }
+}
+
+/* Where the heads of a run from the item's `head` on find their pages and rows; `all` is from the item's first on. */
+static void
+set_places(const fv_attn_item_t *item, int32_t head, const fv_lean_run_t *all, fv_lean_run_t *run)
+{
+    const size_t e = fv_dtype_bytes((fv_dtype_t)item->io_dtype);
+    const int32_t each = row_heads(item);
+    const size_t q_head = (size_t)(head * head_group(item));
+
+    run->table_group = each;
+    run->table_head = head % each;
+    run->q_head = (int32_t)q_head;
+    run->n_q_heads = item->n_kv_heads * item->group;
+    run->pages = all->pages + (size_t)(head / each) * (size_t)all->pages_stride;
+    run->q = all->q + q_head * (size_t)item->head_dim_qk * e;
+    if (item->n_dst == 0) {
+        run->out = all->out + q_head * (size_t)item->head_dim_v * e;
+        run->lse = (all->lse == NULL) ? NULL : (all->lse + q_head);
+    }
+}
+
+/* The runs of one block of rows join the draft; `all` is the item's. */
+static fv_status_t plan_rows(fv_backend_t *backend,
+                             const fv_attn_item_t *item,
+                             const fv_lean_run_t *all,
+                             fv_lean_draft_t *draft)
+{
+    const int32_t n_heads = item->n_kv_heads * row_heads(item);
+
+    for (int32_t head = 0; head < n_heads;) {
+        fv_lean_run_t *run = &backend->runs[draft->n_runs++];
+
+        *run = *all;
+        set_heads(item, head, run);
+        set_places(item, head, all, run);
+        run->n_tiles = fv_tiles_count(&run->tiles);
+        run->is_empty = (run->n_tiles == 0);
+        run->n_tiles = run->is_empty ? 1 : run->n_tiles; /* somebody must write its empty result */
+        run->line_begin = (uint32_t)draft->n_tiles;
+        draft->n_tiles += (uint64_t)run->n_tiles * (uint64_t)run->n_kv_heads;
+        if (draft->n_tiles >= LINE_TILES_MAX) {
+            return fv_fail(FV_ERR_INVALID_ARG, "kernels: step: given more than %llu tiles",
+                           (unsigned long long)LINE_TILES_MAX);
+        }
+        head += run->n_kv_heads;
+    }
+    draft->rows_max = (all->n_rows > draft->rows_max) ? all->n_rows : draft->rows_max;
+    return FV_OK;
+}
+
 /* The item's runs join the draft. */
 static fv_status_t
 plan_item(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_draft_t *draft)
 {
-    const int32_t n_rows = item->n_tokens * item->group;
+    const int32_t n_rows = item->n_tokens * head_group(item);
     const int32_t rows_max = run_rows(&draft->geometry);
     const fv_tile_list_t pages = item_pages(item);
     fv_lean_run_t run;
@@ -102,8 +206,7 @@ plan_item(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_draft_t *dr
     FV_RETURN_IF_ERR(fv_cuda_stage_item(backend, item, &pages, &run));
     set_scale(item, &run);
     run.position = item->position;
-    run.n_kv_heads = item->n_kv_heads;
-    run.group = item->group;
+    run.group = head_group(item);
     run.io_dtype = item->io_dtype;
     run.n_q_parts =
         (item->io_dtype == (int32_t)FV_DTYPE_F32)                                              ? 3
@@ -113,18 +216,7 @@ plan_item(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_draft_t *dr
         run.row_begin = row;
         run.n_rows = (n_rows - row < rows_max) ? (n_rows - row) : rows_max;
         run.query = rows_query(item, row, run.n_rows);
-        run.tiles = fv_tiles_make(&run.query);
-        run.n_tiles = fv_tiles_count(&run.tiles);
-        run.is_empty = (run.n_tiles == 0);
-        run.n_tiles = run.is_empty ? 1 : run.n_tiles; /* somebody must write its empty result */
-        run.line_begin = (uint32_t)draft->n_tiles;
-        draft->n_tiles += (uint64_t)run.n_tiles * (uint64_t)run.n_kv_heads;
-        if (draft->n_tiles >= LINE_TILES_MAX) {
-            return fv_fail(FV_ERR_INVALID_ARG, "kernels: step: given more than %llu tiles",
-                           (unsigned long long)LINE_TILES_MAX);
-        }
-        ((fv_lean_run_t *)fv_cuda_on_host(backend, draft->runs))[draft->n_runs++] = run;
-        draft->rows_max = (run.n_rows > draft->rows_max) ? run.n_rows : draft->rows_max;
+        FV_RETURN_IF_ERR(plan_rows(backend, item, &run, draft));
     }
     draft->n_q_parts = (run.n_q_parts > draft->n_q_parts) ? run.n_q_parts : draft->n_q_parts;
     return FV_OK;
@@ -135,13 +227,15 @@ static fv_status_t
 plan_geometry(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items, size_t first)
 {
     fv_lean_draft_t draft = {.geometry = item_geometry(&items[first])};
+    size_t runs_max = 0;
 
     for (size_t i = first; i < n_items; i++) {
         const fv_lean_geometry_t g = item_geometry(&items[i]);
 
-        draft.runs_max += same_geometry(&g, &draft.geometry) ? item_runs(&items[i]) : 0U;
+        runs_max += same_geometry(&g, &draft.geometry) ? item_runs(&items[i]) : 0U;
     }
-    draft.runs = fv_cuda_stage(backend, draft.runs_max * sizeof(fv_lean_run_t));
+    FV_RETURN_IF_ERR(fv_cuda_grow((void **)&backend->runs, &backend->runs_max, runs_max,
+                                  sizeof(*backend->runs)));
     for (size_t i = first; i < n_items; i++) {
         const fv_lean_geometry_t g = item_geometry(&items[i]);
 
@@ -150,6 +244,9 @@ plan_geometry(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items
             backend->is_planned[i] = 1;
         }
     }
+    draft.runs = fv_cuda_stage(backend, draft.n_runs * sizeof(*backend->runs));
+    memcpy(fv_cuda_on_host(backend, draft.runs), backend->runs,
+           draft.n_runs * sizeof(*backend->runs));
     return fv_lean_plan(backend, &draft);
 }
 
@@ -176,9 +273,6 @@ fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *ite
         const fv_lean_geometry_t g = item_geometry(&items[i]);
 
         FV_RETURN_IF_ERR(fv_cpu_check_attend(&items[i]));
-        if (items[i].policy.kind == FV_POLICY_S2) { /* KV heads of a run share one list of tiles */
-            return fv_fail(FV_ERR_UNIMPLEMENTED, "kernels: policy: S2 needs the cpu backend");
-        }
         FV_RETURN_IF_ERR(fv_cuda_check_latent(items[i].v_in_k));
         const fv_tile_list_t pages = item_pages(&items[i]);
 

@@ -52,6 +52,7 @@ static void cuda_destroy(fv_backend_t *backend)
     free(backend->merge_blob);
     free(backend->pinned);
     free(backend->launches);
+    free(backend->runs);
     free(backend->is_planned);
     free(backend);
 }

@@ -128,6 +128,8 @@ struct fv_backend {
 
     fv_lean_launch_t *launches; /* of the attend() under way */
     size_t n_launches, launches_max;
+    fv_lean_run_t *runs; /* of the launch that is planned; grow-only */
+    size_t runs_max;
     uint8_t *is_planned; /* [items_max] */
     size_t items_max;
 };

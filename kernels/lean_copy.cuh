@@ -23,7 +23,8 @@ fv_lean_tell_tile(fv_lean_smem_t *s, uint32_t k_slot, const fv_tile_t &tile)
 {
     s->tile[k_slot].begin = tile.begin;
     s->tile[k_slot].n_tokens = tile.n_tokens;
-    s->tile[k_slot].is_full = tile.full && (tile.n_tokens == FV_PAGE_TOKENS);
+    s->tile[k_slot].is_full = (tile.full && (tile.n_tokens == FV_PAGE_TOKENS)) ? 1U : 0U;
+    s->tile[k_slot].strided = tile.strided;
 }
 
 /* n_tokens of K or V: one copy, or one of each panel where they do not fill it. */
@@ -127,7 +128,7 @@ static __device__ __forceinline__ void fv_lean_copy_first(const fv_lean_launch_t
         __syncwarp();
     }
     if (lane < n) {
-        const fv_tile_query_t query = walk->run->query;
+        const fv_tile_query_t query = fv_lean_head_query(walk->run, walk->head);
         const fv_tile_list_t tiles = walk->run->tiles;
 
         fv_lean_tell_tile(s, k_slot, fv_tile_at(&query, &tiles, walk->tile + lane));
@@ -174,9 +175,9 @@ static __device__ __forceinline__ void fv_lean_copy_until(const fv_lean_launch_t
     while (walk->left > stop) {
         const fv_lean_run_t *run = walk->run;
         const int32_t n = min(min(walk->left - stop, run->n_tiles - walk->tile), 32);
-        const fv_tile_query_t query = run->query;
+        const fv_tile_query_t query = fv_lean_head_query(run, walk->head);
         const fv_tile_list_t tiles = run->tiles;
-        const fv_page_ref_t *pages = run->pages + (int64_t)walk->head * run->pages_stride;
+        const fv_page_ref_t *pages = fv_lean_head_pages(run, walk->head);
         const bool is_end = walk->tile + n == run->n_tiles;
         fv_tile_t tile = {};
         fv_page_ref_t page = 0;

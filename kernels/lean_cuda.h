@@ -5,7 +5,8 @@
  *
  * Source: LeanAttention, arXiv:2405.10480, with the arithmetic of lean.h in units of whole tiles. A launch holds items
  * of one geometry. Its line of tiles is made of runs: one block of query rows of one item, for all KV heads
- * (every head of a run has the same number of tiles, so a position on the line is found by one division):
+ * (every head of a run has the same number of tiles, so a position on the line is found by one division).
+ * S2: for neighbouring heads whose lists are as long, and each query head is a head of its own where each has a pattern:
  *
  *     run    |        run 0: 3 heads x 2 tiles        |  run 1: 1 head x 5 tiles  |
  *     group  |  h0 h0   |  h1 h1   |  h2 h2           |  h0 h0 h0 h0 h0           |
@@ -64,13 +65,13 @@ typedef struct fv_lean_dst {
     float *o, *lse_log2;
 } fv_lean_dst_t;
 
-/* One block of query rows of one item, all its KV heads. Device memory; all pointers are the device's. */
+/* One block of query rows of one item, its KV heads. Device memory; all pointers are the device's. */
 typedef struct fv_lean_run {
-    fv_tile_query_t query; /* of the block's rows */
+    fv_tile_query_t query; /* of the block's rows at head 0: fv_lean_head_query() */
     fv_tile_list_t tiles;
-    const fv_page_ref_t
-        *pages;       /* [n_kv_heads, pages_stride], local pages, those of the gap left out */
-    const uint8_t *q; /* of the item's first token */
+    const fv_page_ref_t *
+        pages; /* of fv_lean_head_pages(): [pages_stride], local pages, those of the gap left out */
+    const uint8_t *q; /* of the item's first token and the run's first head; out and lse alike */
     uint8_t *out;
     float *lse; /* or NULL */
     const fv_lean_dst_t *dst;
@@ -79,7 +80,10 @@ typedef struct fv_lean_run {
     uint32_t line_begin; /* first tile on the line */
     int32_t n_tiles;     /* of each head; 1 and is_empty when there is none */
     int32_t n_kv_heads, group;
-    int32_t row_begin, n_rows;                  /* rows of a KV head: r = t * group + g */
+    int32_t head_step; /* S2: from one head's pattern to the next one's; 0: they have the same */
+    int32_t table_group, table_head; /* heads that share a row of pages; which of them head 0 is */
+    int32_t n_q_heads, q_head;       /* query heads of the item; the first of head 0 among them */
+    int32_t row_begin, n_rows;       /* rows of a KV head: r = t * group + g */
     int32_t pages_stride, gap_begin, gap_pages; /* pages >= gap_begin stand gap_pages earlier */
     int32_t io_dtype, n_q_parts, n_dst;
     int32_t is_empty;
@@ -168,6 +172,21 @@ static inline FV_HD FV_CONSTEXPR int32_t fv_lean_cuda_ctas(int32_t kind,
             (fv_lean_cuda_teams(m_warps, is_exact) == 2))
                ? 1
                : 2;
+}
+
+/* The tiles' query of one head of a run. */
+static inline FV_HD fv_tile_query_t fv_lean_head_query(const fv_lean_run_t *run, int32_t head)
+{
+    fv_tile_query_t query = run->query;
+
+    query.head += head * run->head_step;
+    return query;
+}
+
+/* The page references of one head of a run. */
+static inline FV_HD const fv_page_ref_t *fv_lean_head_pages(const fv_lean_run_t *run, int32_t head)
+{
+    return run->pages + (int64_t)((run->table_head + head) / run->table_group) * run->pages_stride;
 }
 
 /* Where a local page stands in the table of a run. */

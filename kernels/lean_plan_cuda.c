@@ -202,9 +202,8 @@ set_direct(const fv_lean_launch_t *launch, const fv_lean_run_t *run, fv_lean_sha
         is_a ? (run->tiles.a_begin + share->tile) : (run->tiles.b_begin + (share->tile - n_a));
     const int32_t left = (is_a ? n_a : run->n_tiles) - share->tile;
 
-    if ((run->is_empty == 0) && !FV_TILES_S2(&run->query)) {
-        share->pages = run->pages + (size_t)share->head * (size_t)run->pages_stride +
-                       fv_lean_page_index(run, page);
+    if ((run->is_empty == 0) && !(is_a && (run->query.policy.kind == FV_POLICY_S2))) {
+        share->pages = fv_lean_head_pages(run, share->head) + fv_lean_page_index(run, page);
         share->n_direct = (uint32_t)((left < share->n_tiles) ? left : share->n_tiles);
     }
     /* rows of the first token; Q as wide as K */

@@ -17,7 +17,7 @@ typedef struct fv_lean_draft {
     fv_lean_geometry_t geometry;
     size_t
         runs; /* offset into the staging area: fv_lean_run_t [n_runs], complete when the line is cut */
-    uint32_t n_runs, runs_max;
+    uint32_t n_runs;
     uint64_t n_tiles;
     int32_t n_q_parts, rows_max; /* most of any run */
 } fv_lean_draft_t;

@@ -16,7 +16,8 @@
 typedef struct fv_lean_tile {
     int64_t begin; /* position of the first token */
     int32_t n_tokens;
-    int32_t is_full; /* every row sees all of FV_PAGE_TOKENS tokens */
+    uint16_t is_full; /* every row sees all of FV_PAGE_TOKENS tokens */
+    uint16_t strided; /* as in fv_tile_t */
 } fv_lean_tile_t;
 
 typedef struct fv_lean_smem {

@@ -16,9 +16,13 @@
 
 #include "kernels/lean_scores.cuh"
 
-static __device__ __forceinline__ bool fv_lean_sees(const fv_row_range_t &range, int64_t j)
+static __device__ __forceinline__ bool
+fv_lean_sees(const fv_row_range_t &range, const fv_lean_tile_t &tile, int32_t token)
 {
-    return (j < range.sink) || ((j >= range.begin) && (j < range.end));
+    const int64_t j = tile.begin + token;
+    const bool is_strided = ((tile.strided >> ((uint32_t)token / FV_S2_BLOCK_MIN)) & 1U) != 0;
+
+    return (j < range.sink) || ((j < range.begin) ? is_strided : (j < range.end));
 }
 
 /* Scale, softcap and mask: S in units of log2, -inf where unseen. */
@@ -58,7 +62,7 @@ static __device__ __forceinline__ void fv_lean_mask(float (*sc)[4],
             for (int i = 0; i < 2; i++) {
                 int32_t token = (int32_t)(token0 + (uint32_t)n * 8U + (lane & 3U) * 2U) + i;
 
-                if ((token >= tile.n_tokens) || !fv_lean_sees(range, tile.begin + token)) {
+                if ((token >= tile.n_tokens) || !fv_lean_sees(range, tile, token)) {
                     sc[n][2 * side + i] = -INFINITY;
                 }
             }
@@ -131,7 +135,7 @@ fv_lean_keep(uint32_t keep[2], const fv_lean_smem_t *s, const fv_lean_tile_t &ti
         for (int j = 0; j < 2; j++) {
             int32_t token = (int32_t)(token0 + (lane & 3U) * 2U) + 8 * i + j;
 
-            if ((token < tile.n_tokens) && fv_lean_sees(hull, tile.begin + token)) {
+            if ((token < tile.n_tokens) && fv_lean_sees(hull, tile, token)) {
                 keep[i] |= 0xffffU << (16 * j);
             }
         }
@@ -151,9 +155,9 @@ static __device__ __forceinline__ void fv_lean_spoil(float (*o)[4],
     const uint32_t lane = threadIdx.x & 31U;
 
     for (int32_t t = 0; (t < 16 * M_WARPS) && ((int32_t)token0 + t < tile.n_tokens); t++) {
-        const int64_t j = tile.begin + token0 + t;
-        const bool sees0 = fv_lean_sees(s->ranges[row0 + (lane >> 2U)], j);
-        const bool sees1 = fv_lean_sees(s->ranges[row0 + (lane >> 2U) + 8U], j);
+        const int32_t token = (int32_t)token0 + t;
+        const bool sees0 = fv_lean_sees(s->ranges[row0 + (lane >> 2U)], tile, token);
+        const bool sees1 = fv_lean_sees(s->ranges[row0 + (lane >> 2U) + 8U], tile, token);
 
 #pragma unroll
         for (int n = 0; n < N_TILES; n++) {

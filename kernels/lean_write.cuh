@@ -10,7 +10,7 @@
 
 #define FV_LEAN_LN2 0.69314718055994530942F
 
-/* Row `row` of the block at KV head `head`: query token, and query head of this rank. */
+/* Row `row` of the block at KV head `head`: query token, and query head of the run. */
 typedef struct fv_lean_row {
     int32_t t, h;
 } fv_lean_row_t;
@@ -78,7 +78,7 @@ static __device__ __forceinline__ fv_lean_target_t fv_lean_find_target(const fv_
 
     if (run.n_dst > 0) {
         const uint64_t index =
-            (uint64_t)r.t * (uint64_t)(run.n_kv_heads * run.group) + (uint64_t)r.h;
+            (uint64_t)r.t * (uint64_t)run.n_q_heads + (uint64_t)(run.q_head + r.h);
         int32_t low = 0;
         int32_t high = run.n_dst;
 

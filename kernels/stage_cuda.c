@@ -50,7 +50,7 @@ size_t fv_cuda_item_bytes(const fv_backend_t *backend,
 
 /* ------------------------------------------------------------------ pages */
 
-/* References [begin, end) of a head, all of pages that are read. Holes are for policies that free pages. */
+/* References [begin, end) of a head, all of pages that are read. */
 static fv_status_t check_pages(const fv_backend_t *backend,
                                const fv_attn_item_t *item,
                                int32_t head,
@@ -58,22 +58,65 @@ static fv_status_t check_pages(const fv_backend_t *backend,
                                uint32_t end)
 {
     const fv_page_ref_t *pages = item->pages + (size_t)head * item->pages_head_stride;
-    const bool has_holes =
-        (item->policy.kind != FV_POLICY_DENSE) && (item->policy.kind != FV_POLICY_WINDOW);
     const size_t page_bytes =
         fv_cuda_page_bytes(item->kv_dtype, item->head_dim_qk, item->head_dim_v);
     fv_page_ref_t top = 0;
 
     for (uint32_t i = begin; i < end; i++) {
-        const fv_page_ref_t page = (has_holes && (pages[i] == FV_PAGE_NONE)) ? 0U : pages[i];
-
-        top = (page > top) ? page : top;
+        top = (pages[i] > top) ? pages[i] : top;
     }
     if ((begin < end) && !fv_cuda_page_ok(backend, top, page_bytes)) {
         return fv_fail(
             FV_ERR_INVALID_ARG,
             "kernels: pages[head %d]: given %u, expected a page inside the arena of %zu bytes",
             head, top, backend->kv_arena_bytes);
+    }
+    return FV_OK;
+}
+
+/* S2: of local pages from `begin` on, those on the list of a pattern. */
+static fv_status_t check_listed_pages(const fv_backend_t *backend,
+                                      const fv_attn_item_t *item,
+                                      int32_t kv_head,
+                                      int32_t pattern,
+                                      uint32_t begin)
+{
+    const fv_page_ref_t *pages = item->pages + (size_t)kv_head * item->pages_head_stride;
+    const size_t page_bytes =
+        fv_cuda_page_bytes(item->kv_dtype, item->head_dim_qk, item->head_dim_v);
+    fv_tile_query_t query = fv_cuda_tokens_query(item, 0, item->n_tokens);
+
+    query.head = pattern;
+    const fv_tile_list_t list = fv_tiles_make(&query);
+
+    for (int32_t i = fv_tiles_count(&list) - 1; i >= 0; i--) {
+        const int32_t page = fv_tile_at(&query, &list, i).local_page;
+
+        if ((uint32_t)page < begin) {
+            break;
+        }
+        if (!fv_cuda_page_ok(backend, pages[page], page_bytes)) {
+            return fv_fail(FV_ERR_INVALID_ARG,
+                           "kernels: pages[head %d][%d]: given %u, expected a page inside the "
+                           "arena of %zu bytes",
+                           kv_head, page, pages[page], backend->kv_arena_bytes);
+        }
+    }
+    return FV_OK;
+}
+
+static fv_status_t
+check_s2_pages(const fv_backend_t *backend, const fv_attn_item_t *item, uint32_t begin)
+{
+    const int32_t n_patterns = fv_policy_splits_group(&item->policy) ? item->group : 1;
+
+    for (int32_t h = 0; h < item->n_kv_heads; h++) {
+        for (int32_t g = 0; g < n_patterns; g++) {
+            const int32_t pattern =
+                fv_policy_head(&item->policy, item->kv_head_begin + h, item->group, g);
+
+            FV_RETURN_IF_ERR(check_listed_pages(backend, item, h, pattern, begin));
+        }
     }
     return FV_OK;
 }
@@ -87,6 +130,9 @@ static fv_status_t check_new_pages(const fv_backend_t *backend,
     const uint32_t a_begin = ((uint32_t)list->a_begin > begin) ? (uint32_t)list->a_begin : begin;
     const uint32_t b_begin = ((uint32_t)list->b_begin > begin) ? (uint32_t)list->b_begin : begin;
 
+    if (item->policy.kind == FV_POLICY_S2) {
+        return check_s2_pages(backend, item, begin);
+    }
     for (int32_t h = 0; h < item->n_kv_heads; h++) {
         FV_RETURN_IF_ERR(check_pages(backend, item, h, a_begin, (uint32_t)list->a_end));
         FV_RETURN_IF_ERR(check_pages(backend, item, h, b_begin, (uint32_t)list->b_end));

@@ -6,6 +6,22 @@
 
 #include "kernels/backend_cuda.h"
 
+/* What tokens [t_begin, t_end) of an item read, of S2 the first pattern's. */
+static inline fv_tile_query_t
+fv_cuda_tokens_query(const fv_attn_item_t *item, int32_t t_begin, int32_t t_end)
+{
+    const fv_tile_query_t query = {
+        .policy = item->policy,
+        .shard = item->shard,
+        .q_begin = item->position + t_begin,
+        .q_end = item->position + t_end,
+        .kv_end = item->kv_end,
+        .head = fv_policy_head(&item->policy, item->kv_head_begin, item->group, 0),
+        .causal = item->causal};
+
+    return query;
+}
+
 /* Staging bytes of an item's pages, query and results, at most. `pages`: all tiles that its rows read. */
 size_t fv_cuda_item_bytes(const fv_backend_t *backend,
                           const fv_attn_item_t *item,

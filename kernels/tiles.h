@@ -31,13 +31,6 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* No device kernel takes S2 yet (all KV heads of its items share one list): its registers are not spent on it. */
-#ifdef __CUDA_ARCH__
-#    define FV_TILES_S2(query) false
-#else
-#    define FV_TILES_S2(query) ((query)->policy.kind == FV_POLICY_S2)
-#endif
-
 /* This rank's part of the context: block b of shard_tokens tokens is here iff b % n_parts == part. */
 typedef struct fv_kv_shard {
     uint32_t shard_tokens; /* multiple of FV_PAGE_TOKENS */
@@ -110,7 +103,7 @@ static inline FV_HD fv_row_range_t fv_row_range(const fv_tile_query_t *q, int64_
             r.sink = 0;
         }
     }
-    if (FV_TILES_S2(q) && !fv_policy_is_dense(&q->policy, q->head)) {
+    if ((q->policy.kind == FV_POLICY_S2) && !fv_policy_is_dense(&q->policy, q->head)) {
         r.begin = fv_min64(fv_s2_local_begin(&q->policy, p), q->kv_end);
     }
     return r; /* begin <= end: both ends are clamped to kv_end, and window_tokens >= 1 */
@@ -138,8 +131,12 @@ static inline FV_HD int64_t fv_shard_pages_before(const fv_kv_shard_t *s, int64_
 static inline FV_HD int64_t fv_shard_page_position(const fv_kv_shard_t *s, int64_t local_page)
 {
     int64_t local = local_page * FV_PAGE_TOKENS;
-    int64_t turn = local / s->shard_tokens;
+    int64_t turn = 0;
 
+    if (s->n_parts == 1) { /* a device has no fast division */
+        return local;
+    }
+    turn = local / s->shard_tokens;
     return (turn * s->n_parts + s->part) * (int64_t)s->shard_tokens + local % s->shard_tokens;
 }
 
@@ -221,7 +218,8 @@ static inline FV_HD int64_t fv_strides_page(const fv_strides_t *s,
     int64_t begin = 0;
 
     if (shard->n_parts == 1) {
-        return fv_strides_unit(s, i) / s->per_page;
+        return ((s->width == 1) && (s->per_page == 1)) ? (i * s->period + s->first)
+                                                       : (fv_strides_unit(s, i) / s->per_page);
     }
     if ((u * shard->n_parts) % s->period == 0) {
         turn = i / fv_strides_in_turns(s, shard, 1);
@@ -277,7 +275,7 @@ static inline FV_HD fv_tile_list_t fv_tiles_make(const fv_tile_query_t *q)
     int64_t begin = fv_min64(first.begin, last.begin);
     int64_t end = fv_max64(first.end, last.end);
 
-    if (FV_TILES_S2(q)) {
+    if (q->policy.kind == FV_POLICY_S2) {
         return fv_tiles_make_s2(q);
     }
     list.a_begin = 0;
@@ -308,7 +306,7 @@ static inline FV_HD fv_tile_t fv_tile_at(const fv_tile_query_t *q,
     int64_t end;
 
     tile.local_page = (i < n_a) ? (list->a_begin + i) : (list->b_begin + (i - n_a));
-    if (FV_TILES_S2(q) && (i < n_a)) {
+    if ((q->policy.kind == FV_POLICY_S2) && (i < n_a)) {
         fv_strides_t strides = fv_s2_strides(&q->policy, q->head);
 
         tile.local_page = (int32_t)fv_strides_page(&strides, &q->shard, i);
@@ -320,8 +318,11 @@ static inline FV_HD fv_tile_t fv_tile_at(const fv_tile_query_t *q,
     tile.full = ((tile.begin >= last.begin) && (tile.begin >= first.begin) && (end <= first.end)) ||
                 ((end <= first.sink) && (end <= last.sink));
     tile.strided = 0;
-    if (FV_TILES_S2(q) && (tile.begin < last.begin)) {
-        tile.strided = (uint8_t)fv_s2_quarters(&q->policy, q->head, tile.begin / FV_PAGE_TOKENS);
+    if ((q->policy.kind == FV_POLICY_S2) && (tile.begin < last.begin)) {
+        tile.strided =
+            ((i < n_a) && (q->policy.block_tokens >= FV_PAGE_TOKENS))
+                ? (uint8_t)FV_S2_QUARTERS_ALL
+                : (uint8_t)fv_s2_quarters(&q->policy, q->head, tile.begin / FV_PAGE_TOKENS);
         tile.full = tile.full || ((tile.strided == FV_S2_QUARTERS_ALL) && (end <= first.end));
     }
     return tile;
