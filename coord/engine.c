@@ -74,6 +74,9 @@ fv_status_t fv_engine_create(const fv_engine_config_t *config, fv_engine_t **out
         status = create_staging(config, &engine->staging);
     }
     if (status == FV_OK) {
+        status = fv_lost_create(&engine->lost);
+    }
+    if (status == FV_OK) {
         status = fv_engine_init_pipeline(engine);
     }
     if (status != FV_OK) {
@@ -100,6 +103,7 @@ void fv_engine_destroy(fv_engine_t *engine)
     fv_staging_destroy(engine->staging);
     fv_sched_destroy(engine->sched);
     fv_engine_free_streams(engine);
+    fv_lost_destroy(engine->lost);
     free(engine->hellos);
     free(engine->rank_stats);
     free(engine->scan_items);
@@ -326,11 +330,18 @@ fv_status_t fv_engine_run(fv_engine_t *engine, fv_rpc_t *rpc, int signal_fd)
     fv_rpc_set_serving(rpc, true);
     for (;;) {
         status = take_own_turn(engine, &is_done, &until_us);
-        if (is_done) {
-            break;
+        if ((status == FV_OK) && !is_done) {
+            status = sleep_until_needed(engine, signal_fd, until_us);
         }
-        status = sleep_until_needed(engine, signal_fd, until_us);
         if (status != FV_OK) {
+            fv_error_t cause = fv_error_capture(status);
+            fv_warn("%s", cause.text);
+            if (fv_engine_repair(engine)) {
+                continue;
+            }
+            status = fv_fail(status, "%s", cause.text);
+        }
+        if (is_done || (status != FV_OK)) {
             break;
         }
     }

@@ -27,6 +27,14 @@
 
 typedef struct fv_engine fv_engine_t;
 
+/* The ranks that a repair has replaced, and what the new ones say of themselves. */
+#define FV_REPAIRED_MAX 16
+typedef struct fv_repaired {
+    uint32_t n, epoch;
+    uint32_t ranks[FV_REPAIRED_MAX];
+    fv_ctl_hello_t hellos[FV_REPAIRED_MAX];
+} fv_repaired_t;
+
 typedef struct fv_engine_config {
     fv_sched_config_t sched;
     size_t request_memory_bytes;
@@ -39,6 +47,12 @@ typedef struct fv_engine_config {
     uint64_t
         inline_pairs_max; /* (query, KV token) pairs served on the rpc thread; 0 = 65536, ms of a CPU */
     fv_link_t *link;      /* NULL: one rank */
+    /*
+     * Puts spares into the place of the ranks that `link` has lost, and takes link, exchange and the own rank to another
+     * epoch. NULL: a lost rank ends the service. Errors: nobody is left, or it can not be done.
+     */
+    fv_status_t (*repair)(void *ctx, fv_repaired_t *out);
+    void *repair_ctx;
     const char *exchange;        /* "none", "mpi" */
     const fv_ctl_hello_t *ranks; /* [n_ranks] as they introduced themselves; copied */
 } fv_engine_config_t;

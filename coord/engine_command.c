@@ -38,6 +38,7 @@ static fv_status_t run_own(fv_engine_t *engine, fv_ctl_type_t type, const void *
     case FV_CTL_DONE:
     case FV_CTL_PING:
     case FV_CTL_PONG:
+    case FV_CTL_EPOCH:
     case FV_CTL_STOP:
     case FV_CTL_KEEP:
     case FV_CTL_KEPT:
@@ -65,12 +66,12 @@ static uint32_t rank_at(const fv_placement_t *placement, uint32_t i)
     return (placement == NULL) ? i : placement->ranks[i];
 }
 
-fv_status_t fv_engine_broadcast(fv_engine_t *engine,
-                                const fv_placement_t *placement,
-                                fv_ctl_type_t type,
-                                const void *body,
-                                size_t n_bytes,
-                                fv_error_t *out_refusal)
+static fv_status_t send_to_ranks(fv_engine_t *engine,
+                                 const fv_placement_t *placement,
+                                 fv_ctl_type_t type,
+                                 const void *body,
+                                 size_t n_bytes,
+                                 fv_error_t *out_refusal)
 {
     uint32_t n = rank_count(engine, placement);
 
@@ -94,6 +95,21 @@ fv_status_t fv_engine_broadcast(fv_engine_t *engine,
         fv_sched_rank_memory(engine->sched, rank_at(placement, i), &done.memory);
     }
     return FV_OK;
+}
+
+fv_status_t fv_engine_broadcast(fv_engine_t *engine,
+                                const fv_placement_t *placement,
+                                fv_ctl_type_t type,
+                                const void *body,
+                                size_t n_bytes,
+                                fv_error_t *out_refusal)
+{
+    fv_status_t status = send_to_ranks(engine, placement, type, body, n_bytes, out_refusal);
+
+    if (status != FV_OK) { /* some ranks may have it */
+        fv_engine_note_broken_command(engine, placement, type, body, n_bytes);
+    }
+    return status;
 }
 
 /* ------------------------------------------------------------------ helpers */
@@ -124,7 +140,10 @@ static fv_status_t visible_session(const fv_engine_t *engine,
     if ((*out == NULL) || !fv_principal_may_see(fv_call_principal(entry->call), (*out)->owner)) {
         char hex[FV_SESSION_ID_CHARS + 1];
         fv_session_id_format(id, hex);
-        return fv_fail(FV_ERR_NOT_FOUND, "session_id: no session %s", hex);
+        fv_error_t error =
+            fv_error_capture(fv_fail(FV_ERR_NOT_FOUND, "session_id: no session %s", hex));
+        fv_engine_explain_loss(engine, fv_call_principal(entry->call), id, &error);
+        return fv_fail((fv_status_t)error.status, "%s", error.text);
     }
     (*out)->used_us = fv_clock_us();
     return FV_OK;

@@ -154,7 +154,11 @@ void fv_entry_release(fv_entry_t *entry)
         fv_principal_end_request(principal);
     }
     fv_call_unref(entry->call);
-    fv_staging_give(entry);
+    if (entry->is_abandoned) {
+        fv_staging_abandon(entry);
+    } else {
+        fv_staging_give(entry);
+    }
 }
 
 void fv_job_release(fv_job_t *job)

@@ -8,6 +8,7 @@
 
 #include "coord/dispatch.h"
 #include "coord/engine.h"
+#include "coord/lost.h"
 #include "coord/staging.h"
 
 #include <pthread.h>
@@ -18,8 +19,9 @@ typedef struct fv_entry {
     struct fv_entry *next;
     fv_call_t *call; /* one reference held */
     fv_method_t method;
-    size_t n_bytes;  /* small RPC: its message follows the entry */
-    bool is_counted; /* among its principal's requests in flight */
+    size_t n_bytes;    /* small RPC: its message follows the entry */
+    bool is_counted;   /* among its principal's requests in flight */
+    bool is_abandoned; /* messages given up may still read it: never reused */
 } fv_entry_t;
 
 /* An AttendRequest in staging: this struct, its item arrays, then q, k, v, each aligned. */
@@ -34,6 +36,7 @@ typedef struct fv_job {
     /* of the pieces before the step that added to the timings last */
     uint64_t timed_step;
     uint32_t compute_us_before, exchange_us_before;
+    uint32_t n_repeats; /* steps it was in when a rank was lost */
 } fv_job_t;
 
 /* One WatchStatus call. The door keeps at most one unsent message: a slow reader sees the newest state. */
@@ -126,6 +129,23 @@ struct fv_engine {
     int64_t turn_end_us, progress_us;
     uint64_t n_steps_ahead; /* begun while another was under way */
 
+    /* engine_repair.c */
+    struct {
+        bool is_set, has_placement;
+        fv_ctl_type_t type;
+        fv_placement_t placement;
+        size_t n_bytes;
+        union {
+            fv_ctl_model_t model;
+            fv_ctl_open_t open;
+            fv_ctl_fork_t fork;
+            fv_ctl_truncate_t truncate;
+            fv_ctl_close_t close;
+        } body;
+    } broken_command; /* that some ranks may have, and others not */
+    fv_lost_t *lost;  /* sessions that were lost with a rank */
+    uint64_t n_repairs;
+
     int64_t start_us;
     uint64_t n_running, n_done, n_failed, n_steps;
     fv_rank_stats_t *rank_stats; /* [n_ranks] */
@@ -194,6 +214,26 @@ FV_MUST_CHECK fv_status_t fv_engine_broadcast(fv_engine_t *engine,
                                               const void *body,
                                               size_t n_bytes,
                                               fv_error_t *out_refusal);
+
+/* engine_step.c: what waited for a request that was half-way is looked at again. */
+void fv_engine_release_held(fv_engine_t *engine);
+
+/* engine_repair.c: notes a command that not every rank may have had, because one is gone. */
+void fv_engine_note_broken_command(fv_engine_t *engine,
+                                   const fv_placement_t *placement,
+                                   fv_ctl_type_t type,
+                                   const void *body,
+                                   size_t n_bytes);
+/*
+ * A rank was lost: a spare takes its place, what was under way is done again. False: it can not be, the service must end; what
+ * was under way is answered. The turn is not held.
+ */
+bool fv_engine_repair(fv_engine_t *engine);
+/* An error of a request or command on a session that was lost says so. */
+void fv_engine_explain_loss(const fv_engine_t *engine,
+                            const fv_principal_t *who,
+                            const fv_session_id_t *id,
+                            fv_error_t *error);
 
 /* engine_sessions.c; the turn is held; an error ends the service */
 FV_MUST_CHECK fv_status_t fv_engine_close_session(fv_engine_t *engine, const fv_session_id_t *id);

@@ -295,6 +295,7 @@ static fv_status_t wait_for_ranks(fv_engine_t *engine)
     size_t n_ranks = fv_dispatch_ranks(oldest->dispatch, &ranks);
     for (size_t i = 0; i < n_ranks; i++) {
         if (!oldest->is_rank_done[ranks[i]]) {
+            fv_link_declare_silent(engine->config.link, ranks[i], deadline_ms);
             return fv_fail(FV_ERR_TIMED_OUT, "rank %u did not answer within %u ms", ranks[i],
                            deadline_ms);
         }
@@ -337,7 +338,9 @@ fv_status_t fv_engine_work(fv_engine_t *engine)
     fv_status_t status = work(engine);
     if (status != FV_OK) {
         fv_error_t error = fv_error_capture(status);
-        fv_engine_fail_steps(engine, status);
+        if (engine->config.repair == NULL) { /* else fv_engine_repair() sees to them */
+            fv_engine_fail_steps(engine, status);
+        }
         return fv_fail(status, "%s", error.text);
     }
     return FV_OK;

@@ -105,6 +105,10 @@ void fv_reply_job(fv_engine_t *engine, fv_job_t *job, int64_t now_us)
         reply_results(job);
     } else {
         engine->n_failed++;
+        for (uint32_t i = 0; i < request->head.n_items; i++) {
+            fv_engine_explain_loss(engine, request->principal, &request->items[i].session,
+                                   &request->error);
+        }
         reply_failure(job->entry.call, job->entry.method, request->head.request_id, &request->error,
                       &job->timings);
     }

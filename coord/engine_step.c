@@ -307,8 +307,7 @@ static fv_status_t undo_failed(fv_engine_t *engine, const fv_step_plan_t *plan)
     return FV_OK;
 }
 
-/* What waited for a request that was half-way is looked at again. */
-static void release_held(fv_engine_t *engine)
+void fv_engine_release_held(fv_engine_t *engine)
 {
     engine->has_ended_streams = engine->has_ended_streams || engine->has_held_streams;
     engine->has_held_streams = false;
@@ -334,7 +333,7 @@ fv_status_t fv_engine_settle(fv_engine_t *engine)
     fv_engine_note_use(engine, flight->plan.joined);
     fv_sched_step_done(engine->sched, &flight->plan);
     if (flight->plan.joined != NULL) {
-        release_held(engine);
+        fv_engine_release_held(engine);
     }
     engine->n_steps++;
     engine->n_running -= flight->plan.n_joined;

@@ -8,7 +8,7 @@
  * under way; while waiting, every rank's socket is watched, so that a death is noticed at once whoever is awaited.
  *
  * Thread: engine. Errors: FV_ERR_RANK_LOST naming the rank, FV_ERR_TIMED_OUT, FV_ERR_PROTOCOL, FV_ERR_MPI; after any of
- * them the link is unusable and the service must end (a later version repairs in place).
+ * them the link is unusable until it is taken to another epoch (fv_link_begin_epoch()), or the service must end.
  */
 #ifndef FV_COORD_LINK_H
 #define FV_COORD_LINK_H
@@ -91,6 +91,19 @@ FV_MUST_CHECK fv_status_t fv_link_check(fv_link_t *link);
 void fv_link_declare_silent(fv_link_t *link, uint32_t rank, uint32_t silent_ms);
 /* True of a rank that is lost, and whose process may live: it was not heard, or its host can not be reached. */
 bool fv_link_is_cut_off(const fv_link_t *link, uint32_t rank);
+bool fv_link_is_lost(const fv_link_t *link, uint32_t rank);
+/*
+ * Another epoch: what is under way is given up, and memory that messages of it may still reach must stay as it is. Messages of
+ * older epochs that still come are dropped.
+ *   begin_epoch   the control sockets speak for the new epoch
+ *   replace       `fd` is rank `rank`'s from now on; taken. The old one is closed.
+ *   wait_hello    a rank is in the new epoch
+ *   set_comm      tensors go over the new MPI_Comm
+ */
+void fv_link_begin_epoch(fv_link_t *link, uint32_t epoch);
+void fv_link_replace(fv_link_t *link, uint32_t rank, int fd);
+FV_MUST_CHECK fv_status_t fv_link_wait_hello(fv_link_t *link, uint32_t rank, fv_ctl_hello_t *out);
+void fv_link_set_comm(fv_link_t *link, void *mpi_comm);
 /* The same as a predicate for the exchange's waits; `link` is a fv_link_t. */
 bool fv_link_is_broken(void *link);
 /* Called by fv_link_is_broken(), that is, while the coordinator's own rank waits for its device or for partial states. */

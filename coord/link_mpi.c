@@ -160,6 +160,47 @@ fv_status_t fv_link_check(fv_link_t *link)
     return FV_OK;
 }
 
+bool fv_link_is_lost(const fv_link_t *link, uint32_t rank)
+{
+    struct pollfd p = {.fd = link->peers[rank].fd, .events = POLLRDHUP};
+
+    return (p.fd >= 0) && (poll(&p, 1, 0) > 0) &&
+           ((p.revents & (POLLHUP | POLLRDHUP | POLLERR)) != 0);
+}
+
+/* ------------------------------------------------------------------ another epoch */
+
+void fv_link_begin_epoch(fv_link_t *link, uint32_t epoch)
+{
+    link->epoch = epoch;
+    for (uint32_t r = 0; r < link->n_ranks; r++) {
+        for (uint32_t slot = 0; slot < FV_STEP_DEPTH; slot++) { /* they stay posted, for ever */
+            link->peers[r].input[slot] = MPI_REQUEST_NULL;
+            link->peers[r].output[slot] = MPI_REQUEST_NULL;
+        }
+    }
+}
+
+void fv_link_replace(fv_link_t *link, uint32_t rank, int fd)
+{
+    fv_peer_t *peer = &link->peers[rank];
+
+    if (peer->fd >= 0) {
+        (void)close(peer->fd);
+    }
+    peer->fd = fd;
+    peer->is_unreachable = false;
+    atomic_store(&peer->silent_ms, 0U);
+    link->watch[rank].fd = fd;
+}
+
+void fv_link_set_comm(fv_link_t *link, void *mpi_comm)
+{
+    link->comm = *(MPI_Comm *)mpi_comm;
+}
+
+/* ------------------------------------------------------------------ */
+
 void fv_link_on_wait(fv_link_t *link, void (*on_wait)(void *arg), void *arg)
 {
     link->on_wait = on_wait;
@@ -242,6 +283,26 @@ static fv_status_t read_from(fv_link_t *link, uint32_t rank, void *out, size_t n
     return (status == FV_ERR_RANK_LOST) ? rank_is_gone(link, rank) : status;
 }
 
+/* What rank `rank` says next, of this epoch; what it said in an older one is read and forgotten. */
+static fv_status_t read_header(fv_link_t *link, uint32_t rank, fv_ctl_header_t *out)
+{
+    int64_t deadline_us = fv_clock_us() + (int64_t)link->deadline_ms * 1000;
+    uint8_t old[1024];
+
+    for (;;) {
+        FV_RETURN_IF_ERR(wait_readable(link, rank, deadline_us));
+        FV_RETURN_IF_ERR(read_from(link, rank, out, sizeof(*out)));
+        if ((out->magic != FV_CTL_MAGIC) || (out->epoch >= link->epoch)) {
+            return FV_OK;
+        }
+        for (size_t left = out->body_bytes; left > 0;) {
+            size_t n = (left < sizeof(old)) ? left : sizeof(old);
+            FV_RETURN_IF_ERR(read_from(link, rank, old, n));
+            left -= n;
+        }
+    }
+}
+
 static fv_status_t read_done(fv_link_t *link,
                              uint32_t rank,
                              fv_ctl_done_t *out,
@@ -249,10 +310,8 @@ static fv_status_t read_done(fv_link_t *link,
                              size_t n_items)
 {
     fv_ctl_header_t header;
-    int64_t deadline_us = fv_clock_us() + (int64_t)link->deadline_ms * 1000;
 
-    FV_RETURN_IF_ERR(wait_readable(link, rank, deadline_us));
-    FV_RETURN_IF_ERR(read_from(link, rank, &header, sizeof(header)));
+    FV_RETURN_IF_ERR(read_header(link, rank, &header));
     if ((header.magic != FV_CTL_MAGIC) || (header.type != FV_CTL_DONE) ||
         (header.epoch != link->epoch) || (header.body_bytes < sizeof(*out))) {
         return fv_fail(FV_ERR_PROTOCOL, "rank %u: message type %u of %u bytes, expected DONE", rank,
@@ -273,6 +332,19 @@ static fv_status_t read_done(fv_link_t *link,
 fv_status_t fv_link_wait_done(fv_link_t *link, uint32_t rank, fv_ctl_done_t *out)
 {
     return read_done(link, rank, out, NULL, 0);
+}
+
+fv_status_t fv_link_wait_hello(fv_link_t *link, uint32_t rank, fv_ctl_hello_t *out)
+{
+    fv_ctl_header_t header;
+
+    FV_RETURN_IF_ERR(read_header(link, rank, &header));
+    if ((header.magic != FV_CTL_MAGIC) || (header.type != FV_CTL_HELLO) ||
+        (header.epoch != link->epoch) || (header.body_bytes != sizeof(*out))) {
+        return fv_fail(FV_ERR_PROTOCOL, "rank %u: message type %u of %u bytes, expected HELLO",
+                       rank, header.type, header.body_bytes);
+    }
+    return read_from(link, rank, out, sizeof(*out));
 }
 
 void fv_link_stop(fv_link_t *link)

@@ -18,6 +18,7 @@
 #include "coord/link.h"
 #include "coord/main_exchange.h"
 #include "coord/main_heartbeat.h"
+#include "coord/main_repair.h"
 #include "coord/resources.h"
 #include "coord/rpc.h"
 #include "coord/version.h"
@@ -53,8 +54,10 @@ extern char **environ;
 typedef struct fv_process {
     fv_config_t config;
     bool has_mpi;
-    MPI_Comm comm;
-    int rank, n_ranks;
+    fv_crew_t crew;
+    int rank,
+        n_ranks; /* of the service; a spare's is its number among the processes, until it is a rank */
+    int n_world;                   /* processes: ranks, then spares */
     int local_rank, n_local_ranks; /* among the ranks of this host */
     bool is_with_coordinator;      /* rank 0 is on this host */
     const fv_backend_ops_t *backend;
@@ -62,8 +65,8 @@ typedef struct fv_process {
     fv_worker_t *worker; /* NULL: dedicated coordinator */
     fv_main_exchange_t exchange;
     fv_ctl_hello_t hello;
-    fv_ctl_hello_t *hellos; /* rank 0: [n_ranks] */
-    int *fds, *beat_fds;    /* [n_ranks] */
+    fv_ctl_hello_t *hellos; /* rank 0: [n_world] */
+    int *fds, *beat_fds;    /* [n_world] */
     fv_heartbeat_t *heartbeat;
     fv_link_t *link;
     fv_auth_t *auth; /* rank 0 */
@@ -92,12 +95,29 @@ static bool is_launched_by_mpi(void)
     return false;
 }
 
+static bool is_spare(const fv_process_t *p)
+{
+    return p->rank >= p->n_ranks;
+}
+
+/* The first epoch's communicator. Without spares there is never another one. */
+static fv_status_t form_crew(fv_process_t *p)
+{
+    fv_crew_init(&p->crew, (uint32_t)p->n_ranks, (uint32_t)p->n_world, EPOCH);
+    p->crew.deadline_ms = (uint32_t)p->config.repair_deadline_ms;
+    p->crew.lost_code = EXIT_RANK_LOST;
+    p->crew.exchange = &p->exchange;
+    p->crew.comm = MPI_COMM_WORLD;
+    return ((p->config.spares == 0) || is_spare(p)) ? FV_OK : fv_crew_make_comm(&p->crew);
+}
+
 static fv_status_t join_mpi(fv_process_t *p)
 {
     MPI_Comm local = MPI_COMM_NULL;
     int provided = 0;
 
     p->n_ranks = 1;
+    p->n_world = 1;
     p->n_local_ranks = 1;
     p->is_with_coordinator = true;
     if (!is_launched_by_mpi()) {
@@ -107,25 +127,32 @@ static fv_status_t join_mpi(fv_process_t *p)
         return fv_fail(FV_ERR_MPI, "MPI_Init_thread failed");
     }
     p->has_mpi = true;
-    p->comm = MPI_COMM_WORLD;
-    (void)MPI_Comm_set_errhandler(p->comm, MPI_ERRORS_RETURN);
-    (void)MPI_Comm_rank(p->comm, &p->rank);
-    (void)MPI_Comm_size(p->comm, &p->n_ranks);
-    if (MPI_Comm_split_type(p->comm, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &local) ==
+    (void)MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
+    (void)MPI_Comm_rank(MPI_COMM_WORLD, &p->rank);
+    (void)MPI_Comm_size(MPI_COMM_WORLD, &p->n_world);
+    p->n_ranks = p->n_world - p->config.spares;
+    if (MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &local) ==
         MPI_SUCCESS) {
         int first = p->rank;
+        int is_rank = is_spare(p) ? 0 : 1;
 
-        (void)MPI_Comm_size(local, &p->n_local_ranks);
+        (void)MPI_Allreduce(&is_rank, &p->n_local_ranks, 1, MPI_INT, MPI_SUM, local);
+        p->n_local_ranks = (p->n_local_ranks > 0) ? p->n_local_ranks : 1;
         (void)MPI_Comm_rank(local, &p->local_rank);
         (void)MPI_Bcast(&first, 1, MPI_INT, 0, local);
         p->is_with_coordinator = first == 0;
         (void)MPI_Comm_free(&local);
     }
-    if (p->n_ranks > 1024) {
-        return fv_fail(FV_ERR_INVALID_ARG, "mpirun -np: given %d ranks, expected at most 1024",
-                       p->n_ranks);
+    if (p->n_world > (int)FV_RANKS_MAX) {
+        return fv_fail(FV_ERR_INVALID_ARG, "mpirun -np: given %d ranks, expected at most %d",
+                       p->n_world, FV_RANKS_MAX);
     }
-    return FV_OK;
+    if ((p->config.spares > 0) && (p->n_ranks < 2)) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "spares: given %d of %d processes, expected two ranks at least beside them",
+                       p->config.spares, p->n_world);
+    }
+    return form_crew(p);
 }
 
 /* Every rank learns whether all ranks are fine. */
@@ -135,7 +162,7 @@ static bool all_fine(const fv_process_t *p, bool mine)
     int all = local;
 
     if (p->has_mpi) {
-        (void)MPI_Allreduce(&local, &all, 1, MPI_INT, MPI_MIN, p->comm);
+        (void)MPI_Allreduce(&local, &all, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
     }
     return all != 0;
 }
@@ -169,7 +196,7 @@ static const fv_backend_ops_t *backend_named(const char *name)
 static fv_main_place_t place_of(fv_process_t *p)
 {
     return (fv_main_place_t){
-        .comm = &p->comm,
+        .comm = &p->crew.comm,
         .rank = p->rank,
         .n_ranks = p->n_ranks,
         .local_rank = p->local_rank,
@@ -225,13 +252,15 @@ static fv_status_t choose_backend(fv_process_t *p)
     return FV_OK;
 }
 
-static fv_status_t start_worker(fv_process_t *p, uint64_t kv_bytes)
+/* n_threads 0: as the configuration says. */
+static fv_status_t start_worker(fv_process_t *p, uint64_t kv_bytes, uint32_t n_threads)
 {
+    int32_t threads = fv_resolve_threads(p->config.threads, p->n_local_ranks);
     fv_worker_config_t config = {
         .rank = (uint32_t)p->rank,
         .n_ranks = (uint32_t)p->n_ranks,
         .backend = p->backend,
-        .backend_config = {.n_threads = fv_resolve_threads(p->config.threads, p->n_local_ranks),
+        .backend_config = {.n_threads = (n_threads > 0U) ? (int32_t)n_threads : threads,
                            .kv_arena_bytes = kv_bytes,
                            .device = p->device,
                            .isa = p->config.isa},
@@ -246,6 +275,7 @@ static fv_status_t start_worker(fv_process_t *p, uint64_t kv_bytes)
         return FV_OK;
     }
     FV_RETURN_IF_ERR(fv_worker_create(&config, &p->worker));
+    p->crew.worker = p->worker;
     fv_worker_hello(p->worker, &p->hello);
     return FV_OK;
 }
@@ -259,12 +289,18 @@ static bool start_parts(fv_process_t *p)
     if (!said_fine(p, status)) {
         return false;
     }
-    status = fv_main_exchange_open(&place, &p->config, p->backend, p->device, &p->exchange);
+    status = is_spare(p)
+                 ? FV_OK
+                 : fv_main_exchange_open(&place, &p->config, p->backend, p->device, &p->exchange);
     uint64_t kv_bytes = has_worker(p) ? kv_memory(p) : 0U; /* before a neighbour takes its own */
     if (!said_fine(p, status)) {
         return false;
     }
-    return said_fine(p, start_worker(p, kv_bytes));
+    if (is_spare(p)) { /* its worker is made when it is known whose place it takes */
+        p->hello = (fv_ctl_hello_t){.rank = (uint32_t)p->rank, .backend = "spare"};
+        return said_fine(p, FV_OK);
+    }
+    return said_fine(p, start_worker(p, kv_bytes, 0));
 }
 
 static fv_status_t local_model(void *ctx, const fv_ctl_model_t *message)
@@ -351,30 +387,37 @@ static const fv_local_ops_t *local_ops(const fv_process_t *p)
 
 static fv_status_t meet(fv_process_t *p)
 {
-    p->hellos = calloc((size_t)p->n_ranks, sizeof(*p->hellos));
-    p->fds = calloc((size_t)p->n_ranks, sizeof(*p->fds));
-    p->beat_fds = calloc((size_t)p->n_ranks, sizeof(*p->beat_fds));
+    p->hellos = calloc((size_t)p->n_world, sizeof(*p->hellos));
+    p->fds = calloc((size_t)p->n_world, sizeof(*p->fds));
+    p->beat_fds = calloc((size_t)p->n_world, sizeof(*p->beat_fds));
     if ((p->hellos == NULL) || (p->fds == NULL) || (p->beat_fds == NULL)) {
         return fv_fail(FV_ERR_NO_MEMORY, "%d ranks", p->n_ranks);
     }
-    if (!p->has_mpi || (p->n_ranks == 1)) {
+    MPI_Comm world = MPI_COMM_WORLD;
+    p->hello.pid = (int32_t)getpid();
+    if (!p->has_mpi || (p->n_world == 1)) {
         (void)gethostname(p->hello.host, sizeof(p->hello.host) - 1U);
         p->hellos[0] = p->hello;
         return FV_OK;
     }
-    FV_RETURN_IF_ERR(fv_bootstrap(&p->comm, p->config.control_address, EPOCH, &p->hello, p->fds,
+    FV_RETURN_IF_ERR(fv_bootstrap(&world, p->config.control_address, EPOCH, &p->hello, p->fds,
                                   p->beat_fds, p->hellos));
     if (p->rank != 0) {
-        return fv_main_heartbeat_start(&p->config, p->rank, p->n_ranks, p->beat_fds, NULL,
+        return fv_main_heartbeat_start(&p->config, p->rank, p->n_world, p->beat_fds, NULL,
                                        EXIT_FENCED, &p->heartbeat);
     }
-    FV_RETURN_IF_ERR(fv_link_create(&p->comm, (uint32_t)p->n_ranks, EPOCH, p->fds,
+    FV_RETURN_IF_ERR(fv_link_create(&p->crew.comm, (uint32_t)p->n_ranks, EPOCH, p->fds,
                                     (uint32_t)p->config.step_deadline_ms, &p->link));
     if ((p->exchange.ops != NULL) && (p->exchange.ops->on_poll != NULL)) {
         p->exchange.ops->on_poll(p->exchange.ctx, fv_link_is_broken, p->link);
     }
-    return fv_main_heartbeat_start(&p->config, p->rank, p->n_ranks, p->beat_fds, p->link,
-                                   EXIT_FENCED, &p->heartbeat);
+    p->crew.link = p->link;
+    p->crew.fds = p->fds;
+    p->crew.hellos = p->hellos;
+    FV_RETURN_IF_ERR(fv_main_heartbeat_start(&p->config, p->rank, p->n_world, p->beat_fds, &p->crew,
+                                             EXIT_FENCED, &p->heartbeat));
+    p->crew.heartbeat = p->heartbeat;
+    return FV_OK;
 }
 
 static void print_banner(const fv_process_t *p, const fv_rpc_t *rpc)
@@ -435,6 +478,21 @@ static fv_rpc_config_t rpc_config(const fv_config_t *config, fv_auth_t *auth)
     return rpc;
 }
 
+/* What hangs in a device waits for a rank that is gone, and a GPU has no spare of its own: such a job is started again. */
+static bool can_repair(const fv_process_t *p)
+{
+    bool has_gpu = false;
+
+    for (int r = 0; r < p->n_ranks; r++) {
+        has_gpu = has_gpu || (strcmp(p->hellos[r].backend, "cuda") == 0);
+    }
+    if (has_gpu && (p->config.spares > 0)) {
+        fv_warn(
+            "spares are not used by GPU ranks: a lost rank ends the job, which is started again");
+    }
+    return (p->config.spares > 0) && !has_gpu;
+}
+
 static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served)
 {
     fv_engine_t *engine = NULL;
@@ -458,6 +516,8 @@ static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served)
         .local_is_async = (p->worker != NULL) && p->backend->is_async,
         .inline_pairs_max = is_cuda ? INLINE_PAIRS_CUDA : 0U,
         .link = p->link,
+        .repair = can_repair(p) ? fv_crew_repair : NULL,
+        .repair_ctx = &p->crew,
         .exchange = p->exchange.name,
         .ranks = p->hellos,
     };
@@ -494,11 +554,13 @@ static int run_coordinator(fv_process_t *p, int signal_fd)
     fv_auth_destroy(p->auth);
     fv_heartbeat_stop(p->heartbeat); /* from here on nobody is missed */
     p->heartbeat = NULL;
+    p->crew.heartbeat = NULL;
     int code = has_served ? exit_code_of(status) : EXIT_START;
 
     if ((p->link != NULL) && (code != EXIT_RANK_LOST)) {
         fv_link_stop(p->link);
     }
+    fv_crew_stop_spares(&p->crew);
     if (code == EXIT_CLEAN) {
         fv_info("stopped cleanly");
     } else if (code != EXIT_START) {
@@ -507,11 +569,56 @@ static int run_coordinator(fv_process_t *p, int signal_fd)
     return code;
 }
 
+/* Into the epoch of `message`; a spare becomes a rank in it. */
+static fv_status_t enter_epoch(fv_process_t *p, const fv_ctl_epoch_t *message)
+{
+    char host[sizeof(p->hello.host)];
+
+    memcpy(host, p->hello.host, sizeof(host));
+    if (message->is_new != 0U) {
+        if ((message->lost_pid > 1) && (strncmp(message->lost_host, host, sizeof(host)) == 0)) {
+            (void)kill((pid_t)message->lost_pid, SIGKILL); /* it may be stopped, and not dead */
+        }
+        p->rank = (int)message->rank;
+        fv_log_init(fv_log_level_now, p->rank);
+    }
+    FV_RETURN_IF_ERR(fv_crew_follow(&p->crew, message));
+    if (message->is_new != 0U) {
+        FV_RETURN_IF_ERR(start_worker(p, message->kv_bytes, message->n_threads));
+    } else {
+        fv_worker_renew(p->worker);
+        fv_worker_hello(p->worker, &p->hello);
+    }
+    memcpy(p->hello.host, host, sizeof(host));
+    p->hello.pid = (int32_t)getpid();
+    fv_info("epoch %u: this is rank %d", message->epoch, p->rank);
+    return fv_crew_answer(&p->crew, p->fds[0], &p->hello);
+}
+
 static int run_worker(fv_process_t *p)
 {
-    fv_log_thread_name("worker");
-    fv_status_t status = fv_worker_serve(p->worker, p->fds[0], EPOCH, &p->comm);
+    static fv_ctl_epoch_t next; /* large; one thread */
+    fv_status_t status = FV_ERR_ABORTED;
+    bool is_stop = false;
 
+    if (is_spare(p)) {
+        fv_log_thread_name("spare");
+        status = fv_crew_wait_as_spare(p->fds[0], &is_stop, &next);
+        if (is_stop) {
+            return EXIT_CLEAN;
+        }
+        status = (status == FV_OK) ? enter_epoch(p, &next) : status;
+    } else {
+        status = FV_OK;
+    }
+    fv_log_thread_name("worker");
+    while (status == FV_OK) {
+        status = fv_worker_serve(p->worker, p->fds[0], p->crew.epoch, &p->crew.comm, &next);
+        if (status != FV_ERR_ABORTED) {
+            break;
+        }
+        status = enter_epoch(p, &next);
+    }
     if (status == FV_OK) {
         return EXIT_CLEAN;
     }
@@ -592,6 +699,10 @@ static void finish(fv_process_t *p, int code)
     free(p->hellos);
     free(p->fds);
     free(p->beat_fds);
+    if (p->config.spares > 0) { /* somebody may have been lost */
+        (void)fflush(NULL);
+        _exit(code);
+    }
     if (p->has_mpi) {
         fv_deadline_arm(FINISH_MS, code, "fovead: MPI_Finalize");
         (void)MPI_Finalize();

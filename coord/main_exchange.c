@@ -250,6 +250,22 @@ fv_status_t fv_main_exchange_open(const fv_main_place_t *place,
     return open_mpi(place, out);
 }
 
+fv_status_t fv_main_exchange_renew(void *comm, fv_main_exchange_t *exchange)
+{
+    fv_exchange_mpi_t *mpi = NULL;
+
+    if (exchange->ops == &fv_exchange_mpi_ops) {
+        return fv_exchange_mpi_renew(exchange->ctx, comm);
+    }
+    if (exchange->ops != NULL) {
+        return fv_fail(FV_ERR_UNIMPLEMENTED, "exchange %s: not renewed in place", exchange->name);
+    }
+    FV_RETURN_IF_ERR(fv_exchange_mpi_create(comm, &mpi));
+    *exchange =
+        (fv_main_exchange_t){.ops = &fv_exchange_mpi_ops, .ctx = mpi, .name = "mpi", .text = "mpi"};
+    return FV_OK;
+}
+
 void fv_main_exchange_close(fv_main_exchange_t *exchange)
 {
     if (exchange->ops == &fv_exchange_mpi_ops) {

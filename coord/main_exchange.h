@@ -45,6 +45,12 @@ FV_MUST_CHECK fv_status_t fv_main_exchange_open(const fv_main_place_t *place,
                                                 int32_t device,
                                                 fv_main_exchange_t *out);
 
+/*
+ * Of one rank alone, in another epoch: opens the exchange of a rank that is new, or goes on with that of one that is not, over
+ * place's new communicator. Errors: FV_ERR_UNIMPLEMENTED for an exchange between GPUs.
+ */
+FV_MUST_CHECK fv_status_t fv_main_exchange_renew(void *comm, fv_main_exchange_t *exchange);
+
 /* After the worker. */
 void fv_main_exchange_close(fv_main_exchange_t *exchange);
 

@@ -17,7 +17,7 @@ static int s_fenced_code;
 /* On rank 0. */
 static void on_rank_silent(void *arg, uint32_t peer, uint32_t silent_ms)
 {
-    fv_link_declare_silent(arg, peer, silent_ms);
+    fv_crew_note_silent(arg, peer, silent_ms);
 }
 
 /* On the others: this process may be what another one has replaced. Nothing of it is finished. */
@@ -46,9 +46,9 @@ static bool is_between_hosts(const int *fds, int n_ranks)
 
 fv_status_t fv_main_heartbeat_start(const fv_config_t *config,
                                     int rank,
-                                    int n_ranks,
+                                    int n_world,
                                     const int *beat_fds,
-                                    fv_link_t *link,
+                                    fv_crew_t *crew,
                                     int fenced_code,
                                     fv_heartbeat_t **out)
 {
@@ -56,12 +56,12 @@ fv_status_t fv_main_heartbeat_start(const fv_config_t *config,
         .interval_ms = (uint32_t)config->heartbeat_ms,
         .silence_ms = (uint32_t)config->heartbeat_ms * (uint32_t)config->heartbeat_misses,
         .on_silent = (rank == 0) ? on_rank_silent : on_coordinator_silent,
-        .arg = link,
+        .arg = crew,
     };
 
     s_fenced_code = fenced_code;
     if (beat.interval_ms == 0U) {
-        for (int r = 0; r < n_ranks; r++) {
+        for (int r = 0; r < n_world; r++) {
             if (beat_fds[r] >= 0) {
                 (void)close(beat_fds[r]);
             }
@@ -69,8 +69,8 @@ fv_status_t fv_main_heartbeat_start(const fv_config_t *config,
         *out = NULL;
         return FV_OK;
     }
-    if ((beat.silence_ms < SILENCE_MS_HOSTS) && is_between_hosts(beat_fds, n_ranks)) {
+    if ((beat.silence_ms < SILENCE_MS_HOSTS) && is_between_hosts(beat_fds, n_world)) {
         beat.silence_ms = SILENCE_MS_HOSTS;
     }
-    return fv_heartbeat_start(&beat, beat_fds, (rank == 0) ? (uint32_t)n_ranks : 1U, out);
+    return fv_heartbeat_start(&beat, beat_fds, (rank == 0) ? (uint32_t)n_world : 1U, out);
 }

@@ -7,18 +7,18 @@
 #include "common/config.h"
 #include "common/status.h"
 #include "coord/heartbeat.h"
-#include "coord/link.h"
+#include "coord/main_repair.h"
 
 /*
- * Rank 0 watches all others and declares them silent to `link`. The others watch rank 0: one that is cut off from it ends its
+ * Rank 0 watches all others and declares them silent to `crew`. The others watch rank 0: one that is cut off from it ends its
  * process with `fenced_code`, so that nothing of its work can meet that of whoever took its place.
- * beat_fds: [n_ranks], taken. *out is NULL where the configuration wants no heartbeats.
+ * n_world: processes. beat_fds: [n_world], taken. *out is NULL where the configuration wants no heartbeats.
  */
 FV_MUST_CHECK fv_status_t fv_main_heartbeat_start(const fv_config_t *config,
                                                   int rank,
-                                                  int n_ranks,
+                                                  int n_world,
                                                   const int *beat_fds,
-                                                  fv_link_t *link,
+                                                  fv_crew_t *crew,
                                                   int fenced_code,
                                                   fv_heartbeat_t **out);
 

@@ -222,6 +222,18 @@ void fv_staging_give(void *payload)
     }
 }
 
+void fv_staging_abandon(void *payload)
+{
+    if (payload == NULL) {
+        return;
+    }
+    fv_buffer_t *buffer = (fv_buffer_t *)(void *)((unsigned char *)payload - ALIGNMENT);
+
+    (void)pthread_mutex_lock(&buffer->owner->lock);
+    buffer->owner->bytes_out -= buffer->n_bytes;
+    (void)pthread_mutex_unlock(&buffer->owner->lock);
+}
+
 size_t fv_staging_bytes(const fv_staging_t *staging)
 {
     return staging->bytes_out;

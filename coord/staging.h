@@ -45,6 +45,9 @@ FV_MUST_CHECK fv_status_t fv_staging_take(fv_staging_t *staging,
 /* Matches the release signature of fv_reply_piece_t: `buffer` is what take() gave. NULL is fine. */
 void fv_staging_give(void *buffer);
 
+/* The bytes no longer count, and are never reused: somebody may still read or write them. NULL is fine. */
+void fv_staging_abandon(void *buffer);
+
 size_t fv_staging_bytes(const fv_staging_t *staging); /* handed out now */
 
 #endif /* FV_COORD_STAGING_H */

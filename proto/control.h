@@ -53,6 +53,11 @@ typedef enum fv_ctl_type {
     FV_CTL_KEEP, /* fv_ctl_keep_t, then n_layers fv_ctl_keep_layer_t */
     FV_CTL_KEPT, /* answer to KEEP: fv_ctl_done_t, then n_layers floors, uint64_t; none if refused */
     FV_CTL_KEEP_END, /* no body; DONE */
+    /*
+     * fv_ctl_epoch_t, under the new epoch's number: a rank was lost, and this is who goes on. Whatever is under way is given up.
+     * Answered by HELLO, when the rank is in the epoch. Also what makes a spare a rank.
+     */
+    FV_CTL_EPOCH,
 } fv_ctl_type_t;
 
 typedef struct fv_ctl_header {
@@ -74,6 +79,20 @@ typedef struct fv_ctl_memory {
 } fv_ctl_memory_t;
 
 #define FV_SECRET_BYTES 16
+#define FV_RANKS_MAX    1024
+
+/* A job with spares: its ranks of now, by their processes. */
+typedef struct fv_ctl_epoch {
+    uint32_t epoch; /* the header's */
+    uint32_t n_ranks;
+    uint32_t rank;   /* of whom this is for */
+    uint32_t is_new; /* it takes the place of a process that is lost: what follows is its */
+    uint32_t n_threads;
+    uint64_t kv_bytes;
+    int32_t lost_pid; /* on lost_host; it may live, stopped, and must not write any more */
+    char lost_host[64];
+    uint32_t members[FV_RANKS_MAX]; /* [n_ranks] MPI_COMM_WORLD's ranks, by rank of the service */
+} fv_ctl_epoch_t;
 
 /* The two connections of a rank. */
 enum {
@@ -89,7 +108,7 @@ typedef struct fv_ctl_hello {
     uint32_t has_latent; /* the rank's backend serves models of kind LATENT */
     uint32_t channel;    /* FV_CHANNEL_*: a rank introduces each of its connections */
     uint32_t has_exact;  /* and, sharded by latent, adds up scores between ranks */
-    uint32_t reserved;
+    int32_t pid;
     char host[64];
     char backend[16];
     char device[96];

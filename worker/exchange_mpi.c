@@ -48,6 +48,15 @@ void fv_exchange_mpi_destroy(fv_exchange_mpi_t *exchange)
     free(exchange);
 }
 
+fv_status_t fv_exchange_mpi_renew(fv_exchange_mpi_t *exchange, void *mpi_comm)
+{
+    exchange->comm = *(MPI_Comm *)mpi_comm;
+    exchange->broken =
+        false; /* the next step's requests are written over those that were given up */
+    return fv_mpi_check(MPI_Comm_set_errhandler(exchange->comm, MPI_ERRORS_RETURN),
+                        "MPI_Comm_set_errhandler");
+}
+
 static void on_poll(void *ctx, bool (*is_gone)(void *arg), void *arg)
 {
     fv_exchange_mpi_t *exchange = ctx;

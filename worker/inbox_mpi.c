@@ -42,6 +42,9 @@ typedef struct inbox {
     MPI_Comm comm;
     arrival_t arrivals[FV_STEP_DEPTH];
     arrival_t *now, *next; /* the message under way, and the one that may come meanwhile */
+    arrival_t urgent; /* what came behind the next message: nothing but the end of the epoch does */
+    bool is_superseded; /* the coordinator has begun another epoch */
+    fv_ctl_epoch_t *out_next;
     bool is_looking;
     fv_error_t look_error; /* the next message could not be read */
 } inbox_t;
@@ -54,7 +57,7 @@ static bool is_coordinator_gone(void *arg)
     inbox_t *in = arg;
 
     look_ahead(in);
-    return (in->look_error.status != FV_OK) || fv_frame_is_closed(in->fd);
+    return in->is_superseded || (in->look_error.status != FV_OK) || fv_frame_is_closed(in->fd);
 }
 
 /* ------------------------------------------------------------------ answers */
@@ -205,6 +208,9 @@ static fv_status_t handle_step(inbox_t *in)
     if (status == FV_OK) {
         return answer_done(in, &done);
     }
+    if (in->is_superseded) {
+        return FV_ERR_ABORTED; /* nobody waits for an answer */
+    }
     fv_error_t error = fv_error_capture(status);
     (void)answer_status(in, status); /* the peer may be the reason */
     return fv_fail(status, "%s", error.text);
@@ -274,6 +280,19 @@ static fv_status_t handle_message(inbox_t *in)
     return answer_status(in, run_control(in));
 }
 
+/* The coordinator's word that another epoch has begun. Nothing of this one is done any more. */
+static fv_status_t note_epoch(inbox_t *in, const arrival_t *a)
+{
+    if ((a->header.epoch <= in->epoch) || (a->header.body_bytes != sizeof(*in->out_next))) {
+        return fv_fail(FV_ERR_PROTOCOL, "EPOCH %u of %u bytes in epoch %u", a->header.epoch,
+                       a->header.body_bytes, in->epoch);
+    }
+    memcpy(in->out_next, a->body.data, sizeof(*in->out_next));
+    in->out_next->epoch = a->header.epoch;
+    in->is_superseded = true;
+    return FV_OK;
+}
+
 /* Reads the message that waits on the socket; a STEP's input begins to come in. */
 static fv_status_t receive(inbox_t *in, arrival_t *a)
 {
@@ -286,6 +305,9 @@ static fv_status_t receive(inbox_t *in, arrival_t *a)
     }
     FV_RETURN_IF_ERR(fv_array_reserve(&a->body, a->header.body_bytes, 1));
     FV_RETURN_IF_ERR(fv_frame_read(in->fd, a->body.data, a->header.body_bytes, timeout_ms));
+    if (a->header.type == FV_CTL_EPOCH) {
+        return note_epoch(in, a);
+    }
     a->is_here = true;
     if ((a->header.type == FV_CTL_STEP) && (a->header.epoch == in->epoch)) {
         a->error = fv_error_capture(accept_step(in, a)); /* answered when its turn comes */
@@ -304,8 +326,12 @@ static void look_ahead(inbox_t *in)
         return;
     }
     in->is_looking = true;
-    if (!a->is_here && (poll(&p, 1, 0) > 0) && ((p.revents & POLLIN) != 0)) {
-        status = receive(in, a);
+    if (!in->is_superseded && !in->urgent.is_here && (poll(&p, 1, 0) > 0) &&
+        ((p.revents & POLLIN) != 0)) {
+        status = receive(in, a->is_here ? &in->urgent : a);
+    }
+    if ((status == FV_OK) && in->urgent.is_here) { /* STOP, or what should not be there */
+        status = fv_fail(FV_ERR_RANK_LOST, "the coordinator gives up what is under way");
     }
     if ((status == FV_OK) && a->is_here && (a->input != MPI_REQUEST_NULL)) {
         MPI_Status mpi_status;
@@ -369,9 +395,12 @@ static fv_status_t serve(inbox_t *in)
         if (in->look_error.status != FV_OK) {
             return fv_fail((fv_status_t)in->look_error.status, "%s", in->look_error.text);
         }
-        if (!in->now->is_here) {
+        if (!in->is_superseded && !in->now->is_here) {
             FV_RETURN_IF_ERR(wait_for_doorbell(in));
             FV_RETURN_IF_ERR(receive(in, in->now));
+        }
+        if (in->is_superseded) {
+            return FV_ERR_ABORTED;
         }
         if ((in->now->header.type == FV_CTL_STOP) && (in->now->header.epoch == in->epoch)) {
             return FV_OK;
@@ -400,16 +429,25 @@ static fv_status_t end(inbox_t *in, fv_status_t status)
         fv_array_free(&a->body);
         fv_array_free(&a->item_errors);
     }
+    fv_array_free(&in->urgent.body);
+    fv_array_free(&in->urgent.item_errors);
     if (is_pending && (fv_worker_usable(in->worker) == FV_OK)) {
         return fv_worker_break(in->worker, (status != FV_OK) ? status : FV_ERR_PROTOCOL);
     }
     return status;
 }
 
-fv_status_t fv_worker_serve(fv_worker_t *worker, int control_fd, uint32_t epoch, void *mpi_comm)
+fv_status_t fv_worker_serve(fv_worker_t *worker,
+                            int control_fd,
+                            uint32_t epoch,
+                            void *mpi_comm,
+                            fv_ctl_epoch_t *out_next)
 {
-    inbox_t in = {
-        .worker = worker, .fd = control_fd, .epoch = epoch, .comm = *(MPI_Comm *)mpi_comm};
+    inbox_t in = {.worker = worker,
+                  .fd = control_fd,
+                  .epoch = epoch,
+                  .comm = *(MPI_Comm *)mpi_comm,
+                  .out_next = out_next};
     const fv_exchange_ops_t *exchange = worker->config.exchange;
     bool is_polled = (exchange != NULL) && (exchange->on_poll != NULL);
 

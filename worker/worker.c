@@ -83,6 +83,18 @@ static void abandon_buffers(const fv_worker_t *worker)
     }
 }
 
+void fv_worker_renew(fv_worker_t *worker)
+{
+    if (worker->broken == FV_OK) {
+        return;
+    }
+    abandon_buffers(worker);
+    memset(worker->in, 0, sizeof(worker->in));
+    memset(worker->out, 0, sizeof(worker->out));
+    memset(&worker->work.exchange, 0, sizeof(worker->work.exchange));
+    worker->broken = FV_OK;
+}
+
 static void free_work(fv_worker_t *worker)
 {
     const fv_backend_ops_t *ops = worker->config.backend;
@@ -137,8 +149,10 @@ void fv_worker_destroy(fv_worker_t *worker)
 
 fv_status_t fv_worker_break(fv_worker_t *worker, fv_status_t status)
 {
-    fv_error("worker %u can not go on: %s (%s)", worker->config.rank, fv_error_context(),
-             fv_status_str(status));
+    if (status != FV_ERR_ABORTED) { /* given up for another epoch */
+        fv_error("worker %u can not go on: %s (%s)", worker->config.rank, fv_error_context(),
+                 fv_status_str(status));
+    }
     worker->broken = status;
     return status;
 }

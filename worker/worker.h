@@ -160,13 +160,21 @@ uint64_t fv_worker_session_pages(const fv_worker_t *worker, uint32_t session_slo
 /*
  * The service loop of a rank other than the coordinator's (inbox_mpi.c): sleeps in poll() on
  * `control_fd`, enters MPI only while a step is under way, returns FV_OK after STOP,
- * FV_ERR_RANK_LOST when the coordinator's socket closes.
+ * FV_ERR_RANK_LOST when the coordinator's socket closes, FV_ERR_ABORTED with *out_next when the coordinator begins another epoch:
+ * fv_worker_renew(), answer it, and serve again.
  * `mpi_comm` points to the MPI_Comm of the epoch (void: this header names no MPI type).
  */
 FV_MUST_CHECK fv_status_t fv_worker_serve(fv_worker_t *worker,
                                           int control_fd,
                                           uint32_t epoch,
-                                          void *mpi_comm);
+                                          void *mpi_comm,
+                                          fv_ctl_epoch_t *out_next);
+
+/*
+ * A step was given up because another rank is gone: the worker can go on, with sessions as far as that step came on this rank;
+ * the coordinator cuts them back. Its exchange must be renewed, too. Only for backends whose step() has returned.
+ */
+void fv_worker_renew(fv_worker_t *worker);
 
 /*
  * The MPI exchange (exchange_mpi.c), for `exchange` and `exchange_ctx` of the configuration. `mpi_comm` points to the
@@ -177,6 +185,8 @@ typedef struct fv_exchange_mpi fv_exchange_mpi_t;
 extern const fv_exchange_ops_t fv_exchange_mpi_ops;
 FV_MUST_CHECK fv_status_t fv_exchange_mpi_create(void *mpi_comm, fv_exchange_mpi_t **out);
 void fv_exchange_mpi_destroy(fv_exchange_mpi_t *exchange);
+/* Goes on over another communicator. What was under way is given up; its buffers must stay (fv_worker_renew() sees to it). */
+FV_MUST_CHECK fv_status_t fv_exchange_mpi_renew(fv_exchange_mpi_t *exchange, void *mpi_comm);
 
 #if defined(FV_WITH_NCCL)
 /*

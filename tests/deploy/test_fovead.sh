@@ -231,6 +231,28 @@ stopped_coordinator() {
     nothing_left "stopped coordinator"
 }
 
+# A spare takes the place of a rank that is lost, while steps run over all ranks: the service goes on.
+spare() { # SIGNAL
+    local client
+    launched -n 3 --spares 2 || return
+    timeout 30 "$fovea" --address "$address" bench --layers 1 --context 300 --duration 20 \
+        --sharding context --shard-tokens 64 >"$work/bench" 2>&1 &
+    client=$!
+    in_status n_steps '[1-9][0-9]+' || fail "spare: no step ran: $(cat "$work/bench")"
+    kill -KILL "$(rank_pid 3)" # a spare that is lost is nobody's loss
+    kill "-$1" "$(rank_pid 2)"
+    wait "$client"
+    grep -qE 'DATA_LOSS: .* was lost with rank 2' "$work/bench" || fail "spare: the session's loss is not said: $(cat "$work/bench")"
+    "$fovea" --address "$address" bench --layers 1 --context 300 --duration 0.2 --sharding context --shard-tokens 64 >/dev/null ||
+        fail "spare: fovea bench afterwards"
+    expect "spare" 'rank 2: spare 4 on .* takes its place'
+    expect "spare" 'rank 0 engine: epoch 2: repaired in [0-9]+ ms'
+    kill -KILL "$(rank_pid 1)" # none is left
+    finish "spare" 3
+    expect "spare" 'rank 1 is lost, and no spare is left'
+    nothing_left "spare"
+}
+
 # A request is under way when the signal comes: it is finished and answered before the service stops.
 running_request() { # SIGNAL
     local client
@@ -298,6 +320,8 @@ dead_rank_mid_step
 hung_rank
 stopped_rank
 stopped_coordinator
+spare KILL
+spare STOP
 running_request TERM
 running_request INT
 hostfile

@@ -296,6 +296,7 @@ static void check_step(fv_worker_t *mine,
 /* Runs `drive` on rank 0 against serving workers, each of which must return `expected`. */
 static void scenario(void (*drive)(fv_worker_t *mine), fv_status_t expected)
 {
+    static fv_ctl_epoch_t next;
     fv_exchange_mpi_t *exchange = NULL;
     fv_status_t status = FV_OK;
 
@@ -309,7 +310,7 @@ static void scenario(void (*drive)(fv_worker_t *mine), fv_status_t expected)
             (void)close(fds[p]);
         }
     } else {
-        status = fv_worker_serve(worker, fd, EPOCH, &comm);
+        status = fv_worker_serve(worker, fd, EPOCH, &comm, &next);
         ok = ok && (status == expected);
         if (!ok) {
             print_error("rank %d: %s: %s\n", rank, fv_status_str(status), fv_error_context());

@@ -1,0 +1,266 @@
+/*
+ * main_repair.c - from one epoch to the next.
+ */
+#include "coord/main_repair.h"
+
+#include "common/deadline.h"
+#include "common/frame.h"
+#include "common/log.h"
+
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define ANSWER_MS 5000
+
+void fv_crew_init(fv_crew_t *crew, uint32_t n_ranks, uint32_t n_world, uint32_t epoch)
+{
+    crew->n_ranks = n_ranks;
+    crew->n_world = n_world;
+    crew->epoch = epoch;
+    for (uint32_t i = 0; i < n_world; i++) {
+        crew->members[i] = i;
+        atomic_store(&crew->rank_of[i], (i < n_ranks) ? i : FV_CREW_NOBODY);
+        atomic_store(&crew->is_spare[i], i >= n_ranks);
+    }
+}
+
+fv_status_t fv_crew_make_comm(fv_crew_t *crew)
+{
+    MPI_Group world = MPI_GROUP_NULL;
+    MPI_Group group = MPI_GROUP_NULL;
+    int members[FV_RANKS_MAX];
+
+    for (uint32_t r = 0; r < crew->n_ranks; r++) {
+        members[r] = (int)crew->members[r];
+    }
+    int rc = MPI_Comm_group(MPI_COMM_WORLD, &world);
+    if (rc == MPI_SUCCESS) {
+        rc = MPI_Group_incl(world, (int)crew->n_ranks, members, &group);
+        (void)MPI_Group_free(&world);
+    }
+    if (rc == MPI_SUCCESS) {
+        rc = MPI_Comm_create_group(MPI_COMM_WORLD, group, (int)crew->epoch, &crew->comm);
+        (void)MPI_Group_free(&group);
+    }
+    if (rc != MPI_SUCCESS) {
+        return fv_fail(FV_ERR_MPI, "epoch %u: MPI error %d", crew->epoch, rc);
+    }
+    (void)MPI_Comm_set_errhandler(crew->comm, MPI_ERRORS_RETURN);
+    return FV_OK;
+}
+
+void fv_crew_note_silent(fv_crew_t *crew, uint32_t process, uint32_t silent_ms)
+{
+    uint32_t rank = atomic_load(&crew->rank_of[process]);
+
+    if (rank != FV_CREW_NOBODY) {
+        fv_link_declare_silent(crew->link, rank, silent_ms);
+    } else if (atomic_exchange(&crew->is_spare[process], false)) {
+        fv_warn("spare %u is gone: not heard for %u ms", process, silent_ms);
+    }
+}
+
+/* ------------------------------------------------------------------ rank 0 */
+
+static bool is_free(const fv_crew_t *crew, uint32_t process)
+{
+    return atomic_load(&crew->is_spare[process]) && !fv_frame_is_closed(crew->fds[process]);
+}
+
+/* A spare, on the host of the lost process if there is one: there may be what that has left. */
+static uint32_t pick_spare(const fv_crew_t *crew, const char *host)
+{
+    uint32_t other = FV_CREW_NOBODY;
+
+    for (uint32_t p = crew->n_ranks; p < crew->n_world; p++) {
+        if (!is_free(crew, p)) {
+            continue;
+        }
+        if (strcmp(crew->hellos[p].host, host) == 0) {
+            return p;
+        }
+        other = (other == FV_CREW_NOBODY) ? p : other;
+    }
+    return other;
+}
+
+/* The lost process may be stopped and not dead: on this host that is made sure of. */
+static void kill_lost(const fv_ctl_hello_t *lost, const char *own_host)
+{
+    if ((lost->pid > 1) && (strcmp(lost->host, own_host) == 0)) {
+        (void)kill((pid_t)lost->pid, SIGKILL);
+    }
+}
+
+typedef struct loss {
+    uint32_t rank;
+    fv_ctl_hello_t hello; /* of the process that is lost */
+} loss_t;
+
+/* Puts a spare into the place of each lost rank. */
+static fv_status_t replace_lost(fv_crew_t *crew, loss_t *losses, uint32_t *n_losses)
+{
+    for (uint32_t r = 1; r < crew->n_ranks; r++) {
+        if (!fv_link_is_lost(crew->link, r)) {
+            continue;
+        }
+        uint32_t old = crew->members[r];
+        uint32_t spare = pick_spare(crew, crew->hellos[r].host);
+        if ((spare == FV_CREW_NOBODY) || (*n_losses == FV_REPAIRED_MAX)) {
+            return fv_fail(FV_ERR_RANK_LOST, "rank %u is lost, and no spare is left", r);
+        }
+        fv_info("rank %u: spare %u on %s takes its place", r, spare, crew->hellos[spare].host);
+        atomic_store(&crew->rank_of[old], FV_CREW_NOBODY);
+        if (crew->heartbeat != NULL) {
+            fv_heartbeat_drop(crew->heartbeat, old);
+        }
+        kill_lost(&crew->hellos[r], crew->hellos[0].host);
+        losses[(*n_losses)++] = (loss_t){.rank = r, .hello = crew->hellos[r]};
+        fv_link_replace(crew->link, r, crew->fds[spare]);
+        atomic_store(&crew->is_spare[spare], false);
+        atomic_store(&crew->rank_of[spare], r);
+        crew->members[r] = spare;
+    }
+    return FV_OK;
+}
+
+static void say_epoch(fv_crew_t *crew, uint32_t rank, const loss_t *losses, uint32_t n_losses)
+{
+    static fv_ctl_epoch_t message; /* large; one thread */
+
+    memset(&message, 0, sizeof(message));
+    message.epoch = crew->epoch;
+    message.n_ranks = crew->n_ranks;
+    message.rank = rank;
+    memcpy(message.members, crew->members, crew->n_ranks * sizeof(message.members[0]));
+    for (uint32_t i = 0; i < n_losses; i++) {
+        if (losses[i].rank == rank) {
+            message.is_new = 1;
+            message.n_threads = losses[i].hello.n_threads;
+            message.kv_bytes = losses[i].hello.memory.kv_bytes_total;
+            message.lost_pid = losses[i].hello.pid;
+            memcpy(message.lost_host, losses[i].hello.host, sizeof(message.lost_host));
+        }
+    }
+    if (fv_link_send(crew->link, rank, FV_CTL_EPOCH, &message, sizeof(message)) != FV_OK) {
+        fv_warn("rank %u: %s", rank, fv_error_context()); /* it will be missed below */
+    }
+}
+
+static fv_status_t enter_epoch(fv_crew_t *crew, const loss_t *losses, uint32_t n_losses)
+{
+    fv_link_begin_epoch(crew->link, crew->epoch);
+    for (uint32_t r = 1; r < crew->n_ranks; r++) {
+        say_epoch(crew, r, losses, n_losses);
+    }
+    fv_deadline_arm(crew->deadline_ms, crew->lost_code, "fovead: repair");
+    fv_status_t status = fv_crew_make_comm(crew);
+    if (status == FV_OK) {
+        fv_link_set_comm(crew->link, &crew->comm);
+        status = (crew->exchange->ops == NULL)
+                     ? FV_OK
+                     : fv_main_exchange_renew(&crew->comm, crew->exchange);
+    }
+    if ((status == FV_OK) && (crew->worker != NULL)) {
+        fv_worker_renew(crew->worker);
+    }
+    for (uint32_t r = 1; (r < crew->n_ranks) && (status == FV_OK); r++) {
+        status = fv_link_wait_hello(crew->link, r, &crew->hellos[r]);
+    }
+    fv_deadline_disarm();
+    return status;
+}
+
+fv_status_t fv_crew_repair(void *ctx, fv_repaired_t *out)
+{
+    fv_crew_t *crew = ctx;
+    static loss_t losses[FV_REPAIRED_MAX]; /* large; one thread */
+    uint32_t n_losses = 0;
+    fv_status_t status = FV_ERR_RANK_LOST;
+
+    while (status == FV_ERR_RANK_LOST) { /* again while more are lost, and there are spares */
+        FV_RETURN_IF_ERR(replace_lost(crew, losses, &n_losses));
+        crew->epoch++;
+        status = enter_epoch(crew, losses, n_losses);
+    }
+    FV_RETURN_IF_ERR(status);
+    out->n = 0;
+    out->epoch = crew->epoch;
+    for (uint32_t i = 0; i < n_losses; i++) { /* a rank may have been lost twice */
+        bool is_listed = false;
+        for (uint32_t k = 0; k < out->n; k++) {
+            is_listed = is_listed || (out->ranks[k] == losses[i].rank);
+        }
+        if (!is_listed) {
+            out->ranks[out->n] = losses[i].rank;
+            out->hellos[out->n++] = crew->hellos[losses[i].rank];
+        }
+    }
+    return FV_OK;
+}
+
+void fv_crew_stop_spares(fv_crew_t *crew)
+{
+    fv_ctl_header_t header = {.magic = FV_CTL_MAGIC, .type = FV_CTL_STOP, .epoch = crew->epoch};
+    fv_frame_piece_t piece = {&header, sizeof(header)};
+
+    for (uint32_t p = crew->n_ranks; (crew->fds != NULL) && (p < crew->n_world); p++) {
+        if (is_free(crew, p) && (fv_frame_send(crew->fds[p], &piece, 1, ANSWER_MS) != FV_OK)) {
+            fv_warn("spare %u: %s", p, fv_error_context());
+        }
+    }
+}
+
+/* ------------------------------------------------------------------ the others */
+
+fv_status_t fv_crew_follow(fv_crew_t *crew, const fv_ctl_epoch_t *message)
+{
+    if ((message->n_ranks == 0U) || (message->n_ranks > crew->n_world) ||
+        (message->rank >= message->n_ranks)) {
+        return fv_fail(FV_ERR_PROTOCOL, "EPOCH: rank %u of %u, expected at most %u ranks",
+                       message->rank, message->n_ranks, crew->n_world);
+    }
+    for (uint32_t r = 0; r < message->n_ranks; r++) {
+        if (message->members[r] >= crew->n_world) {
+            return fv_fail(FV_ERR_PROTOCOL, "EPOCH: process %u, expected below %u",
+                           message->members[r], crew->n_world);
+        }
+    }
+    crew->epoch = message->epoch;
+    crew->n_ranks = message->n_ranks;
+    memcpy(crew->members, message->members, message->n_ranks * sizeof(crew->members[0]));
+    fv_deadline_arm(crew->deadline_ms, crew->lost_code, "fovead: repair");
+    fv_status_t status = fv_crew_make_comm(crew);
+    if (status == FV_OK) {
+        status = fv_main_exchange_renew(&crew->comm, crew->exchange);
+    }
+    fv_deadline_disarm();
+    return status;
+}
+
+fv_status_t fv_crew_answer(const fv_crew_t *crew, int fd, const fv_ctl_hello_t *hello)
+{
+    fv_ctl_header_t header = {.magic = FV_CTL_MAGIC,
+                              .type = FV_CTL_HELLO,
+                              .epoch = crew->epoch,
+                              .body_bytes = sizeof(*hello)};
+    fv_frame_piece_t pieces[2] = {{&header, sizeof(header)}, {hello, sizeof(*hello)}};
+
+    return fv_frame_send(fd, pieces, 2, ANSWER_MS);
+}
+
+fv_status_t fv_crew_wait_as_spare(int fd, bool *out_is_stop, fv_ctl_epoch_t *out)
+{
+    fv_ctl_header_t header;
+
+    FV_RETURN_IF_ERR(fv_frame_read(fd, &header, sizeof(header), -1));
+    *out_is_stop = header.type == FV_CTL_STOP;
+    if ((header.magic != FV_CTL_MAGIC) ||
+        (!*out_is_stop && ((header.type != FV_CTL_EPOCH) || (header.body_bytes != sizeof(*out))))) {
+        return fv_fail(FV_ERR_PROTOCOL, "a spare was sent message type %u of %u bytes", header.type,
+                       header.body_bytes);
+    }
+    return *out_is_stop ? FV_OK : fv_frame_read(fd, out, sizeof(*out), ANSWER_MS);
+}
