@@ -1,5 +1,5 @@
 /*
- * bench_scale.c - decode steps over 1, 2, 4 ... N ranks: strong and weak scaling, and the exchange alone.
+ * bench_scale.c - decode and prefill steps over 1, 2, 4 ... N ranks: strong and weak scaling, and the exchange alone.
  *
  *   mpirun -np 4 bench_scale --json scale.json --csv scale.csv        (or srun -n 4)
  *   mpirun -np 4 bench_scale --check                                  N ranks equal 1, in every sharding mode
@@ -20,6 +20,7 @@
 #define K     1024U
 #define MI    (1024U * 1024U)
 #define SHARD 2048U /* the service's default */
+#define CHUNK 4096U /* of a prompt: its partial states fit the exchange's window */
 #define GQA   32, 8, 128
 
 static const fv_scale_case_t k_time[] = {
@@ -38,6 +39,17 @@ static const fv_scale_case_t k_time[] = {
      SHARD, 0},
     {"16 x 32k a rank, heads", "weak", GQA, 16, 32U * K, FV_SCALE_HEADS, FV_SCALE_WEAK_ITEMS, SHARD,
      0},
+    /* whole prompts in chunks; a chunk's queries visit the KV of every rank, partial states come back */
+    {"prompt of 32k, context", "prefill", GQA, 1, 32U * K, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD,
+     CHUNK},
+    {"prompt of 128k, context", "prefill", GQA, 1, 128U * K, FV_SCALE_CONTEXT, FV_SCALE_STRONG,
+     SHARD, CHUNK},
+    {"prompt of 128k, heads", "prefill", GQA, 1, 128U * K, FV_SCALE_HEADS, FV_SCALE_STRONG, SHARD,
+     CHUNK},
+    {"prompt of 512k, context", "prefill", GQA, 1, 512U * K, FV_SCALE_CONTEXT, FV_SCALE_STRONG,
+     SHARD, CHUNK},
+    {"prompt of 512k, heads", "prefill", GQA, 1, 512U * K, FV_SCALE_HEADS, FV_SCALE_STRONG, SHARD,
+     CHUNK},
     /* 64 tokens a rank: next to nothing but the exchange and the merge */
     {"4 heads, batch 1", "exchange", 4, 1, 128, 1, 64, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, 64,
      0},

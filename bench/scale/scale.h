@@ -1,5 +1,5 @@
 /*
- * scale.h - the scaling benchmark: one decode step over p ranks of a job of N, without gRPC and coordinator.
+ * scale.h - the scaling benchmark: decode and prefill steps over p ranks of a job of N, without gRPC and coordinator.
  *
  * Every rank owns a worker (worker/worker.h) over the backend and the exchange of the service, and all of them run
  * the same steps: the coordinator's part, who holds what, is the case's placement. p of the N ranks take part in a
@@ -89,7 +89,11 @@ typedef struct fv_scale_data {
     size_t kv_token_bytes, q_token_bytes;
 } fv_scale_data_t;
 
-void fv_scale_data_open(fv_scale_data_t *d, fv_scale_rank_t *r, const fv_model_spec_t *spec);
+/* n_query_tokens: the longest chunk of queries. */
+void fv_scale_data_open(fv_scale_data_t *d,
+                        fv_scale_rank_t *r,
+                        const fv_model_spec_t *spec,
+                        size_t n_query_tokens);
 void fv_scale_data_close(fv_scale_data_t *d, fv_scale_rank_t *r);
 
 /* Pool index of token t. */
@@ -120,7 +124,7 @@ typedef enum fv_scale_grows {
 
 typedef struct fv_scale_case {
     const char *name;
-    const char *table; /* "strong", "weak", "exchange", "check" */
+    const char *table; /* "strong", "weak", "exchange", "prefill", "check" */
     int32_t n_q_heads, n_kv_heads, head_dim;
     uint32_t n_items;
     uint64_t n_tokens; /* before the first step; weak: per rank */
@@ -128,7 +132,7 @@ typedef struct fv_scale_case {
     fv_scale_grows_t grows;
     uint32_t shard_tokens;
     uint32_t
-        chunk; /* 0: KV is put in place; else it is filled by real prefill steps of so many tokens, each verified */
+        chunk; /* 0: KV is put in place; else by real prefill steps of so many tokens, each verified; "prefill" times them */
 } fv_scale_case_t;
 
 /* Microseconds; of a step the slowest rank's. */
@@ -158,6 +162,8 @@ typedef struct fv_scale_run {
     const fv_scale_case_t *spec;
     int p;
     uint32_t n_items, n_layers; /* layers in use */
+    uint32_t chunk;             /* tokens of a prefill step; 0: none */
+    bool is_prefill;            /* which are what is timed */
     uint64_t n_tokens;
     fv_model_spec_t model;
     fv_placement_t placement;
@@ -184,6 +190,10 @@ void fv_scale_step_run(fv_scale_run_t *run, fv_ctl_done_t *out_done);
 void fv_scale_step_verify(fv_scale_run_t *run, uint32_t layer);
 double fv_scale_sent_bytes(const fv_scale_run_t *run);
 double fv_scale_kv_bytes(const fv_scale_run_t *run);
+
+/* Prefills one layer after the other and times it (scale_prefill.c); ranks of comm. */
+void fv_scale_prefill(fv_scale_run_t *run, MPI_Comm comm, fv_scale_result_t *out);
+double fv_scale_prefill_flops(const fv_scale_result_t *result); /* causal, of one prompt */
 
 /* Runs a case on p ranks; false: it does not fit, and why is printed. one_rank: kept from p = 1 to the others. */
 bool fv_scale_case_run(fv_scale_rank_t *r,

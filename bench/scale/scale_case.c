@@ -48,7 +48,8 @@ static fv_scale_times_t times_of(double *values, uint32_t n, MPI_Comm comm)
 static bool
 choose_size(fv_scale_run_t *run, const fv_scale_rank_t *r, const fv_scale_case_t *c, int p)
 {
-    const uint32_t shrink = (c->chunk > 0U) ? 1U : r->options->shrink;
+    run->is_prefill = strcmp(c->table, "prefill") == 0;
+    const uint32_t shrink = ((c->chunk > 0U) && !run->is_prefill) ? 1U : r->options->shrink;
     const bool is_tiny = strcmp(c->table, "exchange") == 0;
     const double token_bytes =
         (double)c->n_kv_heads * (double)c->head_dim * 4.0; /* K and V, bf16 */
@@ -56,6 +57,10 @@ choose_size(fv_scale_run_t *run, const fv_scale_rank_t *r, const fv_scale_case_t
     run->n_tokens =
         (is_tiny || (c->n_tokens / shrink < 64U)) ? c->n_tokens : (c->n_tokens / shrink);
     run->n_items = c->n_items;
+    run->chunk = c->chunk / shrink;
+    if ((run->chunk == 0U) && (c->chunk > 0U)) {
+        run->chunk = 1U;
+    }
     if (c->grows == FV_SCALE_WEAK_TOKENS) {
         run->n_tokens *= (uint64_t)p;
     } else if (c->grows == FV_SCALE_WEAK_ITEMS) {
@@ -69,7 +74,7 @@ choose_size(fv_scale_run_t *run, const fv_scale_rank_t *r, const fv_scale_case_t
     double n_layers = ceil((double)r->options->rotate_bytes / rank_bytes);
 
     if (is_tiny || (c->chunk > 0U)) {
-        n_layers = 2.0;
+        n_layers = run->is_prefill ? 3.0 : 2.0;
     }
     n_layers = fmin(fmin(n_layers, FV_SCALE_LAYERS_MAX), fits);
     run->n_layers = (uint32_t)n_layers;
@@ -129,7 +134,7 @@ static void
 take_part(fv_scale_run_t *run, MPI_Comm comm, uint16_t **one_rank, fv_scale_result_t *out)
 {
     static samples_t s;
-    const bool is_check = run->spec->chunk > 0U;
+    const bool is_check = run->chunk > 0U;
     double warm_us = 0.0;
 
     for (uint32_t layer = 0; layer < run->n_layers; layer++) {
@@ -186,12 +191,20 @@ bool fv_scale_case_run(fv_scale_rank_t *r,
     if (!choose_size(&run, r, c, p)) {
         return false;
     }
+    if (run.is_prefill && (fv_div_up(run.n_tokens, run.chunk) > FV_SCALE_STEPS_MAX)) {
+        (void)fv_fail(FV_ERR_INVALID_ARG, "more than %d chunks", FV_SCALE_STEPS_MAX);
+        fv_scale_die(c->name);
+    }
     run.one_rank = (c->grows == FV_SCALE_STRONG) ? *one_rank : NULL;
     fv_scale_run_open(&run, r, c, p);
     (void)MPI_Comm_split(r->comm, (r->rank < p) ? 0 : MPI_UNDEFINED, r->rank, &comm);
     memset(out, 0, sizeof(*out));
     if (comm != MPI_COMM_NULL) {
-        take_part(&run, comm, (c->grows == FV_SCALE_STRONG) ? one_rank : &run.one_rank, out);
+        if (run.is_prefill) {
+            fv_scale_prefill(&run, comm, out);
+        } else {
+            take_part(&run, comm, (c->grows == FV_SCALE_STRONG) ? one_rank : &run.one_rank, out);
+        }
         (void)MPI_Comm_free(&comm);
     }
     meet(r);
@@ -205,8 +218,13 @@ bool fv_scale_case_run(fv_scale_rank_t *r,
     out->sent_bytes = fv_scale_sent_bytes(&run);
     out->error = fv_scale_max(r, run.error);
     out->difference = fv_scale_max(r, run.difference);
-    out->floor_us =
-        ((r->backend == &fv_backend_cpu) ? 0.0 : LAUNCH_US) + out->kv_bytes / r->read_gbps * 1e-3;
+    out->floor_us = run.is_prefill ? 0.0 : /* arithmetic, not memory */
+                        ((r->backend == &fv_backend_cpu) ? 0.0 : LAUNCH_US) +
+                            out->kv_bytes / r->read_gbps * 1e-3;
+    if (run.is_prefill) { /* nothing is kept of one rank: chunks were compared with fp64 */
+        fv_scale_run_close(&run);
+        return true;
+    }
     if ((c->grows == FV_SCALE_STRONG) && (p == 1)) {
         const size_t n_bytes =
             (size_t)run.n_items * (size_t)c->n_q_heads * (size_t)c->head_dim * sizeof(uint16_t);

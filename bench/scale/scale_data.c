@@ -19,7 +19,10 @@ static void fill(uint16_t *out, size_t n, fv_random_t *random)
     }
 }
 
-void fv_scale_data_open(fv_scale_data_t *d, fv_scale_rank_t *r, const fv_model_spec_t *spec)
+void fv_scale_data_open(fv_scale_data_t *d,
+                        fv_scale_rank_t *r,
+                        const fv_model_spec_t *spec,
+                        size_t n_query_tokens)
 {
     fv_random_t random = {.state = 20261122};
     size_t kv_elems = (size_t)spec->n_kv_heads * (size_t)spec->head_dim_qk;
@@ -33,15 +36,17 @@ void fv_scale_data_open(fv_scale_data_t *d, fv_scale_rank_t *r, const fv_model_s
     d->q_token_bytes = q_elems * sizeof(uint16_t);
     fv_scale_check(fv_host_buffer_reserve(&d->memory, r->backend, r->worker->backend,
                                           2U * FV_SCALE_POOL * d->kv_token_bytes +
-                                              2U * n_q_tokens * d->q_token_bytes),
+                                              (n_q_tokens + n_query_tokens) * d->q_token_bytes),
                    "data");
     d->k = d->memory.data;
     d->v = d->k + FV_SCALE_POOL * kv_elems;
     d->q = d->v + FV_SCALE_POOL * kv_elems;
     fill(d->k, 2U * FV_SCALE_POOL * kv_elems, &random);
     fill(d->q, n_q_tokens * q_elems, &random);
-    /* once more behind it: queries of several tokens are read in one piece */
-    memcpy(d->q + n_q_tokens * q_elems, d->q, n_q_tokens * d->q_token_bytes);
+    /* again behind it: queries of several tokens are read in one piece */
+    for (size_t i = 0; i < n_query_tokens; i++) {
+        memcpy(d->q + (n_q_tokens + i) * q_elems, d->q + i * q_elems, d->q_token_bytes);
+    }
 }
 
 void fv_scale_data_close(fv_scale_data_t *d, fv_scale_rank_t *r)

@@ -25,6 +25,12 @@ void fv_scale_print_machine(const fv_scale_rank_t *r)
 
 void fv_scale_print_head(const char *table)
 {
+    if (strcmp(table, "prefill") == 0) {
+        (void)printf("\n%-30s %5s %12s %6s %12s %10s %10s %10s %9s %8s\n", table, "ranks",
+                     "items x tok", "chunks", "device ms", "exchange", "wall ms", "sent MB",
+                     "TFLOP/s", "speed-up");
+        return;
+    }
     (void)printf("\n%-30s %5s %12s %10s %9s %22s %9s %9s %9s %7s %8s\n", table, "ranks",
                  "items x tok", "KV MB/rank", "sent KB", "device us (p10..p90)", "exchange",
                  "wall us", "floor", "x floor",
@@ -41,6 +47,11 @@ void fv_scale_print(const fv_scale_result_t *x)
     if (is_table(x, "check")) {
         (void)printf("%-30s %5d %12s   ok: rows within %.1e of fp64, %.1e of one rank's\n", x->name,
                      x->n_ranks, size, x->error, x->difference);
+    } else if (is_table(x, "prefill")) {
+        (void)printf("%-30s %5d %12s %6u %12.2f %10.2f %10.2f %10.1f %9.2f %8.3f\n", x->name,
+                     x->n_ranks, size, x->n_steps, x->device.p50 * 1e-3, x->exchange.p50 * 1e-3,
+                     x->wall.p50 * 1e-3, x->sent_bytes * (double)x->n_steps * 1e-6,
+                     fv_scale_prefill_flops(x) / x->device.p50 * 1e-6, x->ratio);
     } else {
         (void)printf("%-30s %5d %12s %10.1f %9.1f %9.1f (%4.0f..%5.0f) %9.1f %9.1f %9.1f %7.3f",
                      x->name, x->n_ranks, size, x->kv_bytes * 1e-6, x->sent_bytes / 1024.0,
@@ -86,8 +97,13 @@ static cJSON *entry_of(const fv_scale_result_t *x)
     add_times(e, "compute_us", x->compute);
     add_times(e, "exchange_us", x->exchange);
     add_times(e, "wall_us", x->wall);
-    (void)cJSON_AddNumberToObject(e, "floor_us", x->floor_us);
-    (void)cJSON_AddNumberToObject(e, "ratio_to_floor", x->device.p50 / x->floor_us);
+    if (x->floor_us > 0.0) {
+        (void)cJSON_AddNumberToObject(e, "floor_us", x->floor_us);
+        (void)cJSON_AddNumberToObject(e, "ratio_to_floor", x->device.p50 / x->floor_us);
+    } else {
+        (void)cJSON_AddNumberToObject(e, "chunk", x->spec->chunk);
+        (void)cJSON_AddNumberToObject(e, "flops", fv_scale_prefill_flops(x));
+    }
     (void)cJSON_AddNumberToObject(e, "ratio_to_one_rank", x->ratio);
     (void)cJSON_AddNumberToObject(e, "us_over_one_rank", x->over_us);
     (void)cJSON_AddNumberToObject(e, "row_error", x->error);
@@ -149,7 +165,8 @@ static void write_csv(const fv_scale_rank_t *r, const fv_scale_result_t *results
             (unsigned long long)x->n_tokens, x->spec->n_q_heads, x->spec->n_kv_heads,
             x->spec->head_dim, x->kv_bytes, x->sent_bytes, x->device.p10, x->device.p50,
             x->device.p90, x->compute.p50, x->exchange.p50, x->wall.p10, x->wall.p50, x->wall.p90,
-            x->floor_us, x->device.p50 / x->floor_us, x->ratio, x->over_us, x->error);
+            x->floor_us, (x->floor_us > 0.0) ? (x->device.p50 / x->floor_us) : 0.0, x->ratio,
+            x->over_us, x->error);
     }
     (void)fclose(file);
 }

@@ -36,7 +36,7 @@ static int head_parts(const fv_scale_case_t *c, int p)
 /* Shrunken cases are dealt out in as many turns as the whole ones. */
 static uint32_t shard_tokens(const fv_scale_run_t *run)
 {
-    const uint32_t shrink = (run->spec->chunk > 0U) ? 1U : run->r->options->shrink;
+    const uint32_t shrink = ((run->chunk > 0U) && !run->is_prefill) ? 1U : run->r->options->shrink;
     const uint32_t n = run->spec->shard_tokens / shrink / FV_PAGE_TOKENS * FV_PAGE_TOKENS;
 
     return (n < FV_PAGE_TOKENS) ? FV_PAGE_TOKENS : n;
@@ -133,7 +133,7 @@ static void prefill(fv_scale_run_t *run, uint32_t layer)
 
     while (run->lengths[layer] < run->n_tokens) {
         const uint64_t rest = run->n_tokens - run->lengths[layer];
-        const uint32_t n = (rest < run->spec->chunk) ? (uint32_t)rest : run->spec->chunk;
+        const uint32_t n = (rest < run->chunk) ? (uint32_t)rest : run->chunk;
 
         if (fv_scale_step_prepare(run, layer, n)) {
             fv_scale_step_run(run, &done);
@@ -146,7 +146,10 @@ static void prefill(fv_scale_run_t *run, uint32_t layer)
 static void fill(fv_scale_run_t *run)
 {
     for (uint32_t layer = 0; layer < run->n_layers; layer++) {
-        if (run->spec->chunk > 0U) {
+        if (run->is_prefill) { /* by the timed steps themselves */
+            continue;
+        }
+        if (run->chunk > 0U) {
             prefill(run, layer);
             continue;
         }
@@ -177,7 +180,7 @@ static void describe_model(fv_scale_run_t *run)
 
 void fv_scale_run_open(fv_scale_run_t *run, fv_scale_rank_t *r, const fv_scale_case_t *c, int p)
 {
-    const uint32_t q_tokens = (c->chunk > 0U) ? c->chunk : 1U;
+    const uint32_t q_tokens = (run->chunk > 0U) ? run->chunk : 1U;
 
     run->r = r;
     run->spec = c;
@@ -191,7 +194,7 @@ void fv_scale_run_open(fv_scale_run_t *run, fv_scale_rank_t *r, const fv_scale_c
 
         fv_scale_check(fv_worker_open(r->worker, &open), "session");
     }
-    fv_scale_data_open(&run->data, r, &run->model);
+    fv_scale_data_open(&run->data, r, &run->model, q_tokens);
     run->lengths = fv_scale_alloc(run->n_layers, sizeof(*run->lengths));
     run->items = fv_scale_alloc(run->n_items, sizeof(*run->items));
     run->item_of = fv_scale_alloc(run->n_items, sizeof(*run->item_of));
