@@ -9,6 +9,7 @@
 #define CONNECT_TIMEOUT_MS 5000
 #define CALL_TIMEOUT_MS    30000
 #define KEEPALIVE_MS       30000
+#define RETRY_MS           10000
 
 static const char *const k_code_names[] = {
     "OK",
@@ -88,6 +89,7 @@ fovea_code_t fovea_connect(const char *address,
     if (client == NULL) {
         return fv_client_fail(error, FOVEA_RESOURCE_EXHAUSTED, "out of host memory");
     }
+    client->retry_ms = (o.retry_ms == 0) ? RETRY_MS : o.retry_ms;
     client->call_timeout_ms = (o.call_timeout_ms == 0) ? CALL_TIMEOUT_MS : o.call_timeout_ms;
     code = fv_channel_open(address, &config,
                            (o.connect_timeout_ms == 0) ? CONNECT_TIMEOUT_MS : o.connect_timeout_ms,
@@ -188,7 +190,13 @@ fv_client_call(fovea_client_t *client, const fv_client_call_t *call, fovea_error
                              .deadline_us = fv_client_call_deadline(client, call->timeout_ms),
                              .on_reply = on_reply,
                              .ctx = &copy};
-    code = fv_channel_unary(client->channel, &unary, error);
+    fovea_client_t once = *client;
+    uint32_t n_tries = 0;
+    once.retry_ms = call->is_single ? -1 : client->retry_ms;
+    code = fv_client_unary(&once, &unary, &n_tries, error);
+    if ((code == FOVEA_NOT_FOUND) && call->may_be_done && (n_tries > 1U)) {
+        code = FOVEA_OK;
+    }
     fv_bytes_free(call->request);
     return code;
 }

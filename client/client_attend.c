@@ -208,7 +208,7 @@ fovea_code_t fovea_attend(fovea_client_t *client,
                                  .deadline_us = fv_client_call_deadline(client, timeout_ms),
                                  .on_reply = on_reply,
                                  .ctx = &once};
-        code = fv_channel_unary(client->channel, &unary, error);
+        code = fv_client_unary(client, &unary, NULL, error);
         fv_attend_message_fini(&message);
     }
     return code;

@@ -339,6 +339,7 @@ fovea_code_t fovea_drain(fovea_client_t *client,
                                               .encoded = status,
                                               .request = &request,
                                               .timeout_ms = timeout_ms,
+                                              .is_single = true,
                                               .decode = decode_drain_response,
                                               .out = &response},
                           error);

@@ -14,7 +14,17 @@
 struct fovea_client {
     fv_channel_t *channel;
     int64_t call_timeout_ms; /* < 0 = none */
+    int32_t retry_ms;        /* < 0 = never */
 };
+
+/*
+ * One unary call, repeated while the service is unavailable: what is repeated is harmless, because appends are exactly-once.
+ * *out_n_tries (may be NULL): how often it was made.
+ */
+fovea_code_t fv_client_unary(const fovea_client_t *client,
+                             const fv_unary_call_t *unary,
+                             uint32_t *out_n_tries,
+                             fovea_error_t *error);
 
 /* The deadline that `timeout_ms` means for this client. */
 int64_t fv_client_call_deadline(const fovea_client_t *client, int64_t timeout_ms);
@@ -43,6 +53,8 @@ typedef struct fv_client_call {
     fv_status_t encoded; /* of encoding `request` */
     fv_bytes_t *request; /* freed in any case */
     int64_t timeout_ms;
+    bool is_single;   /* never repeated */
+    bool may_be_done; /* NOT_FOUND when repeated: the first time did it */
     fv_decode_fn_t decode;
     void *out;
 } fv_client_call_t;

@@ -291,7 +291,8 @@ fovea_code_t fovea_close_session(fovea_client_t *client,
                           &(fv_client_call_t){.method = METHOD("CloseSession"),
                                               .encoded = status,
                                               .request = &request,
-                                              .timeout_ms = timeout_ms},
+                                              .timeout_ms = timeout_ms,
+                                              .may_be_done = true},
                           error);
 }
 

@@ -5,6 +5,7 @@
 #include "tests/client/fake_service.h"
 #include "tests/support/test.h"
 
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -31,7 +32,8 @@ static int setup(void **state)
     if (fv_fake_start(&g_rig.fake, g_rig.address) != FV_OK) {
         return -1;
     }
-    return (fovea_connect(g_rig.address, NULL, &g_rig.client, &error) == FOVEA_OK) ? 0 : -1;
+    const fovea_options_t options = {.retry_ms = -1}; /* failures are what is looked at here */
+    return (fovea_connect(g_rig.address, &options, &g_rig.client, &error) == FOVEA_OK) ? 0 : -1;
 }
 
 static int teardown(void **state)
@@ -341,6 +343,41 @@ static void test_the_service_dies_and_comes_back(void **state)
     parcel_fini(&p);
 }
 
+static void *start_later(void *arg)
+{
+    fv_rig_t *rig = arg;
+
+    (void)usleep(400000);
+    assert_int_equal(fv_fake_start(&rig->fake, rig->address), FV_OK);
+    return NULL;
+}
+
+/* The service is away for a moment: whoever calls meanwhile waits, and not longer than he said. */
+static void test_a_call_is_repeated_while_the_service_is_away(void **state)
+{
+    const fovea_options_t briefly = {.retry_ms = 100};
+    fv_rig_t *rig = *state;
+    fovea_client_t *patient = NULL;
+    fovea_client_t *hasty = NULL;
+    fovea_error_t error;
+    pthread_t thread;
+    fv_parcel_t p;
+
+    parcel_init(&p, 4096, 3);
+    ok(fovea_connect(rig->address, NULL, &patient, &error), &error);
+    ok(fovea_connect(rig->address, &briefly, &hasty, &error), &error);
+    fv_fake_stop(&rig->fake);
+    (void)fovea_attend(hasty, &p.request, 0, NULL, &error);
+    failed(&error, FOVEA_UNAVAILABLE, "");
+    assert_int_equal(pthread_create(&thread, NULL, start_later, rig), 0);
+    ok(fovea_attend(patient, &p.request, 0, NULL, &error), &error);
+    parcel_check(&p);
+    assert_int_equal(pthread_join(thread, NULL), 0);
+    fovea_close(hasty);
+    fovea_close(patient);
+    parcel_fini(&p);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -352,6 +389,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_an_answer_too_many, setup, teardown),
         cmocka_unit_test_setup_teardown(test_close_while_the_service_hangs, setup, teardown),
         cmocka_unit_test_setup_teardown(test_the_service_dies_and_comes_back, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_a_call_is_repeated_while_the_service_is_away, setup,
+                                        teardown),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,18 +15,23 @@ from fovea import attend as attend_message
 from fovea._pb import attention_pb2 as pb
 from fovea.attend import AttendResult, Item
 from fovea.dtypes import Array
-from fovea.errors import Cancelled, Unavailable, from_rpc
+from fovea.errors import Cancelled, FoveaError, NotFound, Unavailable, from_rpc
 from fovea.model import ModelSpec, Sharding
+from fovea.retry import Retry
 from fovea.rpc import Rpc
 from fovea.session import Session, SessionLike, as_items, session_id
 from fovea.stream import INFLIGHT_MAX, AttendStream
 
 MESSAGE_BYTES_MAX = 1 << 30
+RETRY_LIMIT = 10.0  # seconds
 
 _CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.enable_http_proxy", 0),  # a data plane never goes through a web proxy
+    ("grpc.initial_reconnect_backoff_ms", 100),  # a service that restarts is there again in a moment
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),  # one connection per Client, so two Clients never share a pipe
 ]
 
@@ -43,6 +49,7 @@ def connect(
     token_file: str | Path | None = None,
     credentials: grpc.ChannelCredentials | None = None,
     message_bytes_max: int = MESSAGE_BYTES_MAX,
+    retry: float = RETRY_LIMIT,
 ) -> Client:
     """Connects to "host:port" or "unix:/path" and waits until the service answers.
 
@@ -54,6 +61,8 @@ def connect(
     token, token_file:  shown with every call (in clear text without TLS); or a file whose first line it is.
     credentials:        gRPC's own, instead of the four files.
     message_bytes_max:  of one message, either way; the service has a limit of its own.
+    retry:              a call or stream that finds the service unavailable is repeated for so many seconds, with
+                        longer and longer pauses; 0 = never.
     """
     sizes = {
         "grpc.max_send_message_length": message_bytes_max,
@@ -78,7 +87,7 @@ def connect(
         except grpc.FutureTimeoutError:
             channel.close()
             raise Unavailable(f"no service at {address} within {timeout:g} s") from None
-    return Client(channel, token)
+    return Client(channel, token, retry=retry)
 
 
 def _credentials(
@@ -98,7 +107,8 @@ class Client:
     Every method raises a FoveaError subclass named after the gRPC status when the service refuses.
     """
 
-    def __init__(self, channel: grpc.Channel, token: str | None = None) -> None:
+    def __init__(self, channel: grpc.Channel, token: str | None = None, retry: float = RETRY_LIMIT) -> None:
+        self._retry = retry
         self._channel = channel
         self._rpc = Rpc(channel, token)
         self._ids = itertools.count(1)
@@ -220,7 +230,7 @@ class Client:
         """A pipelined stream: submit() returns futures. Cheaper than attend() per call when kept full."""
         if self._is_closed:
             raise Cancelled("the client is closed")
-        return AttendStream(self._rpc, inflight_max)
+        return AttendStream(self._rpc, inflight_max, retry=self._retry)
 
     # ------------------------------------------------------------------ cluster
 
@@ -246,12 +256,33 @@ class Client:
     def drain(self, timeout: float = 0.0) -> pb.DrainResponse:
         """The service refuses new work, finishes what runs and stops. 0 = its own --drain-timeout."""
         request = pb.DrainRequest(timeout_ms=round(timeout * 1000))
-        return cast(pb.DrainResponse, self._call("Drain", request))
+        return cast(pb.DrainResponse, self._call("Drain", request, retry=0.0))
 
-    def _call(self, method: str, request: Any, timeout: float | None = None) -> Any:
+    def _call(
+        self, method: str, request: Any, timeout: float | None = None, retry: float | None = None
+    ) -> Any:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        patience = Retry(self._retry if retry is None else retry, deadline)
+        has_failed = False
+        while True:
+            try:
+                return self._call_once(method, request, deadline)
+            except NotFound:
+                if has_failed and method == "CloseSession":
+                    return None  # the first time, whose answer was lost, closed it
+                raise
+            except Unavailable:
+                has_failed = True
+                if not patience.pause():
+                    raise
+
+    def _call_once(self, method: str, request: Any, deadline: float | None) -> Any:
         if self._is_closed:
             raise Cancelled("the client is closed")
+        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        failure: FoveaError
         try:
-            return getattr(self._rpc, method)(request, timeout=timeout)
+            return getattr(self._rpc, method)(request, timeout=left)
         except grpc.RpcError as error:
-            raise from_rpc(error) from None
+            failure = from_rpc(error)
+        raise failure from None

@@ -15,6 +15,7 @@ from fovea._pb import attention_pb2 as pb
 from fovea.attend import AttendResult, Item
 from fovea.dtypes import Array
 from fovea.errors import Cancelled, FoveaError, Unavailable, from_rpc
+from fovea.retry import Retry
 from fovea.rpc import Rpc
 from fovea.session import SessionLike, as_items
 
@@ -24,16 +25,19 @@ INFLIGHT_MAX = 64
 class AttendStream:
     """A long-lived Attend stream. submit() returns a Future at once; answers may come in any order.
 
-    A failed request fails its own future only; the stream goes on. When the stream itself breaks, every
-    future without an answer fails with that error: those requests may be sent again as they are, since an
-    append that did happen is recognised.
+    A failed request fails its own future only; the stream goes on. When the stream itself breaks because the
+    service is unavailable, it is opened again for at most `retry` seconds, and what has no answer is sent again,
+    in order: an append that did happen is recognised. After that, or when it breaks for another reason, every
+    future without an answer fails with that error.
 
     submit() waits while `inflight_max` requests are unanswered, so a caller that never looks at its
     futures cannot pile up memory. Futures are completed on the stream's own thread: callbacks must not block.
     Thread: submit() and close() from any.
     """
 
-    def __init__(self, rpc: Rpc, inflight_max: int = INFLIGHT_MAX) -> None:
+    def __init__(self, rpc: Rpc, inflight_max: int = INFLIGHT_MAX, retry: float = 0.0) -> None:
+        self._rpc = rpc
+        self._patience = Retry(retry)
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._slots = threading.BoundedSemaphore(inflight_max)
         self._lock = threading.Lock()
@@ -88,7 +92,8 @@ class AttendStream:
     def cancel(self) -> None:
         """Ends the stream at once; unanswered futures fail with Cancelled."""
         self._cancelled = True
-        self._call.cancel()
+        with self._lock:
+            self._call.cancel()
 
     def __enter__(self) -> AttendStream:
         return self
@@ -97,11 +102,14 @@ class AttendStream:
         self.close()
 
     def _read(self) -> None:
-        end: FoveaError = Unavailable("the service ended the stream")
-        try:
-            self._deliver(self._call)
-        except grpc.RpcError as error:
-            end = from_rpc(error, self._cancelled)
+        while True:
+            end: FoveaError = Unavailable("the service ended the stream")
+            try:
+                self._deliver(self._call)
+            except grpc.RpcError as error:
+                end = from_rpc(error, self._cancelled)
+            if not self._open_again(end):
+                break
         with self._lock:
             self._closed = self._closed or end
             pending, self._pending = self._pending, {}
@@ -110,8 +118,26 @@ class AttendStream:
             self._slots.release()
             future.set_exception(end)
 
+    def _open_again(self, end: FoveaError) -> bool:
+        with self._lock:
+            is_over = self._cancelled or (self._closed is not None and not self._pending)
+        if is_over or not isinstance(end, Unavailable) or not self._patience.pause():
+            return False
+        with self._lock:
+            self._outbox.put(None)  # the old call's
+            self._outbox = queue.SimpleQueue()
+            for call, _ in self._pending.values():
+                self._outbox.put(call.payload)
+            if self._closed is not None:
+                self._outbox.put(None)
+            if self._cancelled:
+                return False
+            self._call = self._rpc.Attend(iter(self._outbox.get, None))
+        return True
+
     def _deliver(self, replies: Iterator[pb.AttendResponse]) -> None:
         for reply in replies:
+            self._patience.reset()
             with self._lock:
                 entry = self._pending.pop(reply.request_id, None)
             if entry is None:  # an answer nobody asked for
