@@ -189,7 +189,8 @@ static const struct argp_option k_spec_options[] = {
     {"kv-heads", OPT_KV_HEADS, "N", 0, "KV heads", 0},
     {"head-dim", OPT_HEAD_DIM, "N", 0, "Dimension of Q and K heads (16..256, a multiple of 8)", 0},
     {"head-dim-v", OPT_HEAD_DIM_V, "N", 0, "Dimension of V heads (default: as --head-dim)", 0},
-    {"kv-dtype", OPT_KV_DTYPE, "f32|f16|bf16", 0, "How the service stores K and V", 0},
+    {"kv-dtype", OPT_KV_DTYPE, "f32|f16|bf16|fp8_latent", 0,
+     "How the service stores K and V; fp8_latent with --latent-dim", 0},
     {"scale", OPT_SCALE, "X", 0, "Softmax scale (default: 1/sqrt(head dim))", 0},
     {"softcap", OPT_SOFTCAP, "C", 0, "Logits become C*tanh(logit/C) (default: off)", 0},
     {"window", OPT_WINDOW, "N", 0, "A query sees the last N tokens only", 0},
@@ -307,7 +308,8 @@ static error_t parse_spec(int key, char *arg, struct argp_state *state)
         o->spec.name = arg;
         break;
     case OPT_KV_DTYPE:
-        o->spec.kv_dtype = fv_cli_dtype(state, arg);
+        o->spec.kv_dtype =
+            (strcmp(arg, "fp8_latent") == 0) ? FOVEA_DTYPE_FP8_LATENT : fv_cli_dtype(state, arg);
         break;
     case OPT_SCALE:
         o->spec.softmax_scale = (float)fv_cli_real(state, "--scale", arg);

@@ -419,8 +419,10 @@ static int report(fv_bench_t *b)
     fv_bench_dims_t dims = dims_of(s);
     double seconds = b->args.duration_s;
     double tokens_s = (double)b->n_requests * b->args.batch / seconds;
-    double kv_bytes = (double)b->tokens_read * b->args.batch * (dims.k + dims.v_sent) *
-                      (double)fovea_dtype_bytes(s->kv_dtype);
+    double token_bytes = (s->kv_dtype == FOVEA_DTYPE_FP8_LATENT)
+                             ? ((double)s->latent_dim * 33.0 / 32.0 + 2.0 * s->rope_dim)
+                             : ((dims.k + dims.v_sent) * (double)fovea_dtype_bytes(s->kv_dtype));
+    double kv_bytes = (double)b->tokens_read * b->args.batch * token_bytes;
 
     if (b->n_samples == 0) {
         (void)fprintf(stderr, "fovea: no request finished within --duration\n");

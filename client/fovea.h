@@ -135,8 +135,11 @@ FOVEA_API const char *fovea_version(void);
 
 typedef enum fovea_dtype {
     FOVEA_DTYPE_F32 = 1,
-    FOVEA_DTYPE_F16 = 2, /* IEEE binary16 */
-    FOVEA_DTYPE_BF16 = 3 /* the upper 16 bits of a binary32 */
+    FOVEA_DTYPE_F16 = 2,  /* IEEE binary16 */
+    FOVEA_DTYPE_BF16 = 3, /* the upper 16 bits of a binary32 */
+    FOVEA_DTYPE_FP8_LATENT =
+        4 /* of kv_dtype alone, kind LATENT: latents in e4m3 with an fp32 scale for each 128
+                                  dims, RoPE keys in bf16; 656 bytes a token of 512 + 64 */
 } fovea_dtype_t;
 
 /* Bytes of one element: 4 or 2; 0 for a value that is no dtype. */

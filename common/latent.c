@@ -34,6 +34,10 @@ static fv_status_t check_absent(const fv_model_spec_t *spec)
         return fail_number("latent_dim, rope_dim, latent_norm", spec->latent_dim,
                            "none unless kind is LATENT");
     }
+    if (spec->kv_dtype == (int32_t)FV_DTYPE_FP8_LATENT) {
+        return fail_number("kv_dtype", spec->kv_dtype,
+                           "F32, F16 or BF16 (FP8_LATENT is for kind LATENT)");
+    }
     if (spec->sharding.mode == FV_SHARDING_LATENT) {
         return fail_number("sharding.mode", spec->sharding.mode,
                            "AUTO, HEADS or CONTEXT (LATENT is for kind LATENT)");
@@ -208,6 +212,19 @@ static fv_status_t check_norm(fv_model_spec_t *spec)
     return check_shares(norm);
 }
 
+/* Whole blocks of dims share a scale, of each slice too. */
+static fv_status_t check_fp8(const fv_model_spec_t *spec)
+{
+    if ((spec->kv_dtype != (int32_t)FV_DTYPE_FP8_LATENT) ||
+        (fv_model_stored_dim_v(spec) % FV_FP8_BLOCK == 0)) {
+        return FV_OK;
+    }
+    return fv_fail(FV_ERR_INVALID_ARG,
+                   "spec.kv_dtype: given FP8_LATENT with latent_dim %d in %d groups, expected "
+                   "slices of a multiple of %d dims, which share a scale",
+                   spec->latent_dim, fv_model_groups(spec), FV_FP8_BLOCK);
+}
+
 fv_status_t fv_model_latent_check(fv_model_spec_t *spec)
 {
     if (!fv_model_is_latent(spec)) {
@@ -219,5 +236,6 @@ fv_status_t fv_model_latent_check(fv_model_spec_t *spec)
     FV_RETURN_IF_ERR(check_dims(spec));
     FV_RETURN_IF_ERR(check_policies(spec));
     FV_RETURN_IF_ERR(check_sharding(&spec->sharding, spec->latent_dim));
+    FV_RETURN_IF_ERR(check_fp8(spec));
     return check_norm(spec);
 }

@@ -132,8 +132,11 @@ fv_status_t fv_model_spec_check(fv_model_spec_t *spec)
     FV_RETURN_IF_ERR(fv_model_latent_check(spec));
     FV_RETURN_IF_ERR(check_heads(spec));
     FV_RETURN_IF_ERR(check_head_dims(spec));
-    if (!fv_dtype_is_valid(spec->kv_dtype)) {
-        return fv_fail(FV_ERR_INVALID_ARG, "spec.kv_dtype: given %d, expected F32, F16 or BF16",
+    if (!fv_dtype_is_valid(spec->kv_dtype) &&
+        (spec->kv_dtype != (int32_t)FV_DTYPE_FP8_LATENT)) { /* which latent.c has seen */
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "spec.kv_dtype: given %d, expected F32, F16 or BF16 (or FP8_LATENT with "
+                       "kind LATENT)",
                        spec->kv_dtype);
     }
     if (!isfinite(spec->softmax_scale) || (spec->softmax_scale < 0.0F)) {

@@ -22,9 +22,11 @@
 #define FV_ROPE_DIM_MAX     128
 #define FV_DIM_QK_MAX       (FV_LATENT_DIM_MAX + FV_ROPE_DIM_MAX) /* of any kind of model */
 #define FV_DIM_V_MAX        FV_LATENT_DIM_MAX
-#define FV_GROUPS_MAX       8  /* slices of a latent (TPLA) */
-#define FV_SLICE_DIM_MIN    32 /* a slice's share of latent_dim, at least */
-#define FV_POLICIES_MAX     16 /* distinct policies of one model */
+#define FV_GROUPS_MAX       8    /* slices of a latent (TPLA) */
+#define FV_SLICE_DIM_MIN    32   /* a slice's share of latent_dim, at least */
+#define FV_FP8_BLOCK        128  /* FP8_LATENT: dims of a latent that share a scale */
+#define FV_FP8_PAGE_STEP    1024 /* and pages are whole units of as many bytes */
+#define FV_POLICIES_MAX     16   /* distinct policies of one model */
 #define FV_MODEL_ID_BYTES   40
 
 typedef enum fv_model_kind {
@@ -169,9 +171,18 @@ static inline int32_t fv_model_stored_dim_qk(const fv_model_spec_t *spec)
                                     : spec->head_dim_qk;
 }
 
+/* FP8_LATENT: a byte a dim of the latent, a scale of 4 for each FV_FP8_BLOCK, the RoPE key in bf16. 512 + 64: 656. */
+static inline size_t fv_fp8_token_bytes(int32_t latent_dim, int32_t rope_dim)
+{
+    return (size_t)latent_dim + (size_t)(latent_dim / FV_FP8_BLOCK) * 4U + (size_t)rope_dim * 2U;
+}
+
 /* Bytes of K and V of one token of one KV head of one layer, as one rank stores them. */
 static inline size_t fv_model_token_bytes(const fv_model_spec_t *spec)
 {
+    if (spec->kv_dtype == (int32_t)FV_DTYPE_FP8_LATENT) {
+        return fv_fp8_token_bytes(fv_model_stored_dim_v(spec), spec->rope_dim);
+    }
     return (size_t)(fv_model_stored_dim_qk(spec) + fv_model_v_dim_sent(spec)) *
            fv_dtype_bytes((fv_dtype_t)spec->kv_dtype);
 }
@@ -179,7 +190,8 @@ static inline size_t fv_model_token_bytes(const fv_model_spec_t *spec)
 /* Bytes of one KV page: P tokens, K and V together, of one KV head of one layer. */
 static inline size_t fv_model_page_bytes(const fv_model_spec_t *spec)
 {
-    return fv_model_token_bytes(spec) * FV_PAGE_TOKENS;
+    return fv_align_up(fv_model_token_bytes(spec) * FV_PAGE_TOKENS,
+                       (spec->kv_dtype == (int32_t)FV_DTYPE_FP8_LATENT) ? FV_FP8_PAGE_STEP : 1U);
 }
 
 /*

@@ -14,14 +14,16 @@ typedef enum fv_dtype {
     FV_DTYPE_F32 = 1,
     FV_DTYPE_F16 = 2,
     FV_DTYPE_BF16 = 3,
+    FV_DTYPE_FP8_LATENT = 4, /* of caches alone: e4m3 latents with scales, and a bf16 RoPE key */
 } fv_dtype_t;
 
+/* Of tensors; a cache may have FP8_LATENT too. */
 static inline bool fv_dtype_is_valid(int dtype)
 {
     return (dtype >= FV_DTYPE_F32) && (dtype <= FV_DTYPE_BF16);
 }
 
-/* Bytes of one element. */
+/* Bytes of one element; FP8_LATENT has no elements of one size (common/model.h). */
 static inline size_t fv_dtype_bytes(fv_dtype_t dtype)
 {
     return (dtype == FV_DTYPE_F32) ? 4U : 2U;
@@ -29,10 +31,11 @@ static inline size_t fv_dtype_bytes(fv_dtype_t dtype)
 
 static inline const char *fv_dtype_str(int dtype)
 {
-    return (dtype == FV_DTYPE_F32)    ? "f32"
-           : (dtype == FV_DTYPE_F16)  ? "f16"
-           : (dtype == FV_DTYPE_BF16) ? "bf16"
-                                      : "none";
+    return (dtype == FV_DTYPE_F32)          ? "f32"
+           : (dtype == FV_DTYPE_F16)        ? "f16"
+           : (dtype == FV_DTYPE_BF16)       ? "bf16"
+           : (dtype == FV_DTYPE_FP8_LATENT) ? "fp8_latent"
+                                            : "none";
 }
 
 /* *out = a * b; false (and *out untouched) when it does not fit. */

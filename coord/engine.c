@@ -33,6 +33,17 @@ static fv_status_t create_staging(const fv_engine_config_t *config, fv_staging_t
     return fv_staging_create(config->request_memory_bytes, &memory, out);
 }
 
+/* What a rank that holds KV does not serve of latent models. */
+static void note_latents(fv_sched_config_t *sched, const fv_ctl_hello_t *rank)
+{
+    if (rank->memory.kv_bytes_total == 0U) {
+        return;
+    }
+    sched->no_latent = (rank->has_latent == 0U) ? rank->backend : sched->no_latent;
+    sched->no_fp8 = (rank->has_fp8_latent == 0U) ? rank->backend : sched->no_fp8;
+    sched->no_exact = (rank->has_exact == 0U) ? rank->backend : sched->no_exact;
+}
+
 fv_status_t fv_engine_create(const fv_engine_config_t *config, fv_engine_t **out)
 {
     uint32_t n_ranks = config->sched.n_ranks;
@@ -59,14 +70,7 @@ fv_status_t fv_engine_create(const fv_engine_config_t *config, fv_engine_t **out
         for (uint32_t r = 0; r < n_ranks;
              r++) { /* its lean kernel takes one list of tiles for all KV heads */
             sched.no_s2 = (strcmp(config->ranks[r].backend, "cuda") == 0) ? "cuda" : sched.no_s2;
-            if ((config->ranks[r].has_latent == 0U) &&
-                (config->ranks[r].memory.kv_bytes_total > 0U)) {
-                sched.no_latent = config->ranks[r].backend;
-            }
-            if ((config->ranks[r].has_exact == 0U) &&
-                (config->ranks[r].memory.kv_bytes_total > 0U)) {
-                sched.no_exact = config->ranks[r].backend;
-            }
+            note_latents(&sched, &config->ranks[r]);
         }
         status = fv_sched_create(&sched, &engine->sched);
     }

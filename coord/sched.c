@@ -93,6 +93,11 @@ static fv_status_t check_served(const fv_sched_t *sched, const fv_model_spec_t *
                        "spec.kind: LATENT is not served by the %s backend in this version",
                        sched->config.no_latent);
     }
+    if ((spec->kv_dtype == (int32_t)FV_DTYPE_FP8_LATENT) && (sched->config.no_fp8 != NULL)) {
+        return fv_fail(FV_ERR_UNIMPLEMENTED,
+                       "spec.kv_dtype: FP8_LATENT is not served by the %s backend in this version",
+                       sched->config.no_fp8);
+    }
     if (fv_model_adds_scores(spec) && (sched->config.no_exact != NULL)) {
         return fv_fail(FV_ERR_UNIMPLEMENTED,
                        "spec.sharding.exact: given true, which the %s backend does not serve; "

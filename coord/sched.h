@@ -65,6 +65,7 @@ typedef struct fv_sched_config {
     fv_plan_cost_t cost;
     const char *no_s2;     /* a backend among the ranks' that serves no S2 policy; NULL: all do */
     const char *no_latent; /* likewise, no model of kind LATENT */
+    const char *no_fp8;    /* likewise, none with a cache of FP8_LATENT */
     const char *no_exact;  /* likewise, none sharded by latent with exact */
     /*
      * Called for a request that is about to join a step, when its spec is known and before anything is taken for it: room

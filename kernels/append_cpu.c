@@ -8,6 +8,7 @@
  * neighbours (the next tokens) pay back when many tokens come at once.
  */
 #include "kernels/backend_cpu.h"
+#include "kernels/fp8.h"
 #include "kernels/page_layout.h"
 
 #include <math.h>
@@ -71,6 +72,10 @@ append_token(const fv_append_item_t *item, int32_t head, uint64_t t, uint8_t *pa
     }
     if (item->norm_alpha > 0.0F) {
         normalise(item, row, dv);
+    }
+    if (kv == FV_DTYPE_FP8_LATENT) {
+        fv_fp8_put(page, item->head_dim_qk, item->head_dim_v, slot, row);
+        return;
     }
     for (size_t d = 0; d < dk; d++) {
         put(page, kv, fv_page_index(kv, dk, FV_PAGE_TOKENS, d, slot), row[d]);

@@ -227,7 +227,9 @@ load_block(fv_tile_block_t *block, const fv_attn_item_t *item, const fv_lean_gro
     block->head_dim_v = item->head_dim_v;
     block->v_in_k = item->v_in_k;
     block->o_stride = (int32_t)fv_align_up((size_t)item->head_dim_v, 16U);
-    block->kv_dtype = (fv_dtype_t)item->kv_dtype;
+    block->kv_dtype = (item->kv_dtype == (int32_t)FV_DTYPE_FP8_LATENT)
+                          ? FV_DTYPE_F32 /* as the tiles see it */
+                          : (fv_dtype_t)item->kv_dtype;
     block->n_q_planes = (item->io_dtype == (int32_t)FV_DTYPE_BF16)  ? 1
                         : (item->io_dtype == (int32_t)FV_DTYPE_F16) ? 2
                                                                     : FV_Q_PLANES_MAX;
@@ -311,7 +313,7 @@ static void attend_tile(const fv_tile_ops_t *ops,
     if (whole && tile->full) {
         ops->softmax(block);
         if (block->next_page != NULL) {
-            prime_streams(block->next_page, fv_page_v_offset(block->kv_dtype, block->head_dim_qk));
+            prime_streams(block->next_page, block->next_bytes);
         }
         ops->accumulate(block, v);
         return;
@@ -348,6 +350,8 @@ static void attend_piece(fv_backend_t *backend,
     fv_tile_query_t query = group_query(item, group);
 
     load_block(block, item, group);
+    block->next_bytes =
+        item->v_in_k ? page_bytes : fv_page_v_offset(block->kv_dtype, block->head_dim_qk);
     if (ops->begin != NULL) {
         ops->begin(block);
     }
@@ -358,6 +362,10 @@ static void attend_piece(fv_backend_t *backend,
         if (page == NULL) {
             atomic_store_explicit(&backend->bad_page, true, memory_order_relaxed);
             continue;
+        }
+        if (item->kv_dtype == (int32_t)FV_DTYPE_FP8_LATENT) {
+            ops->widen_fp8(page, item->head_dim_qk, item->head_dim_v, block->unpacked);
+            page = (const uint8_t *)block->unpacked;
         }
         block->next_page = NULL;
         if (i + 1 < piece.end) {

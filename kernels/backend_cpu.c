@@ -45,6 +45,7 @@ static void carve_block(carver_t *carver, fv_tile_block_t *block)
     block->wide = carve(carver, PAGE_ELEMS + ALIGNMENT, sizeof(float));
     block->q_planes = carve(carver, FV_Q_PLANES_MAX * ROWS_PADDED * DIM_MAX, sizeof(uint16_t));
     block->p_planes = carve(carver, FV_P_PLANES * ROWS_PADDED * FV_PAGE_TOKENS, sizeof(uint16_t));
+    block->unpacked = carve(carver, PAGE_ELEMS + ALIGNMENT, sizeof(float));
     block->v_clean = carve(carver, PAGE_ELEMS + ALIGNMENT, sizeof(float));
 }
 
@@ -227,6 +228,7 @@ const fv_backend_ops_t fv_backend_cpu = {
     .name = "cpu",
     .kv_home = FV_KV_HOST,
     .has_latent = true,
+    .has_fp8_latent = true,
     .create = cpu_create,
     .destroy = cpu_destroy,
     .describe = cpu_describe,

@@ -40,6 +40,15 @@ static fv_status_t check_dtype(const char *field, int32_t given)
     return check(fv_dtype_is_valid(given), field, given, "F32, F16 or BF16");
 }
 
+static fv_status_t check_cache(const char *field, int32_t given, int32_t dv, bool v_in_k)
+{
+    if (given != (int32_t)FV_DTYPE_FP8_LATENT) {
+        return check_dtype(field, given);
+    }
+    return check(v_in_k && (dv % FV_FP8_BLOCK == 0), field, given,
+                 "F32, F16 or BF16 (FP8_LATENT: with v_in_k, and head_dim_v a multiple of 128)");
+}
+
 static fv_status_t check_heads(int32_t n_kv_heads)
 {
     return check((n_kv_heads >= 1) && (n_kv_heads <= FV_HEADS_MAX), "n_kv_heads", n_kv_heads,
@@ -62,7 +71,7 @@ fv_status_t fv_cpu_check_append(const fv_append_item_t *item)
             (double)item->norm_alpha);
     }
     FV_RETURN_IF_ERR(check_dtype("src_dtype", item->src_dtype));
-    FV_RETURN_IF_ERR(check_dtype("kv_dtype", item->kv_dtype));
+    FV_RETURN_IF_ERR(check_cache("kv_dtype", item->kv_dtype, item->head_dim_v, item->v_in_k));
     if (item->n_tokens == 0) {
         return FV_OK;
     }
@@ -145,7 +154,7 @@ fv_status_t fv_cpu_check_attend(const fv_attn_item_t *item)
                        (double)item->latent_mu);
     }
     FV_RETURN_IF_ERR(check_dtype("io_dtype", item->io_dtype));
-    FV_RETURN_IF_ERR(check_dtype("kv_dtype", item->kv_dtype));
+    FV_RETURN_IF_ERR(check_cache("kv_dtype", item->kv_dtype, item->head_dim_v, item->v_in_k));
     if (!isfinite(item->softmax_scale) || (item->softmax_scale <= 0.0F)) {
         return fv_fail(FV_ERR_INVALID_ARG,
                        "kernels: softmax_scale: given %g, expected a positive finite number",
@@ -191,7 +200,7 @@ fv_status_t fv_cpu_check_merge(const fv_merge_item_t *item)
 fv_status_t fv_cpu_check_copy(const fv_page_copy_t *copy)
 {
     FV_RETURN_IF_ERR(check_head_dims(copy->head_dim_qk, copy->head_dim_v, copy->v_in_k));
-    FV_RETURN_IF_ERR(check_dtype("kv_dtype", copy->kv_dtype));
+    FV_RETURN_IF_ERR(check_cache("kv_dtype", copy->kv_dtype, copy->head_dim_v, copy->v_in_k));
     return check((copy->n_tokens >= 0) && (copy->n_tokens <= FV_PAGE_TOKENS), "n_tokens",
                  copy->n_tokens, "0..64");
 }

@@ -244,8 +244,9 @@ typedef struct fv_device_times {
 typedef struct fv_backend_ops {
     const char *name; /* "cpu", "cuda" */
     fv_kv_home_t kv_home;
-    bool has_latent; /* serves models of kind LATENT (v_in_k) */
-    bool is_async;   /* calls enqueue, and the caller's thread is free until finish() */
+    bool has_latent;     /* serves models of kind LATENT (v_in_k) */
+    bool has_fp8_latent; /* and such with a cache of FP8_LATENT */
+    bool is_async;       /* calls enqueue, and the caller's thread is free until finish() */
     fv_status_t (*create)(const fv_backend_config_t *config, fv_backend_t **out);
     void (*destroy)(fv_backend_t *backend); /* NULL is fine */
     void (*describe)(const fv_backend_t *backend, fv_device_info_t *out);

@@ -71,6 +71,12 @@ fv_page_bytes(fv_dtype_t dtype, int32_t head_dim_qk, int32_t head_dim_v, bool v_
 {
     size_t dims = (size_t)head_dim_qk + (v_in_k ? 0U : (size_t)head_dim_v);
 
+    if (dtype == FV_DTYPE_FP8_LATENT) { /* its layout is in fp8.h */
+        return fv_align_up(FV_PAGE_TOKENS *
+                               fv_fp8_token_bytes(head_dim_v, head_dim_qk - head_dim_v),
+                           FV_FP8_PAGE_STEP);
+    }
+
     return dims * FV_PAGE_TOKENS * fv_dtype_bytes(dtype);
 }
 

@@ -41,7 +41,8 @@ typedef struct fv_tile_block {
     float cap_inner, cap_outer; /* S = cap_outer * tanh(S * cap_inner) */
 
     const uint8_t
-        *next_page; /* of the walk, or NULL: attend_cpu.c primes it while this one is computed */
+        *next_page;    /* of the walk, or NULL: attend_cpu.c primes it while this one is computed */
+    size_t next_bytes; /* of its K */
 
     /* Workspace of one thread, 64-byte aligned. */
     float *q;           /* [n_rows, dk] */
@@ -53,6 +54,7 @@ typedef struct fv_tile_block {
     float *wide;        /* [FV_DIM_QK_MAX, P]: a page's K^T or V widened to fp32 */
     uint16_t *q_planes; /* [FV_Q_PLANES_MAX][FV_BLOCK_ROWS_MAX, dk] bf16 */
     uint16_t *p_planes; /* [FV_P_PLANES][FV_BLOCK_ROWS_MAX, P] bf16 */
+    float *unpacked;    /* [FV_DIM_QK_MAX, P]: a page of FP8 latents as one in fp32 */
     uint8_t *v_clean;   /* V out of a latent page; or a copy of V whose unused slots are zero */
 } fv_tile_block_t;
 
@@ -69,6 +71,8 @@ typedef struct fv_tile_ops {
      * cache line, and spares every token its second copy in memory and on the way from there.
      */
     void (*latent_v)(fv_tile_block_t *block, const void *k);
+    /* A page of FP8 latents as one in fp32 has it (fp8.h). */
+    void (*widen_fp8)(const uint8_t *page, int32_t dk, int32_t dv, float *out);
     void (*end)(void); /* NULL = nothing to do */
 } fv_tile_ops_t;
 

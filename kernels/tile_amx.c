@@ -14,6 +14,7 @@
  * treats subnormals as zero. Tile loads and stores are invisible to the compiler; the signal fences keep ordinary
  * stores on their side of them.
  */
+#include "kernels/fp8.h"
 #include "kernels/kernels.h"
 #include "kernels/page_layout.h"
 #include "kernels/tile.h"
@@ -247,5 +248,6 @@ const fv_tile_ops_t fv_tile_amx = {
     .softmax = amx_softmax,
     .accumulate = amx_accumulate,
     .latent_v = fv_tile_latent_v_avx512,
+    .widen_fp8 = fv_fp8_widen_avx512,
     .end = amx_end,
 };

@@ -135,6 +135,7 @@ INLINE vec_t vec_exp2(vec_t x)
     return _mm256_andnot_ps(is_zero, y);
 }
 
+#include "kernels/fp8.h"
 #include "kernels/tile_simd.h"
 
 const fv_tile_ops_t fv_tile_avx2 = {
@@ -146,5 +147,6 @@ const fv_tile_ops_t fv_tile_avx2 = {
     .softmax = simd_softmax,
     .accumulate = simd_accumulate,
     .latent_v = fv_tile_latent_v,
+    .widen_fp8 = fv_fp8_widen,
     .end = NULL,
 };

@@ -122,6 +122,7 @@ INLINE vec_t vec_exp2(vec_t x)
     return _mm512_scalef_ps(y, n);
 }
 
+#include "kernels/fp8.h"
 #include "kernels/tile_simd.h"
 
 const fv_tile_ops_t fv_tile_avx512 = {
@@ -133,5 +134,6 @@ const fv_tile_ops_t fv_tile_avx512 = {
     .softmax = simd_softmax,
     .accumulate = simd_accumulate,
     .latent_v = fv_tile_latent_v_avx512,
+    .widen_fp8 = fv_fp8_widen_avx512,
     .end = NULL,
 };

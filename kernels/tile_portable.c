@@ -3,6 +3,7 @@
  *
  * Decode path: station 7 of 10. Before: attend_cpu.c. After: attend_cpu.c.
  */
+#include "kernels/fp8.h"
 #include "kernels/kernels.h"
 #include "kernels/page_layout.h"
 #include "kernels/tile.h"
@@ -105,5 +106,6 @@ const fv_tile_ops_t fv_tile_portable = {
     .softmax = portable_softmax,
     .accumulate = portable_accumulate,
     .latent_v = fv_tile_latent_v,
+    .widen_fp8 = fv_fp8_widen,
     .end = NULL,
 };

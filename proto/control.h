@@ -109,6 +109,8 @@ typedef struct fv_ctl_hello {
     uint32_t channel;    /* FV_CHANNEL_*: a rank introduces each of its connections */
     uint32_t has_exact;  /* and, sharded by latent, adds up scores between ranks */
     int32_t pid;
+    uint32_t has_fp8_latent; /* and with caches of FP8_LATENT */
+    uint32_t reserved;
     char host[64];
     char backend[16];
     char device[96];

@@ -254,6 +254,7 @@ void fv_worker_hello(const fv_worker_t *worker, fv_ctl_hello_t *out)
     out->rank = worker->config.rank;
     out->n_threads = (uint32_t)info.n_threads;
     out->has_latent = worker->config.backend->has_latent ? 1U : 0U;
+    out->has_fp8_latent = worker->config.backend->has_fp8_latent ? 1U : 0U;
     out->has_exact = fv_exact_is_served(worker) ? 1U : 0U;
     (void)snprintf(out->backend, sizeof(out->backend), "%s", worker->config.backend->name);
     (void)snprintf(out->device, sizeof(out->device), "%s", info.device);
@@ -278,6 +279,12 @@ fv_status_t fv_worker_add_model(fv_worker_t *worker, uint32_t slot, const fv_mod
     if ((status == FV_OK) && fv_model_is_latent(&model->spec) &&
         !worker->config.backend->has_latent) {
         status = fv_fail(FV_ERR_UNIMPLEMENTED, "spec.kind: LATENT is not served by the %s backend",
+                         worker->config.backend->name);
+    }
+    if ((status == FV_OK) && (model->spec.kv_dtype == (int32_t)FV_DTYPE_FP8_LATENT) &&
+        !worker->config.backend->has_fp8_latent) {
+        status = fv_fail(FV_ERR_UNIMPLEMENTED,
+                         "spec.kv_dtype: FP8_LATENT is not served by the %s backend",
                          worker->config.backend->name);
     }
     if ((status == FV_OK) && fv_model_adds_scores(&model->spec) && !fv_exact_is_served(worker)) {

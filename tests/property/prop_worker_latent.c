@@ -42,6 +42,10 @@ static fv_model_spec_t make_spec(fv_rig_t *rig, const grid_t *grid, bool exact)
     fv_model_spec_t spec = fv_rig_random_latent(&rig->random, grid->groups);
 
     spec.n_q_heads += (int32_t)grid->n_per_slice; /* heads enough for each */
+    if (fv_random_int(&rig->random, 0, 2) == 0) { /* slices of whole scales */
+        spec.kv_dtype = FV_DTYPE_FP8_LATENT;
+        spec.latent_dim = 128 * grid->groups;
+    }
     if (exact) {
         spec.sharding.exact = 1;
         spec.sharding.n_mu = 0;

@@ -166,6 +166,21 @@ def test_slices_are_a_softmax_each(client, rng, groups, wire):
         assert all(p.kv_bytes == 2 * 64 * (64 + ROPE) * e for p in placement.shares)
 
 
+def test_fp8_cache_holds_656_bytes(client, rng):
+    """M9: near MLA, as near as 3 bits of mantissa are; the cache's dtype is no wire dtype."""
+    spec = latent_spec(latent_dim=512, rope_dim=64, kv_dtype="fp8_latent", softmax_scale=0.05)
+    session = client.open_session(client.register_model(spec))
+    q = rng.standard_normal((128, HEADS, 576), np.float32)
+    k = rng.standard_normal((128, 576), np.float32)
+    out = client.attend(0, [(session, 0, 128)], q, k).out
+    expected, _ = oracle.attention(q, k[:, None], k[:, None, :512], 0, oracle.Geometry(HEADS, 1, 0.05))
+    error = np.linalg.norm(out - expected) / np.linalg.norm(expected)
+    assert 1e-3 < error < 0.05
+    assert sum(share.kv_bytes for share in session.placement().shares) == 128 * 656
+    with pytest.raises(ValueError, match="expected f32, f16 or bf16"):
+        client.attend(0, [(session, 128, 1)], q[:1], k[:1], dtype="fp8_latent")
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("wire", ["f32", "bf16"])
 def test_exact_slices_are_mla(client, rng, groups, wire):

@@ -11,6 +11,11 @@
 
 static size_t page_units(const fv_attn_spec_t *s)
 {
+    if (s->kv_dtype == (int32_t)FV_DTYPE_FP8_LATENT) {
+        return (size_t)fv_div_up(
+            FV_PAGE_TOKENS * fv_fp8_token_bytes(s->head_dim_v, s->head_dim_qk - s->head_dim_v),
+            FV_PAGE_UNIT);
+    }
     return (size_t)(s->head_dim_qk + (s->v_in_k ? 0 : s->head_dim_v)) * FV_PAGE_TOKENS *
            fv_dtype_bytes((fv_dtype_t)s->kv_dtype) / FV_PAGE_UNIT;
 }

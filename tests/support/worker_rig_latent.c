@@ -1,6 +1,7 @@
 /*
  * worker_rig_latent.c - what the rig knows of LATENT models: what is stored, and the oracle of a softmax for each slice.
  */
+#include "tests/support/fp8_ref.h"
 #include "tests/support/test.h"
 #include "tests/support/worker_rig.h"
 
@@ -44,9 +45,17 @@ void fv_rig_latent_store(const fv_model_spec_t *spec, float *row, double *out_k,
     for (int32_t g = 0; g < n_groups; g++) {
         normalise(spec, g, row + g * (spec->latent_dim / n_groups));
     }
+    if (spec->kv_dtype ==
+        (int32_t)FV_DTYPE_FP8_LATENT) { /* scales are of whole blocks of a slice */
+        fv_fp8_row_ref(row, (size_t)spec->head_dim_qk, (size_t)spec->latent_dim);
+    }
     for (int32_t d = 0; d < spec->head_dim_qk; d++) {
-        fv_store_element(&stored, (fv_dtype_t)spec->kv_dtype, 0, row[d]);
-        out_k[d] = (double)fv_load_element(&stored, (fv_dtype_t)spec->kv_dtype, 0);
+        fv_dtype_t dtype = (spec->kv_dtype == (int32_t)FV_DTYPE_FP8_LATENT)
+                               ? FV_DTYPE_F32
+                               : (fv_dtype_t)spec->kv_dtype;
+
+        fv_store_element(&stored, dtype, 0, row[d]);
+        out_k[d] = (double)fv_load_element(&stored, dtype, 0);
     }
     memcpy(out_v, out_k, (size_t)spec->head_dim_v * sizeof(*out_v));
 }

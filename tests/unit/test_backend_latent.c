@@ -120,6 +120,32 @@ static void test_scales_and_dtypes(void **state)
     }
 }
 
+/* M9: a cache of FP8 latents, 656 bytes a token and other dims, on every instruction set; NaN spoils its rows alone. */
+static void test_fp8_cache(void **state)
+{
+    static const int32_t k_heads[] = {1, 16, 63, 128};
+
+    (void)state;
+    for (size_t i = 0; i < FV_COUNT(k_isas); i++) {
+        fv_backend_t *backend = open_backend(k_isas[i]);
+
+        for (size_t h = 0; (backend != NULL) && (h < FV_COUNT(k_heads)); h++) {
+            fv_attn_spec_t spec = mla(k_heads[h], 1 + (int32_t)(h % 3U), 70 + 100 * (int64_t)h,
+                                      (h % 2U == 0U) ? FV_DTYPE_BF16 : FV_DTYPE_F32);
+
+            spec.kv_dtype = FV_DTYPE_FP8_LATENT;
+            check(backend, &spec, k_isas[i]);
+            spec.head_dim_v = 128;
+            spec.head_dim_qk = 128 + 8 * (int32_t)h;
+            spec.spoil_token = 40;
+            check(backend, &spec, k_isas[i]);
+        }
+        if (backend != NULL) {
+            fv_backend_cpu.destroy(backend);
+        }
+    }
+}
+
 static void test_wrong_descriptors_are_named(void **state)
 {
     fv_backend_t *backend = open_backend("portable");
@@ -157,6 +183,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_flashmla_grid),
         cmocka_unit_test(test_scales_and_dtypes),
+        cmocka_unit_test(test_fp8_cache),
         cmocka_unit_test(test_wrong_descriptors_are_named),
     };
 

@@ -53,6 +53,23 @@ static void test_what_is_left_out_is_resolved(void **state)
     assert_true(fv_model_spec_equal(&spec, &same));
 }
 
+/* M9: 512 e4m3, 4 scales, 64 bf16; of two slices 256 and 2; pages in whole units. */
+static void test_fp8_cache_sizes(void **state)
+{
+    fv_model_spec_t spec = mla_spec();
+
+    (void)state;
+    spec.kv_dtype = FV_DTYPE_FP8_LATENT;
+    assert_int_equal(fv_model_spec_check(&spec), FV_OK);
+    assert_int_equal(fv_model_token_bytes(&spec), 656);
+    assert_int_equal(fv_model_page_bytes(&spec), 64 * 656);
+    spec = tpla_spec(2);
+    spec.kv_dtype = FV_DTYPE_FP8_LATENT;
+    assert_int_equal(fv_model_spec_check(&spec), FV_OK);
+    assert_int_equal(fv_model_token_bytes(&spec), 256 + 8 + 128);
+    assert_int_equal(fv_model_page_bytes(&spec), 25 * 1024);
+}
+
 /* T5: the cache of a rank. */
 static void test_cache_sizes(void **state)
 {
@@ -110,6 +127,12 @@ SPOIL(groups_elsewhere, spec->sharding.mode = FV_SHARDING_CONTEXT)
 SPOIL(one_mu, (spec->sharding.n_mu = 1, spec->sharding.mu[0] = 1.0F))
 SPOIL(zero_mu, (spec->sharding.n_mu = 2, spec->sharding.mu[0] = 1.0F))
 SPOIL(idle_alpha, (spec->sharding.n_alpha = 2, spec->sharding.alpha[0] = 2.0F))
+SPOIL(fp8_half_blocks,
+      (spec->latent_dim = 448,
+       spec->sharding = (fv_sharding_t){0},
+       spec->kv_dtype = FV_DTYPE_FP8_LATENT))
+SPOIL(fp8_slices, (spec->sharding.groups = 8, spec->kv_dtype = FV_DTYPE_FP8_LATENT))
+SPOIL(unknown_dtype, spec->kv_dtype = 5)
 SPOIL(exact_elsewhere,
       (spec->sharding.mode = FV_SHARDING_CONTEXT,
        spec->sharding.groups = 0,
@@ -155,6 +178,9 @@ static void test_each_bad_field_is_refused_by_name(void **state)
         {"mu: given 1, expected 2", one_mu},
         {"mu[1]: given 0", zero_mu},
         {"sharding.alpha: given 2, expected none", idle_alpha},
+        {"kv_dtype: given FP8_LATENT with latent_dim 448 in 1 groups", fp8_half_blocks},
+        {"kv_dtype: given FP8_LATENT with latent_dim 512 in 8 groups", fp8_slices},
+        {"kv_dtype: given 5", unknown_dtype},
         {"groups, alpha, mu, exact: given 0, expected none", exact_elsewhere},
         {"exact: given 2, expected 0 or 1", exact_twice},
         {"mu[1]: given 1.5, expected 1 with sharding.exact", exact_mu},
@@ -213,6 +239,10 @@ static void test_kv_models_have_no_latent(void **state)
     (void)state;
     with.rope_dim = 64;
     assert_int_equal(fv_model_spec_check(&with), FV_ERR_INVALID_ARG);
+    with = spec;
+    with.kv_dtype = FV_DTYPE_FP8_LATENT;
+    assert_int_equal(fv_model_spec_check(&with), FV_ERR_INVALID_ARG);
+    assert_non_null(strstr(fv_error_context(), "FP8_LATENT is for kind LATENT"));
     with = spec;
     with.sharding.mode = FV_SHARDING_LATENT;
     assert_int_equal(fv_model_spec_check(&with), FV_ERR_INVALID_ARG);
@@ -279,6 +309,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_what_is_left_out_is_resolved),
         cmocka_unit_test(test_cache_sizes),
+        cmocka_unit_test(test_fp8_cache_sizes),
         cmocka_unit_test(test_each_bad_field_is_refused_by_name),
         cmocka_unit_test(test_alpha_is_the_reciprocal_share),
         cmocka_unit_test(test_kv_models_have_no_latent),

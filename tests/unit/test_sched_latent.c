@@ -63,14 +63,15 @@ static void test_ranks_without_latents_refuse_the_kind(void **state)
     fv_sched_destroy(sched);
 }
 
-/* Ranks that serve latents, but do not add up scores between them. */
-static void test_ranks_that_add_no_scores_refuse_exact(void **state)
+/* Ranks that serve latents, but not in FP8, and do not add up scores between them. */
+static void test_ranks_refuse_what_they_lack(void **state)
 {
     fv_sched_config_t config = {.n_ranks = N_RANKS,
                                 .sessions_max = 4,
                                 .step_tokens_max = 64,
                                 .shard_tokens = 64,
                                 .cost = fv_plan_cost_cpu(),
+                                .no_fp8 = "cuda",
                                 .no_exact = "cuda"};
     fv_model_spec_t spec = make_spec(2);
     fv_register_response_t response;
@@ -82,6 +83,10 @@ static void test_ranks_that_add_no_scores_refuse_exact(void **state)
     assert_int_equal(try_register(sched, spec, &response), FV_ERR_UNIMPLEMENTED);
     assert_non_null(strstr(fv_error_context(), "spec.sharding.exact: given true"));
     assert_non_null(strstr(fv_error_context(), "cuda"));
+    spec = make_spec(0);
+    spec.kv_dtype = FV_DTYPE_FP8_LATENT;
+    assert_int_equal(try_register(sched, spec, &response), FV_ERR_UNIMPLEMENTED);
+    assert_non_null(strstr(fv_error_context(), "FP8_LATENT is not served by the cuda backend"));
     fv_sched_destroy(sched);
 }
 
@@ -243,7 +248,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_ranks_without_latents_refuse_the_kind),
-        cmocka_unit_test(test_ranks_that_add_no_scores_refuse_exact),
+        cmocka_unit_test(test_ranks_refuse_what_they_lack),
         cmocka_unit_test(test_pages_must_fit_every_ranks_slabs),
         cmocka_unit_test(test_warnings),
         cmocka_unit_test(test_sessions_do_not_choose_slices),

@@ -34,6 +34,11 @@ def wire_dtype(name: str) -> pb.DType:
         raise ValueError(f'dtype: given "{name}", expected f32, f16 or bf16') from None
 
 
+def cache_dtype(name: str) -> pb.DType:
+    """The wire's number of a cache's dtype: those of tensors, and "fp8_latent"."""
+    return pb.DTYPE_FP8_LATENT if name == "fp8_latent" else wire_dtype(name)
+
+
 def wire_dtype_of(array: Array, name: str | None = None) -> pb.DType:
     """The wire dtype of an array; `name` is needed (and allowed to be "bf16") only for uint16."""
     if array.dtype == np.uint16:

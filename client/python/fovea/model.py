@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fovea._pb import attention_pb2 as pb
-from fovea.dtypes import wire_dtype
+from fovea.dtypes import cache_dtype
 
 _MODES = {
     "auto": pb.Sharding.AUTO,
@@ -133,7 +133,8 @@ class ModelSpec:
     explicit. q [T, Hq, latent_dim + rope_dim] in absorbed form (fovea.mla), k [T, latent_dim + rope_dim], no
     v, and the answer is [T, Hq, latent_dim].
 
-    kv_dtype:       how K and V are stored: "f32", "f16" or "bf16".
+    kv_dtype:       how K and V are stored: "f32", "f16" or "bf16"; kind "latent" also "fp8_latent" (e4m3 latents with a
+                    scale for each 128 dims, bf16 RoPE keys: 656 bytes a token of 512 + 64).
     softmax_scale:  0 = 1/sqrt(dk).
     logit_softcap:  c > 0: logits become c * tanh(logit / c); 0 = off.
     """
@@ -165,7 +166,7 @@ class ModelSpec:
             n_kv_heads=self.n_kv_heads,
             head_dim_qk=self.head_dim_qk,
             head_dim_v=self.head_dim_v,
-            kv_dtype=wire_dtype(self.kv_dtype),
+            kv_dtype=cache_dtype(self.kv_dtype),
             softmax_scale=self.softmax_scale,
             logit_softcap=self.logit_softcap,
             kind=kind,

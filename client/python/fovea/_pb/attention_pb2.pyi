@@ -13,10 +13,12 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_F32: _ClassVar[DType]
     DTYPE_F16: _ClassVar[DType]
     DTYPE_BF16: _ClassVar[DType]
+    DTYPE_FP8_LATENT: _ClassVar[DType]
 DTYPE_UNSPECIFIED: DType
 DTYPE_F32: DType
 DTYPE_F16: DType
 DTYPE_BF16: DType
+DTYPE_FP8_LATENT: DType
 
 class ModelSpec(_message.Message):
     __slots__ = ("name", "n_layers", "n_q_heads", "n_kv_heads", "head_dim_qk", "head_dim_v", "kv_dtype", "softmax_scale", "logit_softcap", "kind", "latent_dim", "rope_dim", "latent_norm", "policies", "sharding")
