@@ -211,6 +211,9 @@ fv_status_t fv_cpu_read_page(const fv_backend_t *backend,
     size_t e = fv_dtype_bytes(kv);
 
     FV_RETURN_IF_ERR(fv_cpu_check_copy(page));
+    if (kv == FV_DTYPE_FP8_LATENT) { /* it has no rows of one dtype, and no device has it */
+        return fv_fail(FV_ERR_UNIMPLEMENTED, "kernels: kv_dtype: FP8_LATENT is not read by rows");
+    }
     const uint8_t *k = fv_cpu_page(
         backend, page->src, fv_page_bytes(kv, page->head_dim_qk, page->head_dim_v, page->v_in_k));
     if (k == NULL) {
