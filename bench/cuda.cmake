@@ -13,6 +13,12 @@ target_compile_definitions(bench_kernels_cuda PRIVATE _DEFAULT_SOURCE)
 target_link_libraries(bench_kernels_cuda PRIVATE fv_cuda_peak fv_kernels CUDA::cudart_static m)
 fv_target_defaults(bench_kernels_cuda)
 
+add_executable(bench_s2_cuda bench_s2_cuda.c s2_cuda_case.c s2_cuda_time.c ../tests/support/attn_case.c ../tests/support/attn_load.c)
+target_include_directories(bench_s2_cuda PRIVATE ${PROJECT_SOURCE_DIR})
+target_compile_definitions(bench_s2_cuda PRIVATE _DEFAULT_SOURCE)
+target_link_libraries(bench_s2_cuda PRIVATE fv_cuda_peak fv_kernels CUDA::cudart_static m)
+fv_target_defaults(bench_s2_cuda)
+
 if(TARGET fv_worker_cuda) # with NCCL
     add_executable(bench_exchange_nccl bench_exchange_nccl.c)
     target_include_directories(bench_exchange_nccl PRIVATE ${PROJECT_SOURCE_DIR})

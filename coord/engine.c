@@ -67,9 +67,7 @@ fv_status_t fv_engine_create(const fv_engine_config_t *config, fv_engine_t **out
     if (status == FV_OK) {
         fv_sched_config_t sched = config->sched;
         sched.prepare = fv_engine_prepare;
-        for (uint32_t r = 0; r < n_ranks;
-             r++) { /* its lean kernel takes one list of tiles for all KV heads */
-            sched.no_s2 = (strcmp(config->ranks[r].backend, "cuda") == 0) ? "cuda" : sched.no_s2;
+        for (uint32_t r = 0; r < n_ranks; r++) {
             note_latents(&sched, &config->ranks[r]);
         }
         status = fv_sched_create(&sched, &engine->sched);

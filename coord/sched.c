@@ -104,13 +104,6 @@ static fv_status_t check_served(const fv_sched_t *sched, const fv_model_spec_t *
                        "CONTEXT is as exact, and faster",
                        sched->config.no_exact);
     }
-    for (int32_t i = 0; (sched->config.no_s2 != NULL) && (i < spec->n_policies); i++) {
-        if (spec->policies[i].kind == FV_POLICY_S2) {
-            return fv_fail(FV_ERR_UNIMPLEMENTED,
-                           "spec.policies: S2 is not served by the %s backend in this version",
-                           sched->config.no_s2);
-        }
-    }
     return FV_OK;
 }
 

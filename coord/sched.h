@@ -63,10 +63,10 @@ typedef struct fv_sched_config {
     uint32_t prefill_tokens_per_step; /* 0 = by time: coord/sched_budget.h */
     uint32_t shard_tokens;            /* default of models and sessions that name none */
     fv_plan_cost_t cost;
-    const char *no_s2;     /* a backend among the ranks' that serves no S2 policy; NULL: all do */
-    const char *no_latent; /* likewise, no model of kind LATENT */
-    const char *no_fp8;    /* likewise, none with a cache of FP8_LATENT */
-    const char *no_exact;  /* likewise, none sharded by latent with exact */
+    const char *
+        no_latent; /* a backend among the ranks' that serves no model of kind LATENT; NULL: all do */
+    const char *no_fp8;   /* likewise, none with a cache of FP8_LATENT */
+    const char *no_exact; /* likewise, none sharded by latent with exact */
     /*
      * Called for a request that is about to join a step, when its spec is known and before anything is taken for it: room
      * for its answer. An error refuses the request. NULL: nothing to prepare.

@@ -9,6 +9,10 @@ if(FV_WITH_CUDA)
     foreach(_test test_cuda_kernels test_cuda_cancel)
         fv_add_test(${_test} gpu SOURCES gpu/${_test}.c LIBS fv_attn_case fv_kernels CUDA::cudart_static TIMEOUT 120)
     endforeach()
+    fv_add_test(test_cuda_s2 gpu SOURCES gpu/test_cuda_s2.c LIBS fv_attn_case fv_kernels CUDA::cudart_static
+                TIMEOUT 120)
+    fv_add_test(test_cuda_split gpu SOURCES property/prop_attend_split.c LIBS fv_attn_case fv_kernels m TIMEOUT 120)
+    target_compile_definitions(test_cuda_split PRIVATE FV_PROP_CUDA)
     fv_add_test(test_cuda_ahead gpu SOURCES gpu/test_cuda_ahead.c LIBS fv_attn_case fv_kernels CUDA::cudart_static
                 TIMEOUT 60)
 endif()

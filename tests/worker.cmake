@@ -12,7 +12,11 @@ fv_add_test(prop_worker_latent property SOURCES property/prop_worker_latent.c ${
 if(FV_WITH_CUDA) # the same histories, each rank a backend of its own on the GPU
     fv_add_test(test_cuda_worker gpu SOURCES property/prop_worker.c ${_rig}
                 LIBS fv_worker Threads::Threads TIMEOUT 300)
-    target_compile_definitions(test_cuda_worker PRIVATE FV_PROP_CUDA)
+    fv_add_test(test_cuda_worker_s2 gpu SOURCES property/prop_worker_s2.c ${_rig}
+                LIBS fv_worker Threads::Threads TIMEOUT 300)
+    foreach(_name test_cuda_worker test_cuda_worker_s2)
+        target_compile_definitions(${_name} PRIVATE FV_PROP_CUDA)
+    endforeach()
 endif()
 fv_add_test(test_exchange_mpi mpi SOURCES mpi/test_exchange_mpi.c LIBS fv_worker MPI::MPI_C RANKS 3)
 fv_add_test(test_worker_serve mpi SOURCES mpi/test_worker_serve.c support/step_pack.c

@@ -11,15 +11,12 @@
 
 #define ARENA_BYTES ((size_t)24 << 20)
 
-#if defined( \
-    FV_PROP_CUDA) /* tests/gpu.cmake: what that backend does, without S2 and latent attention */
-#    define BACKEND     (&fv_backend_cuda)
-#    define random_spec fv_rig_random_spec
-#    define IS_CUDA     true
+#if defined(FV_PROP_CUDA) /* tests/worker.cmake: what that backend does, without latent attention */
+#    define BACKEND (&fv_backend_cuda)
+#    define IS_CUDA true
 #else
-#    define BACKEND     NULL
-#    define random_spec fv_rig_random_sparse_spec
-#    define IS_CUDA     false
+#    define BACKEND NULL
+#    define IS_CUDA false
 #endif
 #define WINDOW_FLAGS \
     (((size_t)2 << 20) - 65536U) /* too small for LL, large enough for every message */
@@ -147,8 +144,8 @@ static void test_random_histories_equal_the_oracle(void **state)
 
         fv_rig_create(&rig, ranks[i], ARENA_BYTES, BACKEND, seed * 1000U + i);
         for (uint32_t m = 0; m < (IS_CUDA ? 3U : 4U); m++) {
-            fv_model_spec_t spec =
-                (m < 3U) ? random_spec(&rig.random) : fv_rig_random_latent(&rig.random, 0);
+            fv_model_spec_t spec = (m < 3U) ? fv_rig_random_sparse_spec(&rig.random)
+                                            : fv_rig_random_latent(&rig.random, 0);
 
             (void)fv_rig_model(&rig, &spec);
         }

@@ -13,6 +13,12 @@
 #define ARENA_BYTES ((size_t)1 << 20)
 #define N_TOKENS    4096U
 
+#if defined(FV_PROP_CUDA) /* tests/worker.cmake */
+#    define BACKEND (&fv_backend_cuda)
+#else
+#    define BACKEND NULL
+#endif
+
 static uint64_t seed;
 
 static fv_model_spec_t model(const fv_policy_t *policy)
@@ -86,7 +92,7 @@ static void test_freeing_is_unobservable(void **state)
 
         assert_true(n_ranks * arena_bytes <
                     N_TOKENS * fv_model_token_bytes(&spec) * (size_t)spec.n_kv_heads);
-        fv_rig_create(&rig, n_ranks, arena_bytes, NULL, seed + i);
+        fv_rig_create(&rig, n_ranks, arena_bytes, BACKEND, seed + i);
         (void)fv_rig_model(&rig, &spec);
         fv_rig_open(&rig, 0, 0, 1, (uint16_t)n_ranks, FV_PAGE_TOKENS);
         while (*n_tokens < N_TOKENS) {
@@ -109,7 +115,7 @@ static void test_forks_keep_their_own(void **state)
     fv_model_spec_t spec = model(&k_policies[0]);
 
     (void)state;
-    fv_rig_create(&rig, 2, ARENA_BYTES / 4U, NULL, seed);
+    fv_rig_create(&rig, 2, ARENA_BYTES / 4U, BACKEND, seed);
     (void)fv_rig_model(&rig, &spec);
     fv_rig_open(&rig, 0, 0, 1, 2, FV_PAGE_TOKENS);
     for (int i = 0; i < 10; i++) {
@@ -141,6 +147,12 @@ int main(void)
         cmocka_unit_test(test_forks_keep_their_own),
     };
 
+#if defined(FV_PROP_CUDA)
+    if (!fv_backend_cuda_is_visible()) {
+        print_message("no GPU: skipped\n");
+        return 77;
+    }
+#endif
     seed = fv_random_seed(1);
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
