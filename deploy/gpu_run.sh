@@ -173,8 +173,8 @@ part_bench() {
     cat "$work/results/bench.log"
 }
 
-# What the backend serves, for pytest -k: CUDA ranks refuse S2 and latents in this version.
-served() { if [[ $backend == cuda ]]; then echo "not s2 and not latent and not deepseek and not mla"; fi; }
+# What the backend serves, for pytest -k: CUDA ranks refuse latents in this version.
+served() { if [[ $backend == cuda ]]; then echo "not latent and not deepseek and not mla"; fi; }
 
 # What N ranks of the service take to start, as words for env: for the C tests, for the Python tests.
 c_service() {
