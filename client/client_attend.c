@@ -86,6 +86,7 @@ fovea_code_t fv_attend_message_init(fv_attend_message_t *out,
                                 .causal = (request->flags & FOVEA_ATTEND_NOT_CAUSAL) == 0,
                                 .append = (request->flags & FOVEA_ATTEND_QUERY_ONLY) == 0,
                                 .want_lse = request->lse != NULL,
+                                .only_slice = request->only_slice,
                                 .n_items = request->n_items};
     fv_status_t status =
         fv_wire_attend_request_encode(&wire, items, request->q_bytes, request->k_bytes,

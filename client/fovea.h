@@ -367,8 +367,11 @@ typedef struct fovea_attend_item {
  */
 typedef struct fovea_attend_request {
     uint32_t layer;
-    fovea_dtype_t dtype;              /* of q, k, v and out; need not be the cache's */
-    uint32_t flags;                   /* FOVEA_ATTEND_* */
+    fovea_dtype_t dtype; /* of q, k, v and out; need not be the cache's */
+    uint32_t flags;      /* FOVEA_ATTEND_* */
+    uint32_t
+        only_slice; /* LATENT in groups: 1 + the slice that out is of, [T, Hq, latent_dim / groups]; only its ranks
+                            answer, all append. 0: all slices */
     uint32_t n_items;                 /* 1..4096 */
     const fovea_attend_item_t *items; /* [n_items] */
     const void *q;                    /* [T, Hq, dk] */

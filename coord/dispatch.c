@@ -229,7 +229,9 @@ static fv_status_t list_inputs(fv_dispatch_t *d, const fv_item_place_t *at, fv_r
     fv_rows_t v = rows_of(at, at->tensors->v, spec->n_kv_heads, part->head_begin, part->head_end,
                           spec->head_dim_v);
 
-    FV_RETURN_IF_ERR(add_rows(work, &q, 0, at->item->n_tokens));
+    if (at->share.q_bytes > 0) {
+        FV_RETURN_IF_ERR(add_rows(work, &q, 0, at->item->n_tokens));
+    }
     FV_RETURN_IF_ERR(add_input_pad(d, work, at->share.q_bytes));
     FV_RETURN_IF_ERR(list_kv(at, work, &k));
     FV_RETURN_IF_ERR(add_input_pad(d, work, at->share.k_bytes));
@@ -275,8 +277,9 @@ static fv_status_t list_output_slices(const fv_item_place_t *at, fv_rank_work_t 
     for (uint64_t row = at->share.row_begin; row < at->share.row_end; row++) {
         uint64_t element = (at->token_begin + row / n_local) * (uint64_t)spec->n_q_heads +
                            (uint64_t)part->q_head_begin + row % n_local;
-        uint8_t *out = at->tensors->out +
-                       (element * (size_t)spec->head_dim_v + (size_t)part->latent_begin) * e;
+        uint8_t *out = at->tensors->out + (element * (size_t)fv_item_out_dim(spec, at->item) +
+                                           (size_t)fv_item_out_begin(part, at->item)) *
+                                              e;
 
         FV_RETURN_IF_ERR(add_output(work, out, (size_t)part->head_dim_v * e));
     }
@@ -308,7 +311,7 @@ static fv_step_io_t view_of(const fv_item_place_t *at)
     size_t q_row = (size_t)spec->n_q_heads * (size_t)spec->head_dim_qk * e;
     size_t k_row = (size_t)spec->n_kv_heads * (size_t)spec->head_dim_qk * e;
     size_t v_row = (size_t)spec->n_kv_heads * (size_t)fv_model_v_dim_sent(spec) * e;
-    size_t out_row = (size_t)spec->n_q_heads * (size_t)spec->head_dim_v * e;
+    size_t out_row = (size_t)spec->n_q_heads * (size_t)fv_item_out_dim(spec, at->item) * e;
     fv_step_io_t io = {
         .q = at->tensors->q + at->token_begin * q_row,
         .q_token_bytes = q_row,

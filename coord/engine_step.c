@@ -32,7 +32,7 @@ fv_status_t fv_engine_prepare(fv_request_t *request)
     void *lse = NULL;
 
     job->out_bytes =
-        n_rows * (size_t)request->spec->head_dim_v * fv_dtype_bytes(request->head.dtype);
+        n_rows * (size_t)fv_request_out_dim(request) * fv_dtype_bytes(request->head.dtype);
     job->lse_bytes = request->head.want_lse ? (n_rows * sizeof(float)) : 0U;
     FV_RETURN_IF_ERR(fv_staging_take(job->staging, job->out_bytes, false, &out));
     job->tensors.out = out;

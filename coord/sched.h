@@ -110,6 +110,13 @@ typedef struct fv_request {
     struct fv_request *next;
 } fv_request_t;
 
+/* Dims of a row of its answer. */
+static inline int32_t fv_request_out_dim(const fv_request_t *request)
+{
+    return (request->head.only_slice != 0) ? fv_model_stored_dim_v(request->spec)
+                                           : request->spec->head_dim_v;
+}
+
 /* A step to run. Lists are linked by fv_request_t.next, in order of arrival. */
 typedef struct fv_step_plan {
     uint64_t step_id;

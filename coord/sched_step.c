@@ -76,7 +76,8 @@ static fv_status_t check_tensor(const char *name,
 static uint64_t reply_bytes(const fv_request_t *request)
 {
     uint64_t n_rows = request->head.n_tokens * (uint64_t)request->spec->n_q_heads;
-    uint64_t row_bytes = (uint64_t)request->spec->head_dim_v * fv_dtype_bytes(request->head.dtype);
+    uint64_t row_bytes =
+        (uint64_t)fv_request_out_dim(request) * fv_dtype_bytes(request->head.dtype);
 
     return n_rows * (row_bytes + (request->head.want_lse ? sizeof(float) : 0U));
 }
@@ -110,11 +111,16 @@ static fv_status_t check_tensors(const fv_request_t *request)
         check_tensor("k", head->k.n_bytes, n_kv, spec->n_kv_heads, spec->head_dim_qk, head->dtype));
     FV_RETURN_IF_ERR(check_tensor("v", head->v.n_bytes, n_kv, spec->n_kv_heads,
                                   fv_model_v_dim_sent(spec), head->dtype));
-    if (head->want_lse && fv_model_is_approximate(spec)) {
+    if (head->only_slice > ((fv_model_groups(spec) > 1) ? (uint32_t)fv_model_groups(spec) : 0U)) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "only_slice: given %u, expected 0..%d: 1 + a slice of the model's latents",
+                       head->only_slice, (fv_model_groups(spec) > 1) ? fv_model_groups(spec) : 0);
+    }
+    if (head->want_lse && fv_model_is_approximate(spec) && (head->only_slice == 0)) {
         return fv_fail(
             FV_ERR_INVALID_ARG,
-            "want_lse: given true, expected false: sharded by latent, each of the %d slices "
-            "has a softmax of its own",
+            "want_lse: given true, expected false or only_slice: sharded by latent, each of the %d "
+            "slices has a softmax of its own",
             fv_model_groups(spec));
     }
     return check_reply(request);
@@ -213,7 +219,8 @@ check_position(const fv_request_t *request, uint32_t i, uint64_t tokens_max, fv_
         .n_tokens = item->n_tokens,
         .dtype = (uint16_t)request->head.dtype,
         .flags = (uint16_t)((request->head.causal ? FV_ITEM_CAUSAL : 0) |
-                            (request->head.want_lse ? FV_ITEM_WANT_LSE : 0)),
+                            (request->head.want_lse ? FV_ITEM_WANT_LSE : 0) |
+                            ((int32_t)request->head.only_slice << FV_ITEM_SLICE_SHIFT)),
     };
     if (!request->head.append) {
         return FV_OK;

@@ -177,6 +177,9 @@ enum {
         8, /* a later piece of one append: nothing more is freed than what lay behind the first */
     FV_ITEM_COPIES_TAIL =
         16, /* the coordinator's note: a page is promised for a copy of the layer's shared last page */
+    FV_ITEM_SLICE_SHIFT =
+        8, /* bits 8..11: 1 + the one slice of a latent that is answered; 0: all */
+    FV_ITEM_SLICE_MASK = 0xf,
 };
 
 /* One item of a step; its share of each rank follows from the session's placement (proto/step.h). */

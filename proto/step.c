@@ -32,14 +32,21 @@ bool fv_item_share(const fv_model_spec_t *spec,
     size_t n_heads = (size_t)(s.part.head_end - s.part.head_begin);
     size_t dk = (size_t)s.part.head_dim_qk;
     size_t dv = (size_t)s.part.head_dim_v;
-    s.n_rows = (uint64_t)item->n_tokens * (uint64_t)s.n_q_heads;
+    uint64_t n_rows = (uint64_t)item->n_tokens * (uint64_t)s.n_q_heads;
+    int32_t only = fv_item_only_slice(item);
+    s.is_answered = (only == 0) || (only == s.part.slice + 1);
+    bool is_read = s.is_answered || fv_model_adds_scores(spec); /* the others' scores need it */
+    if (!is_read && ((item->flags & FV_ITEM_APPEND) == 0)) {
+        return false;
+    }
+    s.n_rows = s.is_answered ? n_rows : 0U;
     s.row_begin = fv_rows_begin(s.n_rows, n_parts, s.cp);
     s.row_end = fv_rows_begin(s.n_rows, n_parts, s.cp + 1);
-    s.q_bytes = s.n_rows * dk * e;
+    s.q_bytes = is_read ? (n_rows * dk * e) : 0U;
     s.k_bytes = s.n_kv_tokens * n_heads * dk * e;
     s.v_bytes = fv_model_is_latent(spec) ? 0U : (s.n_kv_tokens * n_heads * dv * e);
     s.out_bytes = (s.row_end - s.row_begin) * dv * e;
-    if (((item->flags & FV_ITEM_WANT_LSE) != 0) && (s.part.slice == 0)) {
+    if (((item->flags & FV_ITEM_WANT_LSE) != 0) && ((only != 0) || (s.part.slice == 0))) {
         s.lse_bytes = (s.row_end - s.row_begin) * sizeof(float); /* all slices have the same */
     }
     *out = s;

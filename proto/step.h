@@ -38,7 +38,27 @@ typedef struct fv_item_share {
     uint64_t row_begin, row_end;      /* rows this rank merges and returns */
     size_t q_bytes, k_bytes, v_bytes; /* packed input, unpadded */
     size_t out_bytes, lse_bytes;      /* packed output, unpadded */
+    bool
+        is_answered; /* false: another slice alone is asked for; this rank appends, and has no rows */
 } fv_item_share_t;
+
+/* 1 + the slice of a latent that alone is answered; 0: all. */
+static inline int32_t fv_item_only_slice(const fv_ctl_item_t *item)
+{
+    return ((int32_t)item->flags >> FV_ITEM_SLICE_SHIFT) & FV_ITEM_SLICE_MASK;
+}
+
+/* Dims of a row of the item's whole output. */
+static inline int32_t fv_item_out_dim(const fv_model_spec_t *spec, const fv_ctl_item_t *item)
+{
+    return (fv_item_only_slice(item) != 0) ? fv_model_stored_dim_v(spec) : spec->head_dim_v;
+}
+
+/* Where a part's dims begin in it. */
+static inline int32_t fv_item_out_begin(const fv_head_part_t *part, const fv_ctl_item_t *item)
+{
+    return (fv_item_only_slice(item) != 0) ? 0 : part->latent_begin;
+}
 
 static inline uint64_t fv_rows_begin(uint64_t n_rows, int32_t n_parts, int32_t d)
 {
@@ -55,8 +75,8 @@ typedef struct fv_token_run {
 } fv_token_run_t;
 
 /*
- * The share of `rank`; false when it has none (no query tokens, not in the placement, or its context part holds no
- * token of [0, kv_end)).
+ * The share of `rank`; false when it has none (no query tokens, not in the placement, its context part holds no
+ * token of [0, kv_end), or nothing is appended and another slice alone is asked for).
  */
 bool fv_item_share(const fv_model_spec_t *spec,
                    const fv_placement_t *placement,

@@ -73,9 +73,10 @@ typedef struct fv_attend_request {
     fv_dtype_t dtype; /* valid, checked */
     bool causal;      /* absent = true */
     bool want_lse;
-    bool append;       /* absent = true */
-    uint32_t n_items;  /* 1..FV_ITEMS_MAX, checked */
-    uint64_t n_tokens; /* T = sum over items; fits 32 bits, checked */
+    bool append;         /* absent = true */
+    uint32_t only_slice; /* LATENT: 1 + the slice that is answered; 0: all */
+    uint32_t n_items;    /* 1..FV_ITEMS_MAX, checked */
+    uint64_t n_tokens;   /* T = sum over items; fits 32 bits, checked */
     fv_region_t q, k, v;
 } fv_attend_request_t;
 

@@ -17,6 +17,7 @@ enum {
     FV_REQUEST_CAUSAL = 5,
     FV_REQUEST_WANT_LSE = 6,
     FV_REQUEST_APPEND = 7,
+    FV_REQUEST_ONLY_SLICE = 8,
     FV_REQUEST_Q = 14,
     FV_REQUEST_K = 15,
     FV_REQUEST_V = 16,
@@ -146,9 +147,10 @@ static fv_status_t request_item(const fv_scan_t *scan,
 static fv_status_t request_small(const fv_scan_field_t *field, fv_attend_request_t *r)
 {
     static const char *const k_names[] = {
-        [FV_REQUEST_ID] = "request_id",     [FV_REQUEST_LAYER] = "layer",
-        [FV_REQUEST_DTYPE] = "dtype",       [FV_REQUEST_CAUSAL] = "causal",
-        [FV_REQUEST_WANT_LSE] = "want_lse", [FV_REQUEST_APPEND] = "append",
+        [FV_REQUEST_ID] = "request_id",         [FV_REQUEST_LAYER] = "layer",
+        [FV_REQUEST_DTYPE] = "dtype",           [FV_REQUEST_CAUSAL] = "causal",
+        [FV_REQUEST_WANT_LSE] = "want_lse",     [FV_REQUEST_APPEND] = "append",
+        [FV_REQUEST_ONLY_SLICE] = "only_slice",
     };
 
     FV_RETURN_IF_ERR(fv_scan_expect(field, FV_WIRE_VARINT, k_names[field->number]));
@@ -167,6 +169,9 @@ static fv_status_t request_small(const fv_scan_field_t *field, fv_attend_request
         break;
     case FV_REQUEST_WANT_LSE:
         r->want_lse = field->value != 0;
+        break;
+    case FV_REQUEST_ONLY_SLICE:
+        r->only_slice = (uint32_t)field->value;
         break;
     default: /* FV_REQUEST_APPEND */
         r->append = field->value != 0;
@@ -189,6 +194,7 @@ static fv_status_t request_field(const fv_scan_t *scan,
     case FV_REQUEST_CAUSAL:
     case FV_REQUEST_WANT_LSE:
     case FV_REQUEST_APPEND:
+    case FV_REQUEST_ONLY_SLICE:
         return request_small(field, r);
     case FV_REQUEST_Q:
         r->q = field->region;

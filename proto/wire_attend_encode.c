@@ -21,6 +21,7 @@ enum {
     FV_TAG_CAUSAL = (5 << 3) | 0,
     FV_TAG_WANT_LSE = (6 << 3) | 0,
     FV_TAG_APPEND = (7 << 3) | 0,
+    FV_TAG_ONLY_SLICE = (8 << 3) | 0,
     FV_TAG_Q = (14 << 3) | 2,
     FV_TAG_K = (15 << 3) | 2,
     FV_TAG_V = (16 << 3) | 2,
@@ -182,6 +183,7 @@ fv_status_t fv_wire_attend_request_encode(const fv_attend_request_t *request,
     if (!request->append) {
         p = put_varint(put_varint(p, FV_TAG_APPEND), 0);
     }
+    p = put_scalar(p, FV_TAG_ONLY_SLICE, request->only_slice);
     *out_head = (fv_bytes_t){.data = head, .n_bytes = (size_t)(p - head)};
     out_tensors->n_q =
         (size_t)(put_tensor_head(out_tensors->q, FV_TAG_Q, q_bytes) - out_tensors->q);

@@ -335,6 +335,25 @@ static fv_status_t list_attends(fv_worker_t *worker, size_t *out_n)
     return FV_OK;
 }
 
+/* Of those, the ones whose slice is asked for: only scores were wanted of the others. */
+static size_t keep_answered(fv_exact_work_t *x)
+{
+    const fv_exact_block_t *blocks = x->blocks.data;
+    fv_attn_item_t *attends = x->attends.data;
+    size_t n_kept = 0;
+    size_t n = 0;
+
+    for (size_t i = 0; i < x->n_blocks; i++) {
+        if (!blocks[i].item->failed) {
+            if (blocks[i].item->share.is_answered) {
+                attends[n_kept++] = attends[n];
+            }
+            n++;
+        }
+    }
+    return n_kept;
+}
+
 static fv_status_t run_round(fv_worker_t *worker, uint64_t round)
 {
     const fv_backend_ops_t *ops = worker->config.backend;
@@ -354,6 +373,7 @@ static fv_status_t run_round(fv_worker_t *worker, uint64_t round)
     add_up(worker);
     FV_RETURN_IF_ERR(exchange(worker, true));
     move_parts(worker, true);
+    n = keep_answered(x);
     return (n > 0U) ? ops->attend(worker->backend, x->attends.data, n) : FV_OK;
 }
 

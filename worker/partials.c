@@ -172,7 +172,7 @@ static fv_merge_item_t make_merge(const fv_step_item_t *item)
     const fv_model_spec_t *spec = &item->session->model->spec;
     size_t e = fv_dtype_bytes((fv_dtype_t)item->ctl->dtype);
     size_t row_bytes = (size_t)s->part.head_dim_v * e;
-    size_t head_bytes = (size_t)spec->head_dim_v * e; /* of all slices */
+    size_t head_bytes = (size_t)fv_item_out_dim(spec, item->ctl) * e; /* of all slices */
     fv_merge_item_t m = {
         .n_rows = s->row_end - s->row_begin,
         .n_parts = s->n_parts,
@@ -190,7 +190,8 @@ static fv_merge_item_t make_merge(const fv_step_item_t *item)
         m.lse_token_stride = m.n_rows;
     } else {
         m.row_base = s->row_begin;
-        m.out = (uint8_t *)item->io->out + q_head * head_bytes + (size_t)s->part.latent_begin * e;
+        m.out = (uint8_t *)item->io->out + q_head * head_bytes +
+                (size_t)fv_item_out_begin(&s->part, item->ctl) * e;
         m.out_head_bytes = (head_bytes > row_bytes) ? head_bytes : 0U;
         m.out_token_bytes = item->io->out_token_bytes;
         m.lse = (s->lse_bytes == 0U) ? NULL : (item->io->lse + q_head);

@@ -287,6 +287,7 @@ static fv_attn_item_t make_attend(const fv_step_item_t *item)
     const fv_head_part_t *part = &item->share.part;
     size_t q_head = io->is_packed ? 0U : (size_t)part->q_head_begin;
     size_t latent = latent_begin_bytes(item);
+    size_t out_head = (size_t)fv_item_out_dim(spec, ctl) * e;
 
     fv_attn_item_t a = {
         .n_tokens = (int32_t)ctl->n_tokens,
@@ -320,11 +321,12 @@ static fv_attn_item_t make_attend(const fv_step_item_t *item)
         if (!io->is_packed) {
             a.rope_gap_bytes = rope_gap_bytes(item);
             a.q_head_bytes = (size_t)spec->head_dim_qk * e;
-            a.out_head_bytes = (size_t)spec->head_dim_v * e;
+            a.out_head_bytes = out_head;
         }
     }
-    if (item->share.n_parts == 1) { /* whole rows are here: straight to the output */
-        a.out = (uint8_t *)io->out + q_head * (size_t)spec->head_dim_v * e + latent;
+    if ((item->share.n_parts == 1) || !item->share.is_answered) { /* whole rows: straight out */
+        a.out = (uint8_t *)io->out + q_head * out_head +
+                (io->is_packed ? 0U : ((size_t)fv_item_out_begin(part, ctl) * e));
         a.out_token_bytes = io->out_token_bytes;
         a.lse = (item->share.lse_bytes > 0U) ? (io->lse + q_head) : NULL;
         a.lse_token_stride = io->lse_token_stride;
@@ -353,17 +355,13 @@ static fv_status_t compute(fv_worker_t *worker, fv_error_t *item_errors)
                 fail_item(item, status, &item_errors[i]);
             }
         }
-        fv_attn_item_t *attend = NULL;
-        if (!item->failed) {
-            attend = &attends[w->n_attends++];
-            *attend = make_attend(item);
-        }
-        FV_RETURN_IF_ERR(fv_partials_bind(worker, item, attend));
-        if (fv_model_adds_scores(&item->session->model->spec)) {
-            fv_attn_item_t of_all = (attend != NULL) ? *attend : make_attend(item);
+        fv_attn_item_t attend = make_attend(item);
 
-            FV_RETURN_IF_ERR(fv_exact_add(worker, item, &of_all));
-            w->n_attends -= (attend != NULL) ? 1U : 0U;
+        FV_RETURN_IF_ERR(fv_partials_bind(worker, item, &attend));
+        if (fv_model_adds_scores(&item->session->model->spec)) {
+            FV_RETURN_IF_ERR(fv_exact_add(worker, item, &attend));
+        } else if (!item->failed && item->share.is_answered) {
+            attends[w->n_attends++] = attend;
         }
     }
     if ((worker->store != NULL) && (worker->store->mirror != NULL)) {

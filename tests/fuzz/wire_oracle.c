@@ -122,7 +122,7 @@ static const char *compare_request(const Fovea__V1__AttendRequest *pb,
         return "request_id, layer or dtype differs";
     }
     if ((r->causal != is_causal) || (r->append != is_append(pb)) ||
-        (r->want_lse != (pb->want_lse != 0))) {
+        (r->want_lse != (pb->want_lse != 0)) || (r->only_slice != pb->only_slice)) {
         return "a flag differs";
     }
     if (r->n_items != pb->n_items) {

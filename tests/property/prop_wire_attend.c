@@ -230,6 +230,7 @@ static void test_encoded_request_is_read_back(void **state)
                                  .dtype = (fv_dtype_t)(1U + fv_random_below(&g_random, 3)),
                                  .causal = fv_random_below(&g_random, 2) != 0,
                                  .want_lse = fv_random_below(&g_random, 2) != 0,
+                                 .only_slice = (uint32_t)fv_random_below(&g_random, 10),
                                  .append = fv_random_below(&g_random, 2) != 0};
         size_t sizes[3] = {0};
         size_t n = 0;
@@ -267,7 +268,7 @@ static void test_encoded_request_is_read_back(void **state)
         assert_int_equal(back.layer, r.layer);
         assert_int_equal(back.dtype, r.dtype);
         assert_true((back.causal == r.causal) && (back.want_lse == r.want_lse) &&
-                    (back.append == r.append));
+                    (back.only_slice == r.only_slice) && (back.append == r.append));
         assert_int_equal(back.n_items, r.n_items);
         assert_memory_equal(read, items, r.n_items * sizeof(items[0]));
         assert_true((back.q.n_bytes == sizes[0]) && (back.k.n_bytes == sizes[1]) &&

@@ -166,6 +166,30 @@ def test_slices_are_a_softmax_each(client, rng, groups, wire):
         assert all(p.kv_bytes == 2 * 64 * (64 + ROPE) * e for p in placement.shares)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_tensor_parallel_client_asks_for_its_slice(client, rng, exact):
+    """Each of two client ranks sends the same tokens and asks for a slice: appended once, joined they are the whole."""
+    need_ranks(client, 2)
+    spec = latent_spec(sharding=by_latent(2, exact=exact))
+    s = Latents(client, rng, spec)
+    for n in (70, 1, 3):
+        q, k = s.fresh(n)
+        position = len(s.k)
+        parts = [
+            client.attend(0, [(s.session, position, n)], q, k, only_slice=i, want_lse=True) for i in (2, 1)
+        ][::-1]
+        s.remember(k, "f32")
+        whole = client.attend(0, [(s.session, position, n)], q, k)
+        assert parts[0].out.shape == (n, HEADS, LATENT // 2)
+        assert np.array_equal(np.concatenate([p.out for p in parts], axis=2), whole.out)
+        expected, lse = s.expect(q, position)
+        helpers.close(whole.out, expected, "f32")
+        np.testing.assert_allclose(parts[1].lse, lse, rtol=1e-5, atol=2e-5)
+    assert len(s.k) == s.session.info().layer_tokens[0]
+    with pytest.raises(fovea.InvalidArgument, match="only_slice: given 3, expected 0..2"):
+        client.attend(0, [(s.session, len(s.k), 1)], q[:1], k[:1], only_slice=3)
+
+
 def test_fp8_cache_holds_656_bytes(client, rng):
     """M9: near MLA, as near as 3 bits of mantissa are; the cache's dtype is no wire dtype."""
     spec = latent_spec(latent_dim=512, rope_dim=64, kv_dtype="fp8_latent", softmax_scale=0.05)

@@ -43,7 +43,7 @@ size_t fv_pack_input(const fv_model_spec_t *spec,
     uint8_t *q = in;
     uint8_t *k = q + fv_align_up(s.q_bytes, FV_STEP_ALIGN);
     uint8_t *v = k + fv_align_up(s.k_bytes, FV_STEP_ALIGN);
-    for (size_t t = 0; t < item->n_tokens; t++) {
+    for (size_t t = 0; (s.q_bytes > 0U) && (t < item->n_tokens); t++) {
         for (int32_t h = s.part.q_head_begin; h < s.part.q_head_end; h++) {
             q = pack_row(spec, &s.part,
                          (const uint8_t *)full->q + t * full->q_token_bytes + (size_t)h * dk, e, q);
@@ -79,7 +79,7 @@ size_t fv_unpack_output(const fv_model_spec_t *spec,
 {
     fv_item_share_t s;
     size_t e = fv_dtype_bytes((fv_dtype_t)item->dtype);
-    size_t dv = (size_t)spec->head_dim_v * e; /* of a row of `full` */
+    size_t dv = (size_t)fv_item_out_dim(spec, item) * e; /* of a row of `full` */
 
     if (!fv_item_share(spec, placement, item, rank, &s)) {
         return 0;
@@ -91,7 +91,7 @@ size_t fv_unpack_output(const fv_model_spec_t *spec,
         size_t h = (size_t)s.part.q_head_begin + r % (size_t)s.n_q_heads;
 
         memcpy((uint8_t *)full->out + t * full->out_token_bytes + h * dv +
-                   (size_t)s.part.latent_begin * e,
+                   (size_t)fv_item_out_begin(&s.part, item) * e,
                out + (r - s.row_begin) * slice, slice);
         if (s.lse_bytes > 0U) {
             memcpy(full->lse + t * full->lse_token_stride + h,

@@ -46,7 +46,8 @@ static void make_item(fv_rig_t *rig, fv_rig_item_t *item)
     size_t n_q = (size_t)spec->n_q_heads;
     size_t n_kv = (item->flags & FV_ITEM_APPEND) ? (size_t)spec->n_kv_heads : 0U;
     size_t dk = (size_t)spec->head_dim_qk;
-    size_t dv = (size_t)spec->head_dim_v;
+    const fv_ctl_item_t asked = {.flags = item->flags};
+    size_t dv = (size_t)fv_item_out_dim(spec, &asked);
     size_t dv_sent = (size_t)fv_model_v_dim_sent(spec);
     size_t n_out = item->n_tokens * n_q * dv * e;
 
@@ -81,7 +82,7 @@ static void make_item(fv_rig_t *rig, fv_rig_item_t *item)
     }
     if (item->is_poison) {
         memset((void *)(uintptr_t)item->full.k, 0xff, item->n_tokens * n_kv * dk * e);
-        memset((void *)(uintptr_t)item->full.v, 0xff, item->n_tokens * n_kv * dv * e);
+        memset((void *)(uintptr_t)item->full.v, 0xff, item->n_tokens * n_kv * dv_sent * e);
     }
     item->status = FV_OK;
 }
@@ -292,9 +293,14 @@ static void check_token(const fv_rig_t *rig, const fv_rig_item_t *item, size_t t
     } else {
         fv_attend_ref(&params);
     }
-    for (size_t i = 0; i < n_out; i++) {
-        assert_near((double)fv_load_element(item->full.out, (fv_dtype_t)item->dtype, t * n_out + i),
-                    out[i], tolerances[item->dtype]);
+    size_t dim = (size_t)fv_item_out_dim(spec, &item->ctl);
+    size_t first = (fv_item_only_slice(&item->ctl) > 0)
+                       ? ((size_t)(fv_item_only_slice(&item->ctl) - 1) * dim)
+                       : 0U;
+    for (size_t i = 0; i < n_rows * dim; i++) {
+        assert_near(
+            (double)fv_load_element(item->full.out, (fv_dtype_t)item->dtype, t * n_rows * dim + i),
+            out[i / dim * (size_t)spec->head_dim_v + first + i % dim], tolerances[item->dtype]);
     }
     for (size_t i = 0; (item->full.lse != NULL) && (i < n_rows); i++) {
         assert_near((double)item->full.lse[t * n_rows + i], lse[i], 2e-5);
@@ -308,7 +314,8 @@ static void check_token(const fv_rig_t *rig, const fv_rig_item_t *item, size_t t
 static void check_item(fv_rig_t *rig, const fv_rig_item_t *item)
 {
     const fv_model_spec_t *spec = spec_of(rig, item);
-    size_t n_out = (size_t)item->n_tokens * (size_t)(spec->n_q_heads * spec->head_dim_v);
+    size_t n_out =
+        (size_t)item->n_tokens * (size_t)(spec->n_q_heads * fv_item_out_dim(spec, &item->ctl));
 
     for (size_t i = 0; i < n_out; i++) {
         assert_false(isnan(fv_load_element(item->full.out, (fv_dtype_t)item->dtype, i)));

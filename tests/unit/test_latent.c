@@ -304,6 +304,39 @@ static void test_parts_cover_heads_and_latent_once(void **state)
     check_parts(8, 5);
 }
 
+/* A client asks for slice 1 alone: its ranks have rows; the others append, and without that have no share. */
+static void test_one_slice_is_asked_for(void **state)
+{
+    fv_model_spec_t spec = tpla_spec(2);
+    fv_placement_t p = {
+        .n_head_parts = 4, .n_ctx_parts = 1, .shard_tokens = 64, .ranks = {0, 1, 2, 3}};
+    fv_ctl_item_t item = {.kv_end = 3,
+                          .n_tokens = 3,
+                          .dtype = FV_DTYPE_BF16,
+                          .flags = (uint16_t)(FV_ITEM_APPEND | (2U << FV_ITEM_SLICE_SHIFT))};
+    fv_item_share_t s;
+
+    (void)state;
+    assert_int_equal(fv_model_spec_check(&spec), FV_OK);
+    assert_int_equal(fv_item_out_dim(&spec, &item), 256);
+    for (uint32_t r = 0; r < 4U; r++) {
+        assert_true(fv_item_share(&spec, &p, &item, r, &s));
+        assert_true(s.is_answered == (r >= 2U));
+        assert_int_equal(s.out_bytes, (r >= 2U) ? (3 * 64 * 256 * 2) : 0);
+        assert_int_equal(s.q_bytes, (r >= 2U) ? (3 * 64 * 320 * 2) : 0);
+        assert_int_equal(s.k_bytes, 3 * 320 * 2);
+        assert_int_equal(fv_item_out_begin(&s.part, &item), 0);
+    }
+    item.flags = (uint16_t)(2U << FV_ITEM_SLICE_SHIFT);
+    assert_false(fv_item_share(&spec, &p, &item, 0, &s));
+    assert_true(fv_item_share(&spec, &p, &item, 2, &s));
+    spec.sharding.exact = 1; /* the other slice's scores are needed */
+    assert_true(fv_item_share(&spec, &p, &item, 0, &s));
+    assert_false(s.is_answered);
+    assert_int_equal(s.q_bytes, 3 * 64 * 320 * 2);
+    assert_int_equal(s.out_bytes, 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -312,6 +345,7 @@ int main(void)
         cmocka_unit_test(test_fp8_cache_sizes),
         cmocka_unit_test(test_each_bad_field_is_refused_by_name),
         cmocka_unit_test(test_alpha_is_the_reciprocal_share),
+        cmocka_unit_test(test_one_slice_is_asked_for),
         cmocka_unit_test(test_kv_models_have_no_latent),
         cmocka_unit_test(test_parts_cover_heads_and_latent_once),
     };

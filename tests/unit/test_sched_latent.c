@@ -227,9 +227,10 @@ static void test_tensors_are_checked(void **state)
     (void)state;
     fv_case_register(sched, &spec, id);
     fv_session_id_t session = fv_case_open(sched, id, NULL);
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 4; i++) {
         static const char *const k_texts[] = {"want_lse: given true", "v: given 2048 bytes",
-                                              "k: given 2048 bytes, expected 2304"};
+                                              "k: given 2048 bytes, expected 2304",
+                                              "only_slice: given 3, expected 0..2"};
         fv_case_request_t *r = fv_case_request(0, true);
 
         fv_case_add(r, session, 0, 1, 0);
@@ -237,6 +238,7 @@ static void test_tensors_are_checked(void **state)
         r->request.head.want_lse = i == 0;
         r->request.head.v.n_bytes = (i == 1) ? 2048U : 0U;
         r->request.head.k.n_bytes -= (i == 2) ? 256U : 0U;
+        r->request.head.only_slice = (i == 3) ? 3U : 0U;
         assert_int_equal(serve(sched, r), FV_ERR_INVALID_ARG);
         assert_non_null(strstr(r->request.error.text, k_texts[i]));
         free(r);

@@ -72,6 +72,7 @@ def encode(
     want_lse: bool,
     append: bool,
     dtype: str | None,
+    only_slice: int = 0,
 ) -> AttendCall:
     """Checks the arrays' form (what only the service knows, it checks itself) and serializes."""
     tensors = {"q": q, "k": k, "v": v}
@@ -98,6 +99,7 @@ def encode(
         items=[pb.AttendItem(session_id=i[0], position=i[1], n_tokens=i[2]) for i in items],
         dtype=wire_dtype_of(q, dtype),
         want_lse=want_lse,
+        only_slice=only_slice,
     )
     if not causal:  # absent = true, for both
         head.causal = False

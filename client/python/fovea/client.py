@@ -206,6 +206,7 @@ class Client:
         append: bool = True,
         *,
         dtype: str | None = None,
+        only_slice: int = 0,
         timeout: float | None = None,
     ) -> AttendResult:
         """Appends K and V to the sessions' caches and attends over all of it; waits for the answer.
@@ -214,6 +215,8 @@ class Client:
         q:       [T, Hq, dk]; k [T, Hkv, dk]; v [T, Hkv, dv]: tokens of all items packed in item order, one
                  dtype for all: float32, float16, ml_dtypes.bfloat16, or uint16 with dtype="bf16".
         append:  False = query only, over what is stored: k and v must be None.
+        only_slice: of a model sharded "latent" in groups, 1 + the slice that out (and lse) is of, [T, Hq,
+                 latent_dim / groups]: for a client that is itself tensor-parallel. 0 = all slices.
         timeout: seconds; DeadlineExceeded afterwards.
 
         Repeating a call whose answer was lost is safe: the same K and V at the same position are
@@ -222,7 +225,7 @@ class Client:
         """
         call = attend_message.encode(
             next(self._ids), layer, as_items(items), q, k, v,
-            causal=causal, want_lse=want_lse, append=append, dtype=dtype,
+            causal=causal, want_lse=want_lse, append=append, dtype=dtype, only_slice=only_slice,
         )  # fmt: skip
         return attend_message.decode(call, self._call("AttendOnce", call.payload, timeout))
 

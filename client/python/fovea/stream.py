@@ -61,11 +61,12 @@ class AttendStream:
         want_lse: bool = False,
         append: bool = True,
         dtype: str | None = None,
+        only_slice: int = 0,
     ) -> Future[AttendResult]:
         """Sends one request; arguments as in Client.attend(). The arrays may be reused at once."""
         call = attend.encode(
             next(self._ids), layer, as_items(items), q, k, v,
-            causal=causal, want_lse=want_lse, append=append, dtype=dtype,
+            causal=causal, want_lse=want_lse, append=append, dtype=dtype, only_slice=only_slice,
         )  # fmt: skip
         self._slots.acquire()
         future: Future[AttendResult] = Future()

@@ -279,7 +279,7 @@ class AttendItem(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., position: _Optional[int] = ..., n_tokens: _Optional[int] = ...) -> None: ...
 
 class AttendRequest(_message.Message):
-    __slots__ = ("request_id", "layer", "items", "dtype", "causal", "want_lse", "append", "q", "k", "v")
+    __slots__ = ("request_id", "layer", "items", "dtype", "causal", "want_lse", "append", "only_slice", "q", "k", "v")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
@@ -287,6 +287,7 @@ class AttendRequest(_message.Message):
     CAUSAL_FIELD_NUMBER: _ClassVar[int]
     WANT_LSE_FIELD_NUMBER: _ClassVar[int]
     APPEND_FIELD_NUMBER: _ClassVar[int]
+    ONLY_SLICE_FIELD_NUMBER: _ClassVar[int]
     Q_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     V_FIELD_NUMBER: _ClassVar[int]
@@ -297,10 +298,11 @@ class AttendRequest(_message.Message):
     causal: bool
     want_lse: bool
     append: bool
+    only_slice: int
     q: bytes
     k: bytes
     v: bytes
-    def __init__(self, request_id: _Optional[int] = ..., layer: _Optional[int] = ..., items: _Optional[_Iterable[_Union[AttendItem, _Mapping]]] = ..., dtype: _Optional[_Union[DType, str]] = ..., causal: bool = ..., want_lse: bool = ..., append: bool = ..., q: _Optional[bytes] = ..., k: _Optional[bytes] = ..., v: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., layer: _Optional[int] = ..., items: _Optional[_Iterable[_Union[AttendItem, _Mapping]]] = ..., dtype: _Optional[_Union[DType, str]] = ..., causal: bool = ..., want_lse: bool = ..., append: bool = ..., only_slice: _Optional[int] = ..., q: _Optional[bytes] = ..., k: _Optional[bytes] = ..., v: _Optional[bytes] = ...) -> None: ...
 
 class Status(_message.Message):
     __slots__ = ("code", "message")
