@@ -21,6 +21,9 @@
 
 #define FV_SCALE_ITEMS_MAX   1024
 #define FV_SCALE_LAYERS_MAX  64
+#define FV_SCALE_S2_LAYERS   32 /* of the model of table "s2": all of them are there */
+#define FV_SCALE_S2_LOCAL    8
+#define FV_SCALE_S2_FILL     65536U /* tokens that are put in before what no query will read is freed */
 #define FV_SCALE_STEPS_MAX   256
 #define FV_SCALE_RESULTS_MAX 256
 #define FV_SCALE_NAME_BYTES  64
@@ -124,7 +127,7 @@ typedef enum fv_scale_grows {
 
 typedef struct fv_scale_case {
     const char *name;
-    const char *table; /* "strong", "weak", "exchange", "prefill", "check" */
+    const char *table; /* "strong", "weak", "exchange", "prefill", "s2", "check" */
     int32_t n_q_heads, n_kv_heads, head_dim;
     uint32_t n_items;
     uint64_t n_tokens; /* before the first step; weak: per rank */
@@ -133,6 +136,7 @@ typedef struct fv_scale_case {
     uint32_t shard_tokens;
     uint32_t
         chunk; /* 0: KV is put in place; else by real prefill steps of so many tokens, each verified; "prefill" times them */
+    int32_t s2_stride; /* 0: dense; else all layers are S2 of blocks of 64, 8 local */
 } fv_scale_case_t;
 
 /* Microseconds; of a step the slowest rank's. */
@@ -183,6 +187,8 @@ typedef struct fv_scale_run {
 
 void fv_scale_run_open(fv_scale_run_t *run, fv_scale_rank_t *r, const fv_scale_case_t *c, int p);
 void fv_scale_run_close(fv_scale_run_t *run);
+/* Every session gets its tokens (scale_fill.c). */
+void fv_scale_fill(fv_scale_run_t *run);
 /* Lays out the next step of a layer; false: this rank has no share. */
 bool fv_scale_step_prepare(fv_scale_run_t *run, uint32_t layer, uint32_t n_tokens);
 void fv_scale_step_run(fv_scale_run_t *run, fv_ctl_done_t *out_done);

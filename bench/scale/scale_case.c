@@ -44,6 +44,16 @@ static fv_scale_times_t times_of(double *values, uint32_t n, MPI_Comm comm)
 
 /* ------------------------------------------------------------------ size */
 
+/* Of a layer, by the rank that holds most. */
+static double kept_tokens(const fv_scale_case_t *c, uint64_t n_tokens, int p)
+{
+    const double part = (double)n_tokens / (double)p;
+
+    return (c->s2_stride == 0) ? part
+                               : fmin(part, part / (double)c->s2_stride +
+                                                (double)(FV_SCALE_S2_LOCAL + 2) * FV_PAGE_TOKENS);
+}
+
 /* Tokens, items and layers; false: even one layer does not fit. */
 static bool
 choose_size(fv_scale_run_t *run, const fv_scale_rank_t *r, const fv_scale_case_t *c, int p)
@@ -68,19 +78,26 @@ choose_size(fv_scale_run_t *run, const fv_scale_rank_t *r, const fv_scale_case_t
     }
     /* each layer's steps take up to two pages more on one rank */
     const double grown = (double)run->n_items * token_bytes * 2.0 * FV_PAGE_TOKENS;
-    const double rank_bytes =
-        (double)run->n_items * (double)run->n_tokens * token_bytes / (double)p + grown;
-    const double fits = floor((double)r->arena_bytes * 0.98 / (rank_bytes * 1.02));
+    const double rank_tokens = kept_tokens(c, run->n_tokens, p);
+    const double rank_bytes = (double)run->n_items * rank_tokens * token_bytes + grown;
+    const double filling =
+        (c->s2_stride > 0) ? ((double)FV_SCALE_S2_FILL * token_bytes / (double)p) : 0.0;
+    const double fits = floor(((double)r->arena_bytes * 0.98 - filling) / (rank_bytes * 1.02));
     double n_layers = ceil((double)r->options->rotate_bytes / rank_bytes);
+    double rank_layers = 1.0;
 
     if (is_tiny || (c->chunk > 0U)) {
         n_layers = run->is_prefill ? 3.0 : 2.0;
     }
     n_layers = fmin(fmin(n_layers, FV_SCALE_LAYERS_MAX), fits);
-    run->n_layers = (uint32_t)n_layers;
+    if (strcmp(c->table, "s2") == 0) {
+        rank_layers = FV_SCALE_S2_LAYERS;
+        n_layers = (fits >= rank_layers) ? rank_layers : 0.0;
+    }
+    run->n_layers = (uint32_t)fmax(n_layers, 0.0);
     if ((n_layers < 1.0) && (r->rank == 0)) {
         (void)printf("%-30s %3d ranks: needs %.1f GB a rank, there are %.1f\n", c->name, p,
-                     rank_bytes * 1.02e-9, (double)r->arena_bytes * 1e-9);
+                     (rank_layers * rank_bytes + filling) * 1.02e-9, (double)r->arena_bytes * 1e-9);
     }
     return n_layers >= 1.0;
 }

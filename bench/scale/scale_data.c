@@ -68,6 +68,31 @@ const uint16_t *fv_scale_query(const fv_scale_data_t *d, uint32_t item, uint64_t
     return d->q + first * (d->q_token_bytes / sizeof(uint16_t));
 }
 
+/* How many of the tokens that a row at `position` sees are the pool's token t. */
+static uint64_t times_seen(const fv_model_spec_t *spec,
+                           uint32_t layer,
+                           uint64_t position,
+                           int32_t kv_head,
+                           uint64_t t)
+{
+    const fv_policy_t *s2 = &spec->policies[spec->layer_policy[layer]];
+    uint64_t n = 0;
+
+    if (s2->kind != FV_POLICY_S2) {
+        return (position - t) / FV_SCALE_WINDOW + 1U;
+    }
+    for (uint64_t j = t; j <= position; j += FV_SCALE_WINDOW) {
+        const int64_t block = (int64_t)j / s2->block_tokens;
+        const int64_t shift = (int64_t)kv_head * s2->head_sliding_step + s2->head_sliding_offset;
+
+        n += (((int64_t)position / s2->block_tokens - block < s2->local_blocks) ||
+              ((block + shift) % s2->vert_stride == 0))
+                 ? 1U
+                 : 0U;
+    }
+    return n;
+}
+
 void fv_scale_expected(const fv_scale_data_t *d,
                        uint32_t item,
                        uint32_t layer,
@@ -99,7 +124,7 @@ void fv_scale_expected(const fv_scale_data_t *d,
     for (uint64_t t = 0; t < n_distinct; t++) {
         const size_t row =
             (fv_scale_token(item, layer, t) * (size_t)d->spec->n_kv_heads + kv_head) * dim;
-        const uint64_t n_times = (n_tokens - t - 1U) / FV_SCALE_WINDOW + 1U;
+        const uint64_t n_times = times_seen(d->spec, layer, position, (int32_t)kv_head, t);
         const double weight = (double)n_times * exp(scores[t] - highest);
 
         sum += weight;

@@ -14,6 +14,18 @@ static bool is_table(const fv_scale_result_t *result, const char *table)
     return strcmp(result->spec->table, table) == 0;
 }
 
+/* Of a model of as many layers as were there. */
+static double tokens_per_second(const fv_scale_result_t *x)
+{
+    return (double)x->n_items * 1e6 / ((double)x->n_layers * x->device.p50);
+}
+
+/* By the rank that holds most. */
+static double held_bytes(const fv_scale_result_t *x)
+{
+    return (double)x->n_layers * x->kv_bytes;
+}
+
 void fv_scale_print_machine(const fv_scale_rank_t *r)
 {
     (void)printf(
@@ -36,6 +48,7 @@ void fv_scale_print_head(const char *table)
                  "wall us", "floor", "x floor",
                  (strcmp(table, "weak") == 0)       ? "weak eff"
                  : (strcmp(table, "exchange") == 0) ? "over 1 us"
+                 : (strcmp(table, "s2") == 0)       ? "tokens/s, GB held"
                                                     : "speed-up");
 }
 
@@ -59,6 +72,8 @@ void fv_scale_print(const fv_scale_result_t *x)
                      x->floor_us, x->device.p50 / x->floor_us);
         if (is_table(x, "exchange")) {
             (void)printf(" %8.1f", x->over_us);
+        } else if (is_table(x, "s2")) {
+            (void)printf(" %8.1f %8.2f", tokens_per_second(x), held_bytes(x) * 1e-9);
         } else if (x->ratio > 0.0) {
             (void)printf(" %8.3f", x->ratio);
         }
@@ -93,6 +108,9 @@ static cJSON *entry_of(const fv_scale_result_t *x)
     (void)cJSON_AddNumberToObject(e, "steps", x->n_steps);
     (void)cJSON_AddNumberToObject(e, "kv_bytes_per_rank", x->kv_bytes);
     (void)cJSON_AddNumberToObject(e, "sent_bytes_per_rank", x->sent_bytes);
+    (void)cJSON_AddNumberToObject(e, "s2_stride", x->spec->s2_stride);
+    (void)cJSON_AddNumberToObject(e, "held_bytes_per_rank", held_bytes(x));
+    (void)cJSON_AddNumberToObject(e, "tokens_per_second", tokens_per_second(x));
     add_times(e, "device_us", x->device);
     add_times(e, "compute_us", x->compute);
     add_times(e, "exchange_us", x->exchange);

@@ -8,10 +8,9 @@
 #include <stdio.h>
 #include <string.h>
 
-#define VERIFY_ROWS     96 /* of an item at most: evenly spread, all heads */
-#define VERIFY_ITEMS    3
-#define TOLERANCE       6e-3 /* of a row's norm: bf16 results; as in bench_kernels_cuda */
-#define APPENDS_AT_ONCE 256
+#define VERIFY_ROWS  96 /* of an item at most: evenly spread, all heads */
+#define VERIFY_ITEMS 3
+#define TOLERANCE    6e-3 /* of a row's norm: bf16 results; as in bench_kernels_cuda */
 
 /* ------------------------------------------------------------------ placement */
 
@@ -54,112 +53,6 @@ static void place(fv_scale_run_t *run)
     }
 }
 
-/* ------------------------------------------------------------------ KV */
-
-static fv_layer_kv_t *layer_of(const fv_scale_run_t *run, uint32_t item, uint32_t layer)
-{
-    fv_session_t *session = fv_worker_session(run->r->worker, item);
-
-    return (session->layers == NULL) ? NULL : &session->layers[layer];
-}
-
-static void append(const fv_scale_run_t *run, const fv_append_item_t *appends, size_t n)
-{
-    fv_worker_t *w = run->r->worker;
-
-    if (n > 0U) {
-        fv_scale_check(run->r->backend->append(w->backend, appends, n), "append");
-        fv_scale_check(fv_worker_finish(w, NULL), "append");
-    }
-}
-
-/* Appends tokens [0, n_tokens) of the part that this rank holds, without attending to them. */
-static void put_layer(const fv_scale_run_t *run, uint32_t item, uint32_t layer)
-{
-    fv_worker_t *w = run->r->worker;
-    fv_session_t *session = fv_worker_session(w, item);
-    const fv_ctl_item_t all = {
-        .kv_end = run->n_tokens, .n_tokens = (uint32_t)run->n_tokens, .flags = FV_ITEM_APPEND};
-    const size_t head = (size_t)fv_placement_head_begin(&run->placement, run->model.n_kv_heads,
-                                                        run->r->rank / run->placement.n_ctx_parts) *
-                        (size_t)run->model.head_dim_qk;
-    static fv_page_copy_t copies[FV_HEADS_MAX]; /* none is made: nothing is shared */
-    size_t n_copies = 0;
-    static fv_append_item_t appends[APPENDS_AT_ONCE];
-    size_t n_appends = 0;
-    uint64_t cursor = 0;
-    fv_token_run_t tokens;
-    fv_layer_kv_t *kv = layer_of(run, item, layer);
-
-    fv_scale_check(fv_session_reserve(session, layer, run->n_tokens, w->pool, copies, &n_copies),
-                   "pages");
-    while (fv_token_run_next(&run->placement, session->cp, &all, &cursor, &tokens)) {
-        for (uint64_t done = 0; done < tokens.n_tokens;) {
-            const uint64_t t = tokens.item_begin + done;
-            const uint64_t rest = FV_SCALE_WINDOW - t % FV_SCALE_WINDOW;
-            const uint64_t n = (rest < tokens.n_tokens - done) ? rest : (tokens.n_tokens - done);
-            const size_t at =
-                fv_scale_token(item, layer, t) * (run->data.kv_token_bytes / sizeof(uint16_t)) +
-                head;
-
-            if (n_appends == APPENDS_AT_ONCE) {
-                append(run, appends, n_appends);
-                n_appends = 0;
-            }
-            appends[n_appends++] = (fv_append_item_t){.n_kv_heads = session->n_heads,
-                                                      .head_dim_qk = run->model.head_dim_qk,
-                                                      .head_dim_v = run->model.head_dim_v,
-                                                      .src_dtype = FV_DTYPE_BF16,
-                                                      .kv_dtype = FV_DTYPE_BF16,
-                                                      .k = run->data.k + at,
-                                                      .v = run->data.v + at,
-                                                      .k_token_bytes = run->data.kv_token_bytes,
-                                                      .v_token_bytes = run->data.kv_token_bytes,
-                                                      .local_begin = tokens.local_begin + done,
-                                                      .n_tokens = n,
-                                                      .pages = kv->pages,
-                                                      .pages_head_stride = kv->stride};
-            done += n;
-        }
-    }
-    append(run, appends, n_appends);
-    kv->length = run->n_tokens;
-}
-
-/* By real steps: every row of every chunk is compared. */
-static void prefill(fv_scale_run_t *run, uint32_t layer)
-{
-    fv_ctl_done_t done;
-
-    while (run->lengths[layer] < run->n_tokens) {
-        const uint64_t rest = run->n_tokens - run->lengths[layer];
-        const uint32_t n = (rest < run->chunk) ? (uint32_t)rest : run->chunk;
-
-        if (fv_scale_step_prepare(run, layer, n)) {
-            fv_scale_step_run(run, &done);
-            fv_scale_step_verify(run, layer);
-        }
-        run->lengths[layer] += n;
-    }
-}
-
-static void fill(fv_scale_run_t *run)
-{
-    for (uint32_t layer = 0; layer < run->n_layers; layer++) {
-        if (run->is_prefill) { /* by the timed steps themselves */
-            continue;
-        }
-        if (run->chunk > 0U) {
-            prefill(run, layer);
-            continue;
-        }
-        for (uint32_t item = 0; (run->r->rank < run->p) && (item < run->n_items); item++) {
-            put_layer(run, item, layer);
-        }
-        run->lengths[layer] = run->n_tokens;
-    }
-}
-
 /* ------------------------------------------------------------------ life */
 
 static void describe_model(fv_scale_run_t *run)
@@ -175,6 +68,15 @@ static void describe_model(fv_scale_run_t *run)
         .head_dim_v = c->head_dim,
         .kv_dtype = FV_DTYPE_BF16,
         .n_policies = 1};
+    if (c->s2_stride > 0) {
+        run->model.n_policies = 2;
+        run->model.policies[1] = (fv_policy_t){.kind = FV_POLICY_S2,
+                                               .block_tokens = 64,
+                                               .local_blocks = FV_SCALE_S2_LOCAL,
+                                               .vert_stride = c->s2_stride};
+        memset(run->model.layer_policy, 1,
+               FV_SCALE_LAYERS_MAX * sizeof(run->model.layer_policy[0]));
+    }
     fv_scale_check(fv_model_spec_check(&run->model), "model");
 }
 
@@ -206,7 +108,7 @@ void fv_scale_run_open(fv_scale_run_t *run, fv_scale_rank_t *r, const fv_scale_c
                    "input");
     fv_scale_check(fv_host_buffer_reserve(&run->out, r->backend, r->worker->backend, n_bytes),
                    "output");
-    fill(run);
+    fv_scale_fill(run);
 }
 
 void fv_scale_run_close(fv_scale_run_t *run)
@@ -372,11 +274,38 @@ void fv_scale_step_verify(fv_scale_run_t *run, uint32_t layer)
 
 /* ------------------------------------------------------------------ what a step moves */
 
+/* Tokens of this rank's pages that a query at the end reads, all its KV heads. */
+static double read_tokens(const fv_scale_run_t *run, const fv_session_t *session)
+{
+    const fv_policy_t *policy = &run->model.policies[run->model.n_policies - 1];
+    double n = 0.0;
+
+    for (int32_t h = 0; h < session->n_heads; h++) {
+        const fv_tile_query_t query = {.policy = *policy,
+                                       .shard = {.shard_tokens = run->placement.shard_tokens,
+                                                 .n_parts = run->placement.n_ctx_parts,
+                                                 .part = (uint16_t)session->cp},
+                                       .q_begin = (int64_t)run->n_tokens - 1,
+                                       .q_end = (int64_t)run->n_tokens,
+                                       .kv_end = (int64_t)run->n_tokens,
+                                       .head =
+                                           fv_policy_head(policy, session->head_begin + h, 1, 0),
+                                       .causal = true};
+        const fv_tile_list_t list = fv_tiles_make(&query);
+
+        n += (double)fv_tiles_count(&list) * FV_PAGE_TOKENS;
+    }
+    return n;
+}
+
 double fv_scale_kv_bytes(const fv_scale_run_t *run)
 {
     double n_bytes = 0.0;
 
-    if (run->r->rank < run->p) {
+    if ((run->r->rank < run->p) && (run->spec->s2_stride > 0)) {
+        n_bytes = read_tokens(run, fv_worker_session(run->r->worker, 0)) *
+                  (double)fv_model_token_bytes(&run->model) * (double)run->n_items;
+    } else if (run->r->rank < run->p) {
         const fv_session_t *session = fv_worker_session(run->r->worker, 0);
 
         n_bytes = (double)fv_session_own(session, run->n_tokens) * (double)session->n_heads *
