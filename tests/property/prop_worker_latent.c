@@ -213,6 +213,115 @@ static void test_a_full_pool_keeps_nobody_waiting(void **state)
     fv_rig_destroy(&rig);
 }
 
+/* 512 + 64, in fp32 so that a value that the norm rounds the other way is no error. */
+static fv_model_spec_t deepseek(int32_t n_q_heads)
+{
+    return (fv_model_spec_t){.name = "deepseek",
+                             .n_layers = FV_RIG_LAYERS,
+                             .n_q_heads = n_q_heads,
+                             .kv_dtype = FV_DTYPE_F32,
+                             .softmax_scale = 0.07F,
+                             .kind = FV_MODEL_LATENT,
+                             .latent_dim = 512,
+                             .rope_dim = 64,
+                             .n_policies = 1};
+}
+
+/* T3: 16, 64 and 128 heads, a softmax for each of two slices, alpha and mu given. */
+static void test_two_softmaxes(void **state)
+{
+    (void)state;
+    for (int32_t n_q = 16; n_q <= 128; n_q += (n_q == 16) ? 48 : 64) {
+        static fv_rig_t rig; /* large */
+        fv_model_spec_t spec = deepseek(n_q);
+
+        spec.latent_norm = (fv_latent_norm_t){
+            .mode = FV_NORM_SLICE_RMS, .eps = 1e-6F, .n_alpha = 2, .alpha = {4.0F / 3.0F, 4.0F}};
+        spec.sharding =
+            (fv_sharding_t){.mode = FV_SHARDING_LATENT, .groups = 2, .n_mu = 2, .mu = {1.1F, 0.9F}};
+        fv_rig_create(&rig, 2, ARENA_BYTES, NULL, seed * 61U + (uint64_t)n_q);
+        fv_rig_open(&rig, 0, fv_rig_model(&rig, &spec), 2, 1, 64);
+        assert_int_equal(fv_rig_append(&rig, 0, 0, 70), FV_OK);
+        assert_int_equal(fv_rig_append(&rig, 0, 0, 1), FV_OK);
+        assert_int_equal(fv_rig_append(&rig, 0, 0, 4), FV_OK);
+        assert_int_equal(fv_local_hub_bytes(rig.hub), 0); /* T6: no lse, no state, nothing */
+        fv_rig_destroy(&rig);
+    }
+}
+
+/* M7: the context over 2, 4 and 8 ranks, most of which hold nothing at first: 1..9 tokens, then 1..9 blocks. */
+static void test_context_parts_without_tokens(void **state)
+{
+    (void)state;
+    for (uint32_t n_ranks = 2; n_ranks <= 8U; n_ranks *= 2U) {
+        static fv_rig_t rig; /* large */
+        fv_model_spec_t spec = deepseek(16);
+
+        fv_rig_create(&rig, n_ranks, ARENA_BYTES, NULL, seed * 67U + n_ranks);
+        fv_rig_open(&rig, 0, fv_rig_model(&rig, &spec), 1, (uint16_t)n_ranks, 64);
+        for (uint32_t n = 1; n <= 9U; n++) {
+            assert_int_equal(fv_rig_append(&rig, 0, 0, 1), FV_OK);
+        }
+        assert_int_equal(fv_local_hub_messages(rig.hub), 0);
+        for (uint32_t n = 1; n <= 9U; n++) {
+            assert_int_equal(fv_rig_append(&rig, 0, 0, (n == 1U) ? 55U : 64U), FV_OK);
+        }
+        assert_true(fv_local_hub_messages(rig.hub) > 0U);
+        fv_rig_destroy(&rig);
+    }
+}
+
+/*
+ * X2: one pattern for the latent, whose pages are freed where no head reads them (the rig counts page by page), whichever
+ * way it is sharded.
+ */
+static void test_s2_frees_latents(void **state)
+{
+    static const struct {
+        grid_t grid;
+        bool exact;
+    } k_cases[] = {{{0, 1, 2}, false},
+                   {{0, 2, 1}, false},
+                   {{2, 1, 1}, false},
+                   {{2, 1, 2}, false},
+                   {{2, 1, 1}, true}};
+
+    (void)state;
+    for (size_t i = 0; i < FV_COUNT(k_cases); i++) {
+        static fv_rig_t rig; /* large */
+        const grid_t *grid = &k_cases[i].grid;
+        uint32_t n_hp = (uint32_t)fv_max64(1, grid->groups) * grid->n_per_slice;
+        fv_model_spec_t spec = deepseek(3);
+
+        spec.latent_dim = 128;
+        spec.rope_dim = 16;
+        spec.n_policies = 2;
+        spec.policies[1] = (fv_policy_t){.kind = FV_POLICY_S2,
+                                         .block_tokens = 64,
+                                         .local_blocks = 2,
+                                         .vert_stride = 3,
+                                         .head_sliding_offset = 1};
+        spec.layer_policy[0] = 1;
+        if (grid->groups > 0) {
+            spec.sharding = (fv_sharding_t){.mode = FV_SHARDING_LATENT,
+                                            .groups = grid->groups,
+                                            .exact = k_cases[i].exact ? 1 : 0};
+        }
+        fv_rig_create(&rig, n_hp * grid->n_ctx, ARENA_BYTES, NULL, seed * 71U + i);
+        fv_rig_open(&rig, 0, fv_rig_model(&rig, &spec), (uint16_t)n_hp, (uint16_t)grid->n_ctx, 64);
+        for (uint32_t n = 0; n < 14U; n++) {
+            assert_int_equal(fv_rig_append(&rig, 0, 0, (n % 3U == 0U) ? 130U : 1U), FV_OK);
+        }
+        uint64_t n_held = 0;
+        for (uint32_t r = 0; r < rig.n_ranks; r++) {
+            n_held += fv_worker_session_pages(rig.workers[r], 0);
+        }
+        /* 659 tokens, 11 pages: 2 local ones, one that two appends are still about, and every third */
+        assert_true(n_held < (uint64_t)9 * n_hp);
+        fv_rig_destroy(&rig);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -221,6 +330,9 @@ int main(void)
         cmocka_unit_test(test_a_long_context_takes_rounds),
         cmocka_unit_test(test_random_histories),
         cmocka_unit_test(test_a_full_pool_keeps_nobody_waiting),
+        cmocka_unit_test(test_two_softmaxes),
+        cmocka_unit_test(test_context_parts_without_tokens),
+        cmocka_unit_test(test_s2_frees_latents),
     };
 
     seed = fv_random_seed(1);

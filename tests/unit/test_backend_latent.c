@@ -6,6 +6,7 @@
 #include "tests/support/attn_case.h"
 #include "tests/support/test.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -146,6 +147,49 @@ static void test_fp8_cache(void **state)
     }
 }
 
+/* M5: a batch of 128 with sequences of length 0 among it: their rows are 0 with lse -inf, the others as alone. */
+static void test_empty_sequences_in_a_batch(void **state)
+{
+    enum {
+        N = 128,
+        HEADS = 16
+    };
+    static fv_attn_item_t items[N];
+    fv_backend_t *backend = open_backend("auto");
+    fv_rng_t rng = {5};
+    uint32_t next_unit = 0;
+    fv_attn_case_t *cases[N];
+    float *out = malloc((size_t)N * HEADS * 512U * sizeof(*out));
+    float lse[N * HEADS];
+
+    (void)state;
+    assert_true((backend != NULL) && (out != NULL));
+    for (int32_t i = 0; i < N; i++) {
+        fv_attn_spec_t spec = mla(HEADS, 1, (i % 5 == 0) ? 0 : (1 + i % 60), FV_DTYPE_F32);
+
+        spec.kv_dtype = FV_DTYPE_BF16;
+        spec.seed += (uint64_t)i;
+        cases[i] = fv_attn_case_create(&spec);
+        fv_attn_case_place(cases[i], &rng, &next_unit);
+        assert_int_equal(fv_attn_case_load(cases[i], &fv_backend_cpu, backend, &rng), FV_OK);
+        items[i] =
+            fv_attn_case_item(cases[i], 0, out + (size_t)i * HEADS * 512U, lse + (size_t)i * HEADS);
+    }
+    assert_int_equal(fv_backend_cpu.attend(backend, items, N), FV_OK);
+    for (size_t i = 0; i < N; i++) {
+        fv_attn_case_solve(cases[i]);
+        assert_int_equal(
+            fv_attn_case_check(cases[i], out + i * HEADS * 512U, lse + i * HEADS, "batch"), 0);
+        for (size_t h = 0; (i % 5U == 0U) && (h < HEADS); h++) {
+            assert_true(isinf(lse[i * HEADS + h]) && (lse[i * HEADS + h] < 0.0F));
+            assert_true(out[(i * HEADS + h) * 512U] == 0.0F);
+        }
+        fv_attn_case_destroy(cases[i]);
+    }
+    free(out);
+    fv_backend_cpu.destroy(backend);
+}
+
 static void test_wrong_descriptors_are_named(void **state)
 {
     fv_backend_t *backend = open_backend("portable");
@@ -183,6 +227,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_flashmla_grid),
         cmocka_unit_test(test_scales_and_dtypes),
+        cmocka_unit_test(test_empty_sequences_in_a_batch),
         cmocka_unit_test(test_fp8_cache),
         cmocka_unit_test(test_wrong_descriptors_are_named),
     };
