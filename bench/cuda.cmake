@@ -19,6 +19,13 @@ target_compile_definitions(bench_s2_cuda PRIVATE _DEFAULT_SOURCE)
 target_link_libraries(bench_s2_cuda PRIVATE fv_cuda_peak fv_kernels CUDA::cudart_static m)
 fv_target_defaults(bench_s2_cuda)
 
+add_executable(bench_prefill_cuda bench_prefill_cuda.c ../tests/support/attn_case.c ../tests/support/attn_load.c)
+set_target_properties(bench_prefill_cuda PROPERTIES CUDA_ARCHITECTURES 90a-real)
+target_include_directories(bench_prefill_cuda PRIVATE ${PROJECT_SOURCE_DIR})
+target_compile_definitions(bench_prefill_cuda PRIVATE _DEFAULT_SOURCE)
+target_link_libraries(bench_prefill_cuda PRIVATE fv_cuda_peak fv_kernels CUDA::cudart_static m)
+fv_target_defaults(bench_prefill_cuda)
+
 if(TARGET fv_worker_cuda) # with NCCL
     add_executable(bench_exchange_nccl bench_exchange_nccl.c)
     target_include_directories(bench_exchange_nccl PRIVATE ${PROJECT_SOURCE_DIR})

@@ -3,7 +3,7 @@
  */
 #include "bench/cuda_peak.h"
 #include "kernels/lean_cuda.h"
-#include "kernels/ptx.cuh"
+#include "kernels/wgmma.cuh"
 
 #include <cuda_runtime.h>
 
@@ -160,4 +160,63 @@ cudaError_t fv_peak_reference(const fv_peak_row_t *row, cudaStream_t stream)
 {
     reference_kernel<<<1, REF_THREADS, 0, stream>>>(*row);
     return cudaGetLastError();
+}
+
+/* ------------------------------------------------------------------ matrix products */
+
+#define WGMMA_SMEM (48U << 10U)
+
+/* A: [2 warpgroups][64 rows][64]; B: [256 rows][64]. Results are looked at, so that no product is left out. */
+static __global__ void __launch_bounds__(2 * FV_WARPGROUP, 1)
+    wgmma_kernel(const uint4 *data, int32_t n_steps, uint32_t *sink)
+{
+    extern __shared__ __align__(1024) uint8_t operands[];
+    float d[128] = {};
+    float sum = 0.0F;
+
+    for (uint32_t i = threadIdx.x; i < WGMMA_SMEM / 16U; i += 2U * FV_WARPGROUP) {
+        ((uint4 *)operands)[i] = data[i];
+    }
+    fv_async_proxy_fence();
+    __syncthreads();
+    const uint64_t a =
+        fv_wgmma_desc(fv_smem(operands) + threadIdx.x / FV_WARPGROUP * (8U << 10U), 1024, 16);
+    const uint64_t b = fv_wgmma_desc(fv_smem(operands) + (16U << 10U), 1024, 16);
+
+    for (int32_t i = 0; i < n_steps; i++) {
+        fv_wgmma_fence();
+#pragma unroll
+        for (uint32_t k = 0; k < 4U; k++) {
+            fv_wgmma_ss<256, false, false>(d, fv_wgmma_desc_at(a, k * 32U),
+                                           fv_wgmma_desc_at(b, k * 32U), true);
+        }
+        fv_wgmma_commit();
+        fv_wgmma_wait<0>();
+    }
+#pragma unroll
+    for (int i = 0; i < 128; i++) {
+        sum += d[i];
+    }
+    if (sum == 0.12345F) {
+        *sink = 1;
+    }
+}
+
+cudaError_t
+fv_peak_wgmma(const void *data, int32_t n_steps, int32_t n_sms, uint32_t *sink, cudaStream_t stream)
+{
+    const cudaError_t error = cudaFuncSetAttribute(
+        (const void *)wgmma_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)WGMMA_SMEM);
+
+    if (error != cudaSuccess) {
+        return error;
+    }
+    wgmma_kernel<<<n_sms, 2 * FV_WARPGROUP, WGMMA_SMEM, stream>>>((const uint4 *)data, n_steps,
+                                                                  sink);
+    return cudaGetLastError();
+}
+
+double fv_peak_wgmma_flop(int32_t n_steps, int32_t n_sms)
+{
+    return 2.0 * 64.0 * 256.0 * 16.0 * 4.0 * 2.0 * (double)n_steps * (double)n_sms;
 }

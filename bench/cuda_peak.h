@@ -30,6 +30,18 @@ typedef struct fv_peak_row {
     double scale;
 } fv_peak_row_t;
 
+/*
+ * Matrix products of 2 warpgroups on each SM: `steps` times 4 wgmma m64n256k16, bf16, on 48 KB of `data` in shared memory.
+ * sink: one word.
+ */
+#define FV_PEAK_WGMMA_STEPS 20000
+cudaError_t fv_peak_wgmma(const void *data,
+                          int32_t n_steps,
+                          int32_t n_sms,
+                          uint32_t *sink,
+                          cudaStream_t stream);
+double fv_peak_wgmma_flop(int32_t n_steps, int32_t n_sms);
+
 cudaError_t fv_peak_reference(const fv_peak_row_t *row, cudaStream_t stream);
 
 #ifdef __cplusplus

@@ -5,7 +5,8 @@
  *
  * The plan is arithmetic on the host: a run for each (item, block of rows), some ns each (lean_cuda.h). Items of one
  * geometry (how K and V are stored, head dims, how many rows a KV head has) share a launch, so a step of one model is
- * one launch for decode and one for prefill.
+ * one launch for decode and one for prefill. Items of many rows go to the prefill kernel where it has their geometry
+ * (prefill_plan_cuda.c).
  *
  * S2: each head has a list of its own. A run takes neighbours whose lists are as long and differ in the pattern's number
  * alone, which is most of them: strided blocks of two heads differ by one at most. With a pattern for each query head, each
@@ -92,7 +93,7 @@ static fv_tile_query_t rows_query(const fv_attn_item_t *item, int32_t row_begin,
  * The pages that any row of the item reads: local pages [a_begin, a_end) and [b_begin, b_end). S2: all up to the last one,
  * of which each head reads its own.
  */
-static fv_tile_list_t item_pages(const fv_attn_item_t *item)
+fv_tile_list_t fv_cuda_item_pages(const fv_attn_item_t *item)
 {
     fv_tile_query_t query = fv_cuda_tokens_query(item, 0, item->n_tokens);
     fv_tile_list_t list = fv_tiles_make(&query);
@@ -103,7 +104,7 @@ static fv_tile_list_t item_pages(const fv_attn_item_t *item)
     return list;
 }
 
-static void set_scale(const fv_attn_item_t *item, fv_lean_run_t *run)
+void fv_cuda_set_scale(const fv_attn_item_t *item, fv_lean_run_t *run)
 {
     run->score_scale = item->softmax_scale * LOG2E;
     if (item->logit_softcap > 0.0F) {
@@ -199,12 +200,12 @@ plan_item(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_draft_t *dr
 {
     const int32_t n_rows = item->n_tokens * head_group(item);
     const int32_t rows_max = run_rows(&draft->geometry);
-    const fv_tile_list_t pages = item_pages(item);
+    const fv_tile_list_t pages = fv_cuda_item_pages(item);
     fv_lean_run_t run;
 
     memset(&run, 0, sizeof(run));
     FV_RETURN_IF_ERR(fv_cuda_stage_item(backend, item, &pages, &run));
-    set_scale(item, &run);
+    fv_cuda_set_scale(item, &run);
     run.position = item->position;
     run.group = head_group(item);
     run.io_dtype = item->io_dtype;
@@ -232,14 +233,16 @@ plan_geometry(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items
     for (size_t i = first; i < n_items; i++) {
         const fv_lean_geometry_t g = item_geometry(&items[i]);
 
-        runs_max += same_geometry(&g, &draft.geometry) ? item_runs(&items[i]) : 0U;
+        runs_max += ((backend->is_planned[i] == 0) && same_geometry(&g, &draft.geometry))
+                        ? item_runs(&items[i])
+                        : 0U;
     }
     FV_RETURN_IF_ERR(fv_cuda_grow((void **)&backend->runs, &backend->runs_max, runs_max,
                                   sizeof(*backend->runs)));
     for (size_t i = first; i < n_items; i++) {
         const fv_lean_geometry_t g = item_geometry(&items[i]);
 
-        if (same_geometry(&g, &draft.geometry)) {
+        if ((backend->is_planned[i] == 0) && same_geometry(&g, &draft.geometry)) {
             FV_RETURN_IF_ERR(plan_item(backend, &items[i], &draft));
             backend->is_planned[i] = 1;
         }
@@ -255,6 +258,7 @@ static fv_status_t plan_all(fv_backend_t *backend, const fv_attn_item_t *items, 
 {
     memset(backend->is_planned, 0, n_items);
     backend->n_launches = 0;
+    FV_RETURN_IF_ERR(fv_prefill_plan(backend, items, n_items)); /* what is left goes the lean way */
     for (size_t i = 0; i < n_items; i++) {
         if (backend->is_planned[i] == 0) {
             FV_RETURN_IF_ERR(plan_geometry(backend, items, n_items, i));
@@ -274,8 +278,9 @@ fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *ite
 
         FV_RETURN_IF_ERR(fv_cpu_check_attend(&items[i]));
         FV_RETURN_IF_ERR(fv_cuda_check_latent(items[i].v_in_k));
-        const fv_tile_list_t pages = item_pages(&items[i]);
+        const fv_tile_list_t pages = fv_cuda_item_pages(&items[i]);
 
+        /* the lean runs take more than the prefill kernel's blocks would */
         n_bytes += fv_cuda_item_bytes(backend, &items[i], &pages) +
                    FV_CUDA_STAGE_BYTES(item_runs(&items[i]) * sizeof(fv_lean_run_t)) +
                    2U * FV_CUDA_STAGE_BYTES(1);
@@ -312,5 +317,6 @@ fv_status_t fv_cuda_attend(fv_backend_t *backend, const fv_attn_item_t *items, s
         return FV_OK;
     }
     FV_RETURN_IF_ERR(fv_cuda_attend_plan(backend, items, n_items));
-    return fv_cuda_attend_start(backend, backend->launches, backend->n_launches);
+    FV_RETURN_IF_ERR(fv_cuda_attend_start(backend, backend->launches, backend->n_launches));
+    return fv_prefill_start(backend);
 }

@@ -34,6 +34,7 @@ static void free_device(fv_backend_t *backend)
     fv_cuda_staging_free(backend);
     (void)cudaFree(backend->arena);
     fv_lean_plan_free(backend);
+    fv_prefill_plan_free(backend);
 }
 
 static void cuda_destroy(fv_backend_t *backend)
@@ -78,7 +79,8 @@ static fv_status_t choose_device(fv_backend_t *backend, int32_t device)
     backend->n_sms = properties.multiProcessorCount;
     backend->smem_per_sm = properties.sharedMemPerMultiprocessor;
     (void)snprintf(backend->name, sizeof(backend->name), "%.60s", properties.name);
-    return FV_CUDA(fv_lean_cuda_init((int32_t)properties.sharedMemPerBlockOptin));
+    FV_RETURN_IF_ERR(FV_CUDA(fv_lean_cuda_init((int32_t)properties.sharedMemPerBlockOptin)));
+    return FV_CUDA(fv_prefill_cuda_init());
 }
 
 /*
@@ -113,6 +115,7 @@ static fv_status_t cuda_init(fv_backend_t *backend, const fv_backend_config_t *c
     FV_RETURN_IF_ERR(create_tables(backend));
     FV_RETURN_IF_ERR(fv_cuda_ahead_create(&backend->ahead));
     FV_RETURN_IF_ERR(fv_lean_plan_init(backend));
+    fv_prefill_plan_init(backend);
     return fv_cuda_reserve(backend, 1);
 }
 

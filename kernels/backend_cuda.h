@@ -15,6 +15,7 @@
 #include "kernels/kernels.h"
 #include "kernels/lean_cuda.h"
 #include "kernels/lean_plan_cuda.h"
+#include "kernels/prefill_cuda.h"
 #include "kernels/pull_cuda.h"
 #include "kernels/table_cache.h"
 
@@ -132,6 +133,13 @@ struct fv_backend {
     size_t runs_max;
     uint8_t *is_planned; /* [items_max] */
     size_t items_max;
+
+    fv_prefill_launch_t *prefills; /* of the attend() under way */
+    size_t n_prefills, prefills_max;
+    void *prefill_sources; /* scratch of prefill_plan_cuda.c */
+    size_t prefill_sources_max;
+    uint32_t
+        prefill_units_min; /* units of one geometry from which on the prefill kernel takes them */
 };
 
 /* FV_OK, or FV_ERR_CUDA with the call and the library's text. */
@@ -251,6 +259,12 @@ fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *ite
 fv_status_t
 fv_cuda_attend_start(fv_backend_t *backend, const fv_lean_launch_t *launches, size_t n_launches);
 fv_status_t fv_cuda_attend(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items);
+
+/* prefill_plan_cuda.c: plans the items that the prefill kernel takes (is_planned), and starts what was planned. */
+void fv_prefill_plan_init(fv_backend_t *backend);
+void fv_prefill_plan_free(fv_backend_t *backend);
+fv_status_t fv_prefill_plan(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items);
+fv_status_t fv_prefill_start(fv_backend_t *backend);
 
 /* Bytes of a page, and whether a reference lies in the arena. */
 static inline size_t fv_cuda_page_bytes(int32_t kv_dtype, int32_t head_dim_qk, int32_t head_dim_v)

@@ -3,7 +3,8 @@ enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 
 add_library(fv_kernels_cuda STATIC lean_bf16.cu lean_f16.cu lean_f32_wide.cu lean_f16_wide.cu lean_cuda.cu
-                                   page_cuda.cu pull_cuda.cu merge_cuda.cu)
+                                   prefill_bf16.cu prefill_f16.cu prefill_cuda.cu page_cuda.cu pull_cuda.cu
+                                   merge_cuda.cu)
 target_include_directories(fv_kernels_cuda PRIVATE ${PROJECT_SOURCE_DIR})
 target_compile_features(fv_kernels_cuda PRIVATE cuda_std_17)
 set_target_properties(fv_kernels fv_kernels_cuda PROPERTIES CUDA_ARCHITECTURES 90a-real CUDA_EXTENSIONS OFF)
@@ -18,6 +19,7 @@ if(FV_WERROR)
 endif()
 
 target_sources(fv_kernels PRIVATE backend_cuda.c staging_cuda.c send_cuda.c wait_cuda.c ahead_cuda.c append_cuda.c
-                                  attend_cuda.c stage_cuda.c lean_plan_cuda.c lean_late_cuda.c merge_cuda.c)
+                                  attend_cuda.c stage_cuda.c lean_plan_cuda.c lean_late_cuda.c
+                                  prefill_plan_cuda.c merge_cuda.c)
 target_compile_definitions(fv_kernels PUBLIC FV_WITH_CUDA)
 target_link_libraries(fv_kernels PRIVATE fv_kernels_cuda CUDA::cudart_static)

@@ -33,4 +33,8 @@ FV_MUST_CHECK fv_status_t fv_cuda_stage_item(fv_backend_t *backend,
                                              const fv_tile_list_t *pages,
                                              fv_lean_run_t *run);
 
+/* attend_cuda.c: the pages that any row of an item may read, as lists of local pages; the run's scale and softcap. */
+fv_tile_list_t fv_cuda_item_pages(const fv_attn_item_t *item);
+void fv_cuda_set_scale(const fv_attn_item_t *item, fv_lean_run_t *run);
+
 #endif /* FV_KERNELS_STAGE_CUDA_H */

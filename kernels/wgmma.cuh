@@ -55,6 +55,37 @@ template <int N> static __device__ __forceinline__ void fv_registers_fewer()
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
+/* ------------------------------------------------------------------ copies and barriers of such kernels */
+
+/* fv_bulk_load() of data that others read again: as L2 sees fit. */
+static __device__ __forceinline__ void
+fv_bulk_load_l2(void *dst, const void *src, uint32_t n_bytes, uint64_t *bar)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 " [%0], [%1], %2, [%3];" ::"r"(fv_smem(dst)),
+                 "l"(src), "r"(n_bytes), "r"(fv_smem(bar))
+                 : "memory");
+}
+
+/* 16 bytes from global to shared memory, zeros if not is_there; until fv_copy16_wait() of the same thread. */
+static __device__ __forceinline__ void fv_copy16(void *dst, const void *src, bool is_there)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(fv_smem(dst)), "l"(src),
+                 "r"(is_there ? 16 : 0)
+                 : "memory");
+}
+
+static __device__ __forceinline__ void fv_copy16_wait()
+{
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+/* Arrives at fv_bar_sync()'s barrier without waiting. */
+static __device__ __forceinline__ void fv_bar_arrive(int id, int n_threads)
+{
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
+}
+
 /* ------------------------------------------------------------------ operands in shared memory */
 
 /*

@@ -3,6 +3,8 @@ if(FV_WITH_CUDA)
     find_package(CUDAToolkit REQUIRED)
     fv_add_test(test_cuda_attend gpu SOURCES gpu/test_cuda_attend.c LIBS fv_attn_case fv_kernels CUDA::cudart_static
                 TIMEOUT 300)
+    fv_add_test(test_cuda_prefill gpu SOURCES gpu/test_cuda_prefill.c LIBS fv_attn_case fv_kernels CUDA::cudart_static
+                TIMEOUT 300)
     fv_add_test(test_cuda_pages gpu SOURCES gpu/test_cuda_pages.c LIBS fv_attn_case fv_kernels TIMEOUT 300)
     fv_add_test(test_cuda_tables gpu SOURCES gpu/test_cuda_tables.c LIBS fv_attn_case fv_kernels CUDA::cudart_static
                 TIMEOUT 120)

@@ -478,12 +478,13 @@ fv_tolerance_t fv_attn_tolerance(const fv_attn_case_t *attn)
 {
     static const double k_io[] = {0.0, 0x1p-22, 0x1p-11, 0x1p-8};
     static const double k_kv[] = {0.0, 1e-5, 1e-5, 2e-5, 1e-5};
+    static const double k_one_part[] = {0.0, 0.0, 0x1p-11, 0x1p-8, 0.0};
     const fv_attn_spec_t *s = &attn->spec;
     double logit = (attn->logit_bound + (double)s->logit_softcap) * 0x1p-22;
     fv_tolerance_t tolerance;
 
     tolerance.relative = k_io[s->io_dtype];
-    tolerance.absolute = k_kv[s->kv_dtype] + logit;
+    tolerance.absolute = k_kv[s->kv_dtype] + (s->one_part ? k_one_part[s->kv_dtype] : 0.0) + logit;
     tolerance.lse = 1e-5 + logit;
     return tolerance;
 }
