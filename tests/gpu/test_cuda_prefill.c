@@ -253,6 +253,11 @@ static void test_random(void **state)
         spec.kv_end = before + spec.n_tokens;
         spec.position =
             (fv_rng_range(&rng, 0, 3) == 0) ? fv_rng_range(&rng, 0, spec.kv_end + 10) : before;
+        fv_attn_spec_maybe_s2(&rng, &spec);
+        if (fv_policy_splits_group(&spec.policy)) { /* a head of its own for each row of a token */
+            spec.n_tokens = (int32_t)fv_rng_range(&rng, 65, 90);
+            spec.kv_end = before + spec.n_tokens;
+        }
         spec.one_part = true;
         if (fv_rng_range(&rng, 0, 2) == 0) {
             spec.spoil_token = fv_rng_range(&rng, 1, spec.kv_end);
