@@ -96,6 +96,8 @@ static void prepare(fv_s2_bench_t *b)
     fv_rng_t rng = {20261122};
 
     fv_s2_check(fv_backend_cuda.create(&config, &b->backend), "create");
+    b->backend->prefill_units_min =
+        UINT32_MAX; /* the lean kernel; bench_prefill_cuda has the other */
     b->n_pages = config.kv_arena_bytes / FV_S2_PAGE_BYTES;
     b->tables_max =
         (size_t)FV_S2_ITEMS_MAX * FV_S2_KV_HEADS * (FV_S2_CONTEXT / FV_PAGE_TOKENS) * 4U;

@@ -136,7 +136,7 @@ static void order_blocks(const fv_lean_run_t *runs,
     }
 }
 
-/* The most heads, a divisor of all, whose K and V stay in L2 while their units are done. */
+/* The most heads, a divisor of all, whose K and V of all items stay in L2 while their units are done. */
 static uint32_t heads_together(const geometry_t *g, int64_t tokens)
 {
     const uint64_t head_bytes = (uint64_t)tokens * (uint64_t)(g->head_dim_qk + g->head_dim_v) *
@@ -180,7 +180,7 @@ static fv_status_t plan_launch(fv_backend_t *backend,
                                   .head_dim_qk = g.head_dim_qk,
                                   .head_dim_v = g.head_dim_v,
                                   .kv_dtype = g.dtype};
-    int64_t longest = 0;
+    int64_t tokens = 0;
     uint32_t n = 0;
 
     FV_RETURN_IF_ERR(fv_cuda_grow((void **)&backend->prefill_sources, &backend->prefill_sources_max,
@@ -195,12 +195,12 @@ static fv_status_t plan_launch(fv_backend_t *backend,
         sources[n].run = n;
         sources[n].next = (int32_t)(item_blocks(&items[i]) - 1U) * FV_PREFILL_ROWS;
         sources[n].n_tiles = block_tiles(&runs[n], sources[n].next);
-        longest = (items[i].kv_end > longest) ? items[i].kv_end : longest;
+        tokens += items[i].kv_end;
         backend->is_planned[i] = 1;
         n++;
     }
     order_blocks(runs, sources, n, fv_cuda_on_host(backend, blocks_at), n_blocks);
-    launch.heads_each = heads_together(&g, longest);
+    launch.heads_each = heads_together(&g, tokens);
     launch.n_ctas =
         (launch.n_units < (uint32_t)backend->n_sms) ? launch.n_units : (uint32_t)backend->n_sms;
     return add_launch(backend, &launch);
