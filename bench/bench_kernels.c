@@ -10,7 +10,7 @@
  *                dk alone, V is a part of K; sparse: those that some row reads)
  *     ratio    = GB/s over the streaming read's GB/s; by cpu: the same per second of CPU time, which leaves out the
  *                time that other programs had the cores (but also an idle thread): for busy machines
- *     GFLOP/s  = sum over rows of 2 * visible tokens * (dk + dv) / seconds
+ *     GFLOP/s  = sum over rows of 2 * visible tokens * (dk + dv) / seconds; by cpu: per second of CPU time, times threads
  */
 #include "bench/kernel_peak.h"
 #include "bench/kernel_workload.h"
@@ -57,6 +57,12 @@ static const fv_bench_case_t k_cases[] = {
     {"prefill512-gqa32/8-4k-f16", 8, 4, 128, F16, F16, 512, 1, 4096, false, KV},
     {"prefill512-gqa32/8-4k-f32", 8, 4, 128, F32, F32, 512, 1, 4096, false, KV},
     {"prefill2048-gqa32/8-2k", 8, 4, 128, BF16, BF16, 2048, 1, 2048, false, KV},
+    {"prefill4096-gqa32/8-4k", 8, 4, 128, BF16, BF16, 4096, 1, 4096, false, KV},
+    {"prefill16384-gqa8/2-16k", 2, 4, 128, BF16, BF16, 16384, 1, 16384, false, KV},
+    {"prefill2048-gqa32/8-2k-d64", 8, 4, 64, BF16, BF16, 2048, 1, 2048, false, KV},
+    {"prefill4096-gqa32/8-4k-d64", 8, 4, 64, BF16, BF16, 4096, 1, 4096, false, KV},
+    {"prefill2048-gqa32/8-2k-f32", 8, 4, 128, F32, F32, 2048, 1, 2048, false, KV},
+    {"prefill2048-gqa32/8-2k-f32-d64", 8, 4, 64, F32, F32, 2048, 1, 2048, false, KV},
     {"prefill512-gqa9/3-512-d64", 3, 3, 64, F16, F32, 512, 1, 512, false, KV},
     {"decode-mla16-32k", 1, 16, 512, BF16, BF16, 1, 1, 32768, false, MLA},
     {"decode-mla64-32k", 1, 64, 512, BF16, BF16, 1, 1, 32768, false, MLA},
@@ -80,7 +86,7 @@ typedef struct options {
 
 typedef struct sample {
     double seconds, gbps, read_gbps, gflops, fma_gflops, bf16_gflops;
-    double cpu_gbps, cpu_read_gbps; /* per second of CPU time, times threads */
+    double cpu_gbps, cpu_read_gbps, cpu_gflops; /* per second of CPU time, times threads */
 } sample_t;
 
 /* ------------------------------------------------------------------ measuring */
@@ -154,6 +160,7 @@ static void measure(fv_workload_t *w, ceilings_t *top, int n, sample_t *samples)
         s->seconds = (fv_bench_now() - begin) / n_steps;
         cpu = (fv_bench_cpu() - cpu) / n_steps;
         s->cpu_gbps = w->kv_bytes / cpu * top->n_threads * 1e-9;
+        s->cpu_gflops = w->flops / cpu * top->n_threads * 1e-9;
         s->fma_gflops = fv_peak_fma(top->pool, top->n_threads) * 1e-9;
         s->bf16_gflops = fv_peak_bf16(top->pool, top->n_threads, top->amx) * 1e-9;
         s->gbps = w->kv_bytes / s->seconds * 1e-9;
@@ -166,11 +173,11 @@ report(const fv_workload_t *w, const sample_t *samples, int n, const char *devic
 {
     cJSON *row = cJSON_CreateObject();
 
-    (void)printf("%-30s %10.1f %8.2f %8.2f %7.3f %7.3f %9.1f %9.1f %7.3f %9.1f\n", w->spec->name,
-                 MEDIAN(seconds) * 1e6, MEDIAN(gbps), MEDIAN(read_gbps),
+    (void)printf("%-30s %10.1f %8.2f %8.2f %7.3f %7.3f %9.1f %9.1f %9.1f %7.3f %9.1f\n",
+                 w->spec->name, MEDIAN(seconds) * 1e6, MEDIAN(gbps), MEDIAN(read_gbps),
                  MEDIAN_RATIO(gbps, read_gbps), MEDIAN_RATIO(cpu_gbps, cpu_read_gbps),
-                 MEDIAN(gflops), MEDIAN(fma_gflops), MEDIAN_RATIO(gflops, fma_gflops),
-                 MEDIAN(bf16_gflops));
+                 MEDIAN(gflops), MEDIAN(cpu_gflops), MEDIAN(fma_gflops),
+                 MEDIAN_RATIO(gflops, fma_gflops), MEDIAN(bf16_gflops));
     (void)fflush(stdout);
     (void)cJSON_AddStringToObject(row, "case", w->spec->name);
     (void)cJSON_AddStringToObject(row, "device", device);
@@ -184,6 +191,7 @@ report(const fv_workload_t *w, const sample_t *samples, int n, const char *devic
     (void)cJSON_AddNumberToObject(row, "of_read_by_cpu_time",
                                   MEDIAN_RATIO(cpu_gbps, cpu_read_gbps));
     (void)cJSON_AddNumberToObject(row, "gflop_per_s", MEDIAN(gflops));
+    (void)cJSON_AddNumberToObject(row, "gflop_per_s_by_cpu_time", MEDIAN(cpu_gflops));
     (void)cJSON_AddNumberToObject(row, "fma_gflop_per_s", MEDIAN(fma_gflops));
     (void)cJSON_AddNumberToObject(row, "of_fma", MEDIAN_RATIO(gflops, fma_gflops));
     (void)cJSON_AddNumberToObject(row, "bf16_gflop_per_s", MEDIAN(bf16_gflops));
@@ -316,8 +324,8 @@ int main(int argc, char **argv)
     if (fv_pool_create(top.n_threads, &top.pool) != FV_OK) {
         fv_bench_die("pool");
     }
-    (void)printf("%-30s %10s %8s %8s %7s %7s %9s %9s %7s %9s\n", "case", "us", "GB/s", "read",
-                 "ratio", "by cpu", "GFLOP/s", "FMA", "ratio", "bf16");
+    (void)printf("%-30s %10s %8s %8s %7s %7s %9s %9s %9s %7s %9s\n", "case", "us", "GB/s", "read",
+                 "ratio", "by cpu", "GFLOP/s", "by cpu", "FMA", "ratio", "bf16");
     for (size_t i = 0; i < sizeof(k_cases) / sizeof(k_cases[0]); i++) {
         if ((options.only == NULL) || (strstr(k_cases[i].name, options.only) != NULL)) {
             ok = bench_case(&k_cases[i], &options, &top, json) && ok;

@@ -5,15 +5,21 @@
  *
  * A tile product is [16 rows, 32] x [32, 16 columns] bf16 -> fp32. B comes straight from the page, which is made of
  * such operands. A must be bf16 too, and no precision is lost for it: Q is cut into as many bf16
- * parts as its dtype needs to be exact (1 bf16, 2 fp16, 3 fp32), the weights P into two (error 2^-18); each part is one
+ * parts as its dtype needs to be exact (1 bf16, 2 fp16, 3 fp32), the weights P into two (error 2^-17); each part is one
  * more product into the same fp32 accumulators.
  *
- *     tile registers:  0..3 C (four column blocks of 16)   4..6 A (parts)   7 B
+ *     up to 16 rows:  0..3 C (four column blocks of 16)   4..6 A (parts)   7 B
+ *     more:           0..3 C (two row blocks by two column blocks)   4, 5 A   6, 7 B
+ *
+ * A product takes 16 cycles and its result is there after 52: four into different C keep the unit busy, two in a row into the
+ * same C do not. So with many rows the parts of A come one after the other, each for all four C; and a B serves two of them.
  *
  * Rows of A, and so of C, never mix, and neither do columns: rows beyond n_rows compute garbage that nobody reads. The unit
  * treats subnormals as zero. Tile loads and stores are invisible to the compiler; the signal fences keep ordinary
  * stores on their side of them.
  */
+#include "kernels/tile_amx.h"
+
 #include "kernels/fp8.h"
 #include "kernels/kernels.h"
 #include "kernels/page_layout.h"
@@ -24,9 +30,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#define TILE_ROWS  16
 #define TILE_K     32 /* bf16 elements of a row of A */
-#define PLANE_ROWS ((size_t)FV_BLOCK_ROWS_MAX + TILE_ROWS)
 #define C_TILES    4
 #define TILE_BYTES 1024 /* of B: 16 row pairs of 16 columns, one after another in the page */
 
@@ -43,13 +47,13 @@ _Static_assert(sizeof(tile_config_t) == 64, "layout of ldtilecfg");
 static void configure(int32_t n_rows)
 {
     tile_config_t config;
-    uint8_t rows = (n_rows < TILE_ROWS) ? (uint8_t)n_rows : TILE_ROWS;
+    uint8_t rows = (n_rows < FV_AMX_ROWS) ? (uint8_t)n_rows : FV_AMX_ROWS;
 
     memset(&config, 0, sizeof(config));
     config.palette = 1;
     for (int i = 0; i < 8; i++) {
         config.row_bytes[i] = 64;
-        config.n_rows[i] = (i == 7) ? TILE_ROWS : rows;
+        config.n_rows[i] = (i == 7) ? FV_AMX_ROWS : rows;
     }
     atomic_signal_fence(memory_order_seq_cst);
     _tile_loadconfig(&config);
@@ -62,7 +66,7 @@ static void configure(int32_t n_rows)
 static void amx_begin(fv_tile_block_t *block)
 {
     size_t n = (size_t)block->n_rows * (size_t)block->head_dim_qk;
-    size_t plane = PLANE_ROWS * (size_t)block->head_dim_qk;
+    size_t plane = FV_AMX_PLANE_ROWS * (size_t)block->head_dim_qk;
     const __m512i upper = _mm512_set1_epi32((int)0xffff0000U);
     const __m512 infinity = _mm512_set1_ps((float)INFINITY);
 
@@ -155,37 +159,135 @@ step(const uint16_t *a, size_t plane, long a_stride, int n_parts, const uint8_t 
     STEP_C(3);
 }
 
-static void amx_scores(fv_tile_block_t *block, const void *k)
+/* ------------------------------------------------------------------ two row blocks at once */
+
+/* A of rows [row, row + 32): parts `plane` elements apart, rows of `stride` bytes. */
+typedef struct pair_a {
+    const uint16_t *a;
+    size_t plane, second; /* elements: between parts; to the second row block */
+    long stride;
+    int n_parts;
+} pair_a_t;
+
+/* One 32-deep step of two row blocks by two column blocks (or one): B's are TILE_BYTES apart. */
+static inline void pair_step(const pair_a_t *p, size_t k, const uint8_t *b, bool is_wide)
+{
+    const uint16_t *a = p->a + k;
+
+    _tile_loadd(6, b, 64);
+    if (is_wide) {
+        _tile_loadd(7, b + TILE_BYTES, 64);
+    }
+    for (int part = 0; part < p->n_parts; part++) {
+        _tile_loadd(4, a, p->stride);
+        _tile_loadd(5, a + p->second, p->stride);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(2, 5, 6);
+        if (is_wide) {
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        a += p->plane;
+    }
+}
+
+static inline void pair_load_c(const float *c, long stride, size_t second, bool is_wide)
+{
+    _tile_loadd(0, c, stride);
+    _tile_loadd(2, c + second, stride);
+    if (is_wide) {
+        _tile_loadd(1, c + 16, stride);
+        _tile_loadd(3, c + second + 16, stride);
+    }
+}
+
+static inline void pair_store_c(float *c, long stride, size_t second, bool is_wide)
+{
+    _tile_stored(0, c, stride);
+    _tile_stored(2, c + second, stride);
+    if (is_wide) {
+        _tile_stored(1, c + 16, stride);
+        _tile_stored(3, c + second + 16, stride);
+    }
+}
+
+/* Rows [0, n_rows) in pairs of blocks: of a pair of column blocks all rows, while its B's are in the first cache. */
+static void pair_scores(const fv_tile_block_t *block, size_t n_rows, const uint8_t *k)
 {
     size_t dk = (size_t)block->head_dim_qk;
 
+    for (size_t column = 0; column < FV_PAGE_TOKENS; column += 32U) {
+        const uint8_t *b = k + column / 16U * TILE_BYTES;
+
+        for (size_t row = 0; row < n_rows; row += 2U * FV_AMX_ROWS) {
+            pair_a_t a = {.a = block->q_planes + row * dk,
+                          .plane = FV_AMX_PLANE_ROWS * dk,
+                          .second = FV_AMX_ROWS * dk,
+                          .stride = (long)(dk * 2U),
+                          .n_parts = block->n_q_planes};
+
+            zero_c();
+            for (size_t d = 0; d < dk; d += TILE_K) {
+                pair_step(&a, d, b + d * FV_PAGE_TOKENS * 2U, true);
+            }
+            pair_store_c(block->s + row * FV_PAGE_TOKENS + column, FV_PAGE_TOKENS * 4,
+                         (size_t)FV_AMX_ROWS * FV_PAGE_TOKENS, true);
+        }
+    }
+}
+
+static void pair_accumulate(const fv_tile_block_t *block, size_t n_rows, const uint8_t *v)
+{
+    size_t dv = (size_t)block->head_dim_v;
+    size_t o_stride = (size_t)block->o_stride;
+
+    for (size_t d = 0; d < dv; d += 32U) {
+        bool is_wide = dv - d >= 32U;
+
+        for (size_t row = 0; row < n_rows; row += 2U * FV_AMX_ROWS) {
+            pair_a_t a = {.a = block->p_planes + row * FV_PAGE_TOKENS,
+                          .plane = FV_AMX_PLANE_ROWS * FV_PAGE_TOKENS,
+                          .second = (size_t)FV_AMX_ROWS * FV_PAGE_TOKENS,
+                          .stride = FV_PAGE_TOKENS * 2,
+                          .n_parts = FV_P_PLANES};
+            float *o = block->o + row * o_stride + d;
+
+            pair_load_c(o, (long)(o_stride * 4U), FV_AMX_ROWS * o_stride, is_wide);
+            for (size_t j = 0; j < FV_PAGE_TOKENS; j += TILE_K) {
+                pair_step(&a, j, v + 2U * fv_tile_offset(FV_PAGE_TOKENS, dv, j / 2U, d), is_wide);
+            }
+            pair_store_c(o, (long)(o_stride * 4U), FV_AMX_ROWS * o_stride, is_wide);
+        }
+    }
+}
+
+/* Rows that pairs of blocks take; at most FV_AMX_ROWS are left. */
+static size_t rows_in_pairs(size_t n_rows)
+{
+    size_t rest = n_rows % (2U * FV_AMX_ROWS);
+
+    return (rest > FV_AMX_ROWS) ? (n_rows + 2U * FV_AMX_ROWS - rest) : (n_rows - rest);
+}
+
+/* ------------------------------------------------------------------ the table's functions */
+
+static void amx_scores(fv_tile_block_t *block, const void *k)
+{
+    size_t dk = (size_t)block->head_dim_qk;
+    size_t n_rows = (size_t)block->n_rows;
+    size_t n_pairs = rows_in_pairs(n_rows);
+
     atomic_signal_fence(memory_order_seq_cst);
-    for (size_t row = 0; row < (size_t)block->n_rows; row += TILE_ROWS) {
+    pair_scores(block, n_pairs, k);
+    for (size_t row = n_pairs; row < n_rows; row += FV_AMX_ROWS) {
         zero_c();
         for (size_t d = 0; d < dk; d += TILE_K) {
-            step(block->q_planes + row * dk + d, PLANE_ROWS * dk, (long)(dk * 2U),
+            step(block->q_planes + row * dk + d, FV_AMX_PLANE_ROWS * dk, (long)(dk * 2U),
                  block->n_q_planes, (const uint8_t *)k + d * FV_PAGE_TOKENS * 2U, C_TILES);
         }
         store_c(block->s + row * FV_PAGE_TOKENS, FV_PAGE_TOKENS * 4, C_TILES);
     }
     atomic_signal_fence(memory_order_seq_cst);
-}
-
-/* P in two bf16 parts: the rounded value, and the rounded rest. */
-static void split_weights(fv_tile_block_t *block)
-{
-    size_t plane = PLANE_ROWS * FV_PAGE_TOKENS;
-
-    for (size_t i = 0; i < (size_t)block->n_rows * FV_PAGE_TOKENS; i += 16U) {
-        __m512 p = _mm512_loadu_ps(block->s + i);
-        __m256bh high = _mm512_cvtneps_pbh(p);
-        __m512 rest = _mm512_sub_ps(
-            p, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)high), 16)));
-
-        _mm256_storeu_si256((__m256i *)(void *)(block->p_planes + i), (__m256i)high);
-        _mm256_storeu_si256((__m256i *)(void *)(block->p_planes + plane + i),
-                            (__m256i)_mm512_cvtneps_pbh(rest));
-    }
 }
 
 static void scale_rows(fv_tile_block_t *block)
@@ -208,17 +310,20 @@ static void amx_accumulate(fv_tile_block_t *block, const void *v)
     size_t dv = (size_t)block->head_dim_v;
     long o_bytes = (long)block->o_stride * 4;
 
-    split_weights(block);
+    size_t n_rows = (size_t)block->n_rows;
+    size_t n_pairs = rows_in_pairs(n_rows);
+
     scale_rows(block);
     atomic_signal_fence(memory_order_seq_cst);
-    for (size_t row = 0; row < (size_t)block->n_rows; row += TILE_ROWS) {
+    pair_accumulate(block, n_pairs, v);
+    for (size_t row = n_pairs; row < n_rows; row += FV_AMX_ROWS) {
         for (size_t d = 0; d < dv; d += 16U * C_TILES) {
             int n_tiles = (dv - d >= 16U * C_TILES) ? C_TILES : (int)((dv - d) / 16U);
             float *o = block->o + row * (size_t)block->o_stride + d;
 
             load_c(o, o_bytes, n_tiles);
             for (size_t j = 0; j < FV_PAGE_TOKENS; j += TILE_K) {
-                step(block->p_planes + row * FV_PAGE_TOKENS + j, PLANE_ROWS * FV_PAGE_TOKENS,
+                step(block->p_planes + row * FV_PAGE_TOKENS + j, FV_AMX_PLANE_ROWS * FV_PAGE_TOKENS,
                      FV_PAGE_TOKENS * 2, FV_P_PLANES,
                      (const uint8_t *)v + 2U * fv_tile_offset(FV_PAGE_TOKENS, dv, j / 2U, d),
                      n_tiles);
@@ -234,18 +339,13 @@ static void amx_softcap(fv_tile_block_t *block)
     fv_tile_avx512.softcap(block);
 }
 
-static void amx_softmax(fv_tile_block_t *block)
-{
-    fv_tile_avx512.softmax(block);
-}
-
 const fv_tile_ops_t fv_tile_amx = {
     .name = "amx",
     .macs_per_ns = 300,
     .begin = amx_begin,
     .scores = amx_scores,
     .softcap = amx_softcap,
-    .softmax = amx_softmax,
+    .softmax = fv_amx_softmax,
     .accumulate = amx_accumulate,
     .latent_v = fv_tile_latent_v_avx512,
     .widen_fp8 = fv_fp8_widen_avx512,
