@@ -45,6 +45,7 @@ copy_status(const fv_cluster_status_t *in, fovea_cluster_status_t *out, fovea_er
     memcpy(out->version, in->version, sizeof(out->version));
     memcpy(out->state, in->state, sizeof(out->state));
     memcpy(out->exchange, in->exchange, sizeof(out->exchange));
+    out->durability = in->durability;
     out->epoch = in->epoch;
     out->uptime_ms = in->uptime_ms;
     out->n_listen = in->n_listen;

@@ -13,6 +13,13 @@ typedef struct fv_status_args {
 
 /* ------------------------------------------------------------------ printing */
 
+static const char *durability_of(const fovea_cluster_status_t *s)
+{
+    static const char *const k_names[] = {"none", "process", "host"};
+
+    return ((s->durability >= 0) && (s->durability < 3)) ? k_names[s->durability] : "?";
+}
+
 static cJSON *rank_json(const fovea_rank_status_t *r)
 {
     cJSON *json = cJSON_CreateObject();
@@ -39,6 +46,7 @@ static cJSON *status_json(const fovea_cluster_status_t *s)
     fv_json_text(json, "version", s->version);
     fv_json_text(json, "state", s->state);
     fv_json_text(json, "exchange", s->exchange);
+    fv_json_text(json, "durability", durability_of(s));
     fv_json_u64(json, "epoch", s->epoch);
     fv_json_u64(json, "uptime_ms", s->uptime_ms);
     listen = cJSON_AddArrayToObject(json, "listen");
@@ -79,9 +87,10 @@ static void print_status(const fovea_cluster_status_t *s)
     char a[FV_CLI_TEXT_BYTES];
     char b[FV_CLI_TEXT_BYTES];
 
-    (void)printf("Fovea %s, %s, up %s, %u rank%s, exchange %s, epoch %llu\n", s->version, s->state,
-                 fv_cli_duration(s->uptime_ms, a), s->n_ranks, (s->n_ranks == 1) ? "" : "s",
-                 s->exchange, (unsigned long long)s->epoch);
+    (void)printf("Fovea %s, %s, up %s, %u rank%s, exchange %s, durability %s, epoch %llu\n",
+                 s->version, s->state, fv_cli_duration(s->uptime_ms, a), s->n_ranks,
+                 (s->n_ranks == 1) ? "" : "s", s->exchange, durability_of(s),
+                 (unsigned long long)s->epoch);
     (void)printf("listening on");
     for (uint32_t i = 0; i < s->n_listen; i++) {
         (void)printf(" %s", s->listen[i]);

@@ -524,6 +524,8 @@ typedef struct fovea_cluster_status {
     char version[32];
     char state[16];    /* "serving", "draining" */
     char exchange[16]; /* "none", "mpi", "nccl" */
+    int32_t
+        durability; /* what sessions survive: 0 nothing, 1 the service's processes, 2 its hosts */
     uint64_t epoch, uptime_ms;
     uint32_t n_ranks;
     fovea_rank_status_t *ranks; /* [n_ranks], owned */

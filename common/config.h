@@ -87,6 +87,11 @@ typedef struct fv_config {
     int32_t calls_max;          /* open at once, all connections together */
     int32_t connections_max;
     uint64_t metadata_max; /* bytes */
+    /* durability */
+    char durability[FV_CONFIG_TEXT_BYTES]; /* "none", "process", "host" */
+    char store_dir[FV_CONFIG_PATH_BYTES];  /* "" = /dev/shm/fovea-UID */
+    char job[FV_CONFIG_PATH_BYTES];        /* "" = from the first address */
+    bool store_keep, store_discard;
 } fv_config_t;
 
 /*

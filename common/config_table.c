@@ -330,6 +330,45 @@ const fv_option_t fv_options[] = {
      .offset = AT(metadata_max),
      .min = K,
      .max = M},
+    {.group = "Durability",
+     .name = "durability",
+     .arg = "LEVEL",
+     .value = "process",
+     .help =
+         "What sessions survive: none = nothing; process = the death of any or all of the service's processes, "
+         "not of the host. host is not there yet.",
+     .type = FV_OPTION_CHOICE,
+     .offset = AT(durability),
+     .choices = "none process host"},
+    {.name = "store_dir",
+     .arg = "DIR",
+     .value = "",
+     .help =
+         "Where sessions are kept, best in memory; nothing = /dev/shm/fovea-UID. It takes as much as the KV "
+         "cache: of a container, see --shm-size.",
+     .type = FV_OPTION_PATH,
+     .offset = AT(store_dir)},
+    {.name = "job",
+     .arg = "NAME",
+     .value = "",
+     .help =
+         "Name of the store, by which a service that is started again finds its sessions; two services never "
+         "share one. Nothing: made from the first address to listen on; where the system chooses the port, one "
+         "that nobody finds again.",
+     .type = FV_OPTION_PATH,
+     .offset = AT(job)},
+    {.name = "store_keep",
+     .arg = "BOOL",
+     .value = "false",
+     .help = "Sessions survive a clean stop, too: the next start finds them.",
+     .type = FV_OPTION_BOOL,
+     .offset = AT(store_keep)},
+    {.name = "store_discard",
+     .arg = "BOOL",
+     .value = "false",
+     .help = "Start without what an earlier run has left in the store.",
+     .type = FV_OPTION_BOOL,
+     .offset = AT(store_discard)},
 };
 const size_t fv_n_options = sizeof(fv_options) / sizeof(fv_options[0]);
 

@@ -204,12 +204,15 @@ open_file(fv_journal_t *journal, const fv_journal_head_t *head, uint32_t wait_ms
         return system_error(journal->path, "stat");
     }
     *out_is_new = info.st_size < (off_t)FV_JOURNAL_HEAD_BYTES; /* also one that died at birth */
+    if (!*out_is_new) {
+        FV_RETURN_IF_ERR(
+            fv_journal_read_head(journal->path, file->fd, &journal->head, &file->committed));
+        *out_is_new = file->committed == 0U; /* nothing in it: it may become another one */
+    }
     if (*out_is_new) {
         FV_RETURN_IF_ERR(file_write_head(journal->path, file->fd, head));
         journal->head = *head;
     } else {
-        FV_RETURN_IF_ERR(
-            fv_journal_read_head(journal->path, file->fd, &journal->head, &file->committed));
         FV_RETURN_IF_ERR(check_head(journal->path, &journal->head, head));
         file->written = file->committed;
         file->allocated = file->committed;

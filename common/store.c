@@ -50,7 +50,7 @@ fv_status_t fv_store_place_make(const char *dir,
                                 fv_store_place_t *out)
 {
     char scratch[64];
-    fv_store_place_t place = {.slot = slot, .n_slots = n_slots, .wait_ms = 5000};
+    fv_store_place_t place = {.slot = slot, .n_slots = n_slots, .wait_ms = 3000};
 
     if (!is_job_name(job)) {
         return fv_fail(FV_ERR_INVALID_ARG,
@@ -178,7 +178,7 @@ static bool is_store_file(const char *name)
 {
     return ((strncmp(name, "slot-", 5) == 0) || (strncmp(name, "coordinator.", 12) == 0)) &&
            (ends_with(name, JOURNAL_END) || ends_with(name, JOURNAL_END ".new") ||
-            ends_with(name, ".kv"));
+            ends_with(name, JOURNAL_END ".damaged") || ends_with(name, ".kv"));
 }
 
 fv_status_t fv_store_each(const char *dir, fv_store_visit_t visit, void *arg)
@@ -260,6 +260,27 @@ fv_status_t fv_store_delete(const char *job_dir)
         return fv_fail(FV_ERR_SYSTEM, "%s: %s", job_dir, strerror(errno));
     }
     return FV_OK;
+}
+
+fv_status_t fv_store_delete_file(const char *path)
+{
+    if (!is_free(path)) {
+        return fv_fail(FV_ERR_PRECONDITION, "%s is in use by a running service", path);
+    }
+    return delete_file(path) ? FV_OK : fv_fail(FV_ERR_SYSTEM, "%s: %s", path, strerror(errno));
+}
+
+static bool delete_free(const char *path)
+{
+    if (is_free(path)) {
+        (void)delete_file(path);
+    }
+    return true;
+}
+
+void fv_store_clear(const fv_store_place_t *place)
+{
+    (void)each_file(place->dir, delete_free);
 }
 
 static bool sweep_one(void *arg, const char *dir, const char *job)

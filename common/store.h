@@ -91,6 +91,10 @@ FV_MUST_CHECK fv_status_t fv_store_each(const char *dir, fv_store_visit_t visit,
 bool fv_store_is_used(const char *job_dir);
 /* Deletes a job's files. Errors: FV_ERR_PRECONDITION when it is used; FV_ERR_SYSTEM. */
 FV_MUST_CHECK fv_status_t fv_store_delete(const char *job_dir);
+/* Deletes all files of the place's job whose slots no process has: of a job that ends, or of an older one. */
+void fv_store_clear(const fv_store_place_t *place);
+/* Deletes one file of a store, if it is there. Errors: FV_ERR_PRECONDITION when a process uses it; FV_ERR_SYSTEM. */
+FV_MUST_CHECK fv_status_t fv_store_delete_file(const char *path);
 /* Deletes jobs without a lasting name (FV_STORE_ANONYMOUS...) that no process uses; how many. */
 uint32_t fv_store_sweep(const char *dir);
 #define FV_STORE_ANONYMOUS "anonymous-"

@@ -307,6 +307,14 @@ void fv_auth_destroy(fv_auth_t *auth)
     free(auth);
 }
 
+fv_principal_t *fv_auth_principal(fv_auth_t *auth, const char *name)
+{
+    (void)pthread_mutex_lock(&auth->lock);
+    fv_principal_t *principal = principal_named(auth, name);
+    (void)pthread_mutex_unlock(&auth->lock);
+    return principal;
+}
+
 bool fv_auth_is_required(const fv_auth_t *auth)
 {
     return auth->path != NULL;

@@ -48,6 +48,10 @@ typedef struct fv_grant {
 FV_MUST_CHECK fv_status_t fv_auth_create(const char *path, fv_auth_t **out);
 void fv_auth_destroy(fv_auth_t *auth); /* NULL is fine; no session, no grant is used any more */
 
+/* The principal of that name; one that the file does not have (any more) may do nothing and limits nothing. NULL: no memory.
+ * Thread: any. */
+fv_principal_t *fv_auth_principal(fv_auth_t *auth, const char *name);
+
 /* True when clients must show a token. */
 bool fv_auth_is_required(const fv_auth_t *auth);
 

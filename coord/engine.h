@@ -17,6 +17,7 @@
 #define FV_COORD_ENGINE_H
 
 #include "common/status.h"
+#include "coord/ledger.h"
 #include "coord/link.h"
 #include "coord/local.h"
 #include "coord/rpc.h"
@@ -53,6 +54,8 @@ typedef struct fv_engine_config {
      */
     fv_status_t (*repair)(void *ctx, fv_repaired_t *out);
     void *repair_ctx;
+    fv_ledger_t *ledger;         /* what outlives this process; NULL: nothing */
+    int32_t durability;          /* as in attention.proto: told to clients */
     const char *exchange;        /* "none", "mpi" */
     const fv_ctl_hello_t *ranks; /* [n_ranks] as they introduced themselves; copied */
 } fv_engine_config_t;
@@ -60,6 +63,12 @@ typedef struct fv_engine_config {
 /* Starts nothing: fv_engine_handlers() go to fv_rpc_start(), then fv_engine_run(). */
 FV_MUST_CHECK fv_status_t fv_engine_create(const fv_engine_config_t *config, fv_engine_t **out);
 void fv_engine_destroy(fv_engine_t *engine);
+
+/*
+ * Brings back the sessions that the ledger and the ranks' stores hold: once, before anything else. Errors: a rank is gone, or a
+ * store is full; sessions that are damaged are no error, they are lost and said so.
+ */
+FV_MUST_CHECK fv_status_t fv_engine_recover(fv_engine_t *engine);
 
 fv_rpc_handlers_t fv_engine_handlers(fv_engine_t *engine);
 

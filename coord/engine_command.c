@@ -33,6 +33,8 @@ static fv_status_t run_own(fv_engine_t *engine, fv_ctl_type_t type, const void *
         return local->truncate(ctx, body);
     case FV_CTL_CLOSE:
         return local->close(ctx, body);
+    case FV_CTL_KEEP_END:
+        return local->keep_end(ctx);
     case FV_CTL_HELLO:
     case FV_CTL_STEP:
     case FV_CTL_DONE:
@@ -42,7 +44,6 @@ static fv_status_t run_own(fv_engine_t *engine, fv_ctl_type_t type, const void *
     case FV_CTL_STOP:
     case FV_CTL_KEEP:
     case FV_CTL_KEPT:
-    case FV_CTL_KEEP_END:
     default:
         return fv_fail(FV_ERR_INTERNAL, "message type %d is not a command", (int)type);
     }
@@ -199,6 +200,8 @@ static fv_status_t do_register(fv_engine_t *engine, const fv_entry_t *entry)
         if (refusal.status != FV_OK) { /* ranks and coordinator no longer agree: not to be served */
             return fv_fail(FV_ERR_INTERNAL, "a rank refused a model: %s", refusal.text);
         }
+        FV_RETURN_IF_ERR(
+            fv_ledger_note_model(engine->config.ledger, message.model_slot, &message.spec));
     }
     if (status == FV_OK) {
         status = fv_wire_register_response_encode(&response, &bytes);
@@ -206,6 +209,14 @@ static fv_status_t do_register(fv_engine_t *engine, const fv_entry_t *entry)
     answer(entry->call, status, &bytes);
     return FV_OK;
 }
+
+/* What the core and the ranks have made of OPEN or FORK. */
+typedef struct new_session {
+    fv_session_id_t id;
+    const fv_session_t *parent; /* NULL: opened */
+    uint64_t at_position;
+    fv_error_t refusal; /* of a rank */
+} new_session_t;
 
 /* A new session that a rank could not hold (host memory): taken back everywhere. */
 static fv_status_t take_back(fv_engine_t *engine, const fv_session_id_t *id)
@@ -221,14 +232,20 @@ static fv_status_t take_back(fv_engine_t *engine, const fv_session_id_t *id)
 
 static fv_status_t finish_new_session(fv_engine_t *engine,
                                       const fv_entry_t *entry,
-                                      const fv_session_id_t *id,
-                                      const fv_error_t *refusal,
+                                      const new_session_t *made,
                                       fv_status_t (*encode)(const fv_session_id_t *, fv_bytes_t *))
 {
+    const fv_session_id_t *id = &made->id;
+    fv_error_t refusal = made->refusal;
     fv_bytes_t bytes = {0};
 
-    if (refusal->status != FV_OK) {
-        answer_refusal(entry->call, refusal);
+    if (refusal.status == FV_OK) { /* all ranks have it */
+        refusal = fv_error_capture(fv_ledger_note_session(engine->config.ledger,
+                                                          fv_sched_session(engine->sched, id),
+                                                          made->parent, made->at_position));
+    }
+    if (refusal.status != FV_OK) {
+        answer_refusal(entry->call, &refusal);
         return take_back(engine, id);
     }
     answer(entry->call, encode(id, &bytes), &bytes);
@@ -263,7 +280,8 @@ static fv_status_t do_open(fv_engine_t *engine, const fv_entry_t *entry)
     }
     FV_RETURN_IF_ERR(fv_engine_broadcast(engine, &message.placement, FV_CTL_OPEN, &message,
                                          sizeof(message), &refusal));
-    return finish_new_session(engine, entry, &birth.id, &refusal, fv_wire_open_response_encode);
+    const new_session_t made = {.id = birth.id, .refusal = refusal};
+    return finish_new_session(engine, entry, &made, fv_wire_open_response_encode);
 }
 
 bool fv_engine_must_hold(const fv_engine_t *engine, const fv_entry_t *entry)
@@ -317,7 +335,9 @@ static fv_status_t do_fork(fv_engine_t *engine, const fv_entry_t *entry)
     }
     FV_RETURN_IF_ERR(
         fv_engine_broadcast(engine, &placement, FV_CTL_FORK, &message, sizeof(message), &refusal));
-    return finish_new_session(engine, entry, &birth.id, &refusal, fv_wire_fork_response_encode);
+    const new_session_t made = {
+        .id = birth.id, .parent = session, .at_position = message.at_position, .refusal = refusal};
+    return finish_new_session(engine, entry, &made, fv_wire_fork_response_encode);
 }
 
 static fv_status_t do_truncate(fv_engine_t *engine, const fv_entry_t *entry)
@@ -340,6 +360,7 @@ static fv_status_t do_truncate(fv_engine_t *engine, const fv_entry_t *entry)
         fv_reply_error(entry->call, status);
         return FV_OK;
     }
+    FV_RETURN_IF_ERR(fv_ledger_note_truncate(engine->config.ledger, session, request.position));
     FV_RETURN_IF_ERR(fv_engine_broadcast(engine, &placement, FV_CTL_TRUNCATE, &message,
                                          sizeof(message), &refusal));
     if (refusal.status != FV_OK) {

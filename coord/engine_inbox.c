@@ -310,7 +310,8 @@ static void take_attend(fv_engine_t *engine,
     uint8_t *base = memory;
     fv_job_t *job = memory;
     *job = (fv_job_t){.entry = {.call = call, .method = method, .is_counted = true},
-                      .staging = engine->staging};
+                      .staging = engine->staging,
+                      .ledger = engine->config.ledger};
     memcpy(base + l.items, engine->scan_items, head.n_items * sizeof(fv_attend_item_t));
     fv_wire_gather(spans, n_spans, head.q, base + l.q);
     fv_wire_gather(spans, n_spans, head.k, base + l.k);

@@ -29,6 +29,7 @@ typedef struct fv_job {
     fv_entry_t entry;
     fv_request_t request;
     fv_staging_t *staging;
+    fv_ledger_t *ledger; /* the engine's */
     fv_tensors_t tensors;
     /* tensors.out and tensors.lse are staging buffers of their own: gRPC gives each back when sent. */
     size_t out_bytes, lse_bytes;
@@ -234,6 +235,13 @@ void fv_engine_explain_loss(const fv_engine_t *engine,
                             const fv_principal_t *who,
                             const fv_session_id_t *id,
                             fv_error_t *error);
+
+/* engine_recover.c: a rank is new, and may have what its slot's store holds: it is told what to keep, the rest is lost. */
+FV_MUST_CHECK fv_status_t fv_engine_recover_rank(fv_engine_t *engine, uint32_t rank);
+/* engine_repair.c: closes it on all ranks that have it, and remembers that it is lost. */
+FV_MUST_CHECK fv_status_t fv_engine_lose_session(fv_engine_t *engine,
+                                                 fv_session_t *session,
+                                                 uint32_t rank);
 
 /* engine_sessions.c; the turn is held; an error ends the service */
 FV_MUST_CHECK fv_status_t fv_engine_close_session(fv_engine_t *engine, const fv_session_id_t *id);

@@ -211,6 +211,15 @@ static void queue_again(fv_engine_t *engine, fv_request_t *requests)
 
 /* ------------------------------------------------------------------ sessions */
 
+fv_status_t fv_engine_lose_session(fv_engine_t *engine, fv_session_t *session, uint32_t rank)
+{
+    const fv_lost_session_t lost = {.id = session->id, .owner = session->owner, .rank = rank};
+
+    fv_lost_add(engine->lost, &lost);
+    FV_RETURN_IF_ERR(fv_ledger_note_close(engine->config.ledger, session));
+    return close_everywhere(engine, &lost.id);
+}
+
 static fv_status_t lose_sessions(fv_engine_t *engine, uint32_t rank)
 {
     fv_session_t *next = NULL;
@@ -222,9 +231,7 @@ static fv_status_t lose_sessions(fv_engine_t *engine, uint32_t rank)
         if (fv_placement_cell(&s->placement, rank) < 0) {
             continue;
         }
-        const fv_lost_session_t lost = {.id = s->id, .owner = s->owner, .rank = rank};
-        fv_lost_add(engine->lost, &lost);
-        FV_RETURN_IF_ERR(close_everywhere(engine, &lost.id));
+        FV_RETURN_IF_ERR(fv_engine_lose_session(engine, s, rank));
         n_lost++;
     }
     if (n_lost > 0) {
@@ -291,7 +298,9 @@ static fv_status_t repair(fv_engine_t *engine, const fv_repaired_t *repaired)
         status = undo_waiting(engine, &tail);
     }
     for (uint32_t i = 0; (i < repaired->n) && (status == FV_OK); i++) {
-        status = lose_sessions(engine, repaired->ranks[i]);
+        status = (engine->config.ledger == NULL)
+                     ? lose_sessions(engine, repaired->ranks[i])
+                     : fv_engine_recover_rank(engine, repaired->ranks[i]);
     }
     fv_engine_release_held(engine);
     queue_again(engine, requests);

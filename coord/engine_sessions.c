@@ -21,6 +21,10 @@ fv_status_t fv_engine_close_session(fv_engine_t *engine, const fv_session_id_t *
     fv_placement_t placement;
     fv_error_t refusal = {0};
 
+    const fv_session_t *session = fv_sched_session(engine->sched, id);
+    if (session != NULL) { /* before a rank has forgotten it */
+        FV_RETURN_IF_ERR(fv_ledger_note_close(engine->config.ledger, session));
+    }
     FV_RETURN_IF_ERR(fv_sched_close(engine->sched, id, &message, &placement));
     FV_RETURN_IF_ERR(
         fv_engine_broadcast(engine, &placement, FV_CTL_CLOSE, &message, sizeof(message), &refusal));

@@ -34,6 +34,7 @@ fv_status_t fv_engine_prepare(fv_request_t *request)
     job->out_bytes =
         n_rows * (size_t)fv_request_out_dim(request) * fv_dtype_bytes(request->head.dtype);
     job->lse_bytes = request->head.want_lse ? (n_rows * sizeof(float)) : 0U;
+    FV_RETURN_IF_ERR(fv_ledger_reserve(job->ledger)); /* nothing that runs may fail to be noted */
     FV_RETURN_IF_ERR(fv_staging_take(job->staging, job->out_bytes, false, &out));
     job->tensors.out = out;
     if (job->lse_bytes > 0) {
@@ -330,6 +331,7 @@ fv_status_t fv_engine_settle(fv_engine_t *engine)
     flight->plan.cost.took_us =
         now_us - from_us; /* from the end of the step before, if it had to wait for that */
     FV_RETURN_IF_ERR(undo_failed(engine, &flight->plan));
+    FV_RETURN_IF_ERR(fv_ledger_note_step(engine->config.ledger, &flight->plan));
     fv_engine_note_use(engine, flight->plan.joined);
     fv_sched_step_done(engine->sched, &flight->plan);
     if (flight->plan.joined != NULL) {
@@ -344,5 +346,6 @@ fv_status_t fv_engine_settle(fv_engine_t *engine)
     add_answers(engine, flight->plan.joined);
     engine->n_flights--;
     engine->first_slot = (engine->first_slot + 1U) % FV_STEP_DEPTH;
+    fv_ledger_tidy(engine->config.ledger, engine->sched);
     return FV_OK;
 }

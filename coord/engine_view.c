@@ -32,6 +32,7 @@ fv_status_t fv_engine_status(fv_engine_t *engine, fv_cluster_status_t *out)
     uint32_t n_ranks = engine->config.sched.n_ranks;
     fv_cluster_status_t s = {
         .epoch = 1,
+        .durability = engine->config.durability,
         .uptime_ms = (uint64_t)(fv_clock_us() - engine->start_us) / 1000U,
         .n_ranks = n_ranks,
         .n_models = fv_sched_n_models(engine->sched),
@@ -76,6 +77,7 @@ fv_engine_session_info(fv_engine_t *engine, const fv_session_t *session, fv_sess
         .n_layers = (uint32_t)session->n_layers,
         .max_tokens = fv_session_tokens(session),
         .created_unix_ms = session->created_unix_ms,
+        .durability = engine->config.durability,
     };
 
     info.layer_tokens = calloc(info.n_layers, sizeof(*info.layer_tokens));

@@ -46,6 +46,13 @@ FV_MUST_CHECK fv_status_t
 fv_link_send(fv_link_t *link, uint32_t rank, fv_ctl_type_t type, const void *body, size_t n_bytes);
 FV_MUST_CHECK fv_status_t fv_link_wait_done(fv_link_t *link, uint32_t rank, fv_ctl_done_t *out);
 
+/* The answer to a KEEP: floors[n_layers] are filled unless it is a refusal. */
+FV_MUST_CHECK fv_status_t fv_link_wait_kept(fv_link_t *link,
+                                            uint32_t rank,
+                                            fv_ctl_done_t *out,
+                                            uint64_t *floors,
+                                            size_t n_layers);
+
 /* What a rank is told of a step, and where its tensors lie. */
 typedef struct fv_link_step {
     fv_ctl_step_t head;
@@ -108,6 +115,7 @@ void fv_link_set_comm(fv_link_t *link, void *mpi_comm);
 bool fv_link_is_broken(void *link);
 /* Called by fv_link_is_broken(), that is, while the coordinator's own rank waits for its device or for partial states. */
 void fv_link_on_wait(fv_link_t *link, void (*on_wait)(void *arg), void *arg);
-void fv_link_stop(fv_link_t *link); /* tells every rank to leave */
+/* Tells every rank to leave; and to take its store's files away. */
+void fv_link_stop(fv_link_t *link, bool discards_stores);
 
 #endif /* FV_COORD_LINK_H */

@@ -303,22 +303,35 @@ static fv_status_t read_header(fv_link_t *link, uint32_t rank, fv_ctl_header_t *
     }
 }
 
+/* An answer of `type`: DONE's body, and what follows it. */
+static fv_status_t read_answer(fv_link_t *link,
+                               uint32_t rank,
+                               fv_ctl_type_t type,
+                               fv_ctl_done_t *out,
+                               size_t *out_more)
+{
+    fv_ctl_header_t header;
+
+    FV_RETURN_IF_ERR(read_header(link, rank, &header));
+    if ((header.magic != FV_CTL_MAGIC) || (header.type != type) || (header.epoch != link->epoch) ||
+        (header.body_bytes < sizeof(*out))) {
+        return fv_fail(FV_ERR_PROTOCOL, "rank %u: message type %u of %u bytes, expected type %d",
+                       rank, header.type, header.body_bytes, (int)type);
+    }
+    *out_more = header.body_bytes - sizeof(*out);
+    return read_from(link, rank, out, sizeof(*out));
+}
+
 static fv_status_t read_done(fv_link_t *link,
                              uint32_t rank,
                              fv_ctl_done_t *out,
                              fv_error_t *item_errors,
                              size_t n_items)
 {
-    fv_ctl_header_t header;
+    size_t n_more = 0;
 
-    FV_RETURN_IF_ERR(read_header(link, rank, &header));
-    if ((header.magic != FV_CTL_MAGIC) || (header.type != FV_CTL_DONE) ||
-        (header.epoch != link->epoch) || (header.body_bytes < sizeof(*out))) {
-        return fv_fail(FV_ERR_PROTOCOL, "rank %u: message type %u of %u bytes, expected DONE", rank,
-                       header.type, header.body_bytes);
-    }
-    FV_RETURN_IF_ERR(read_from(link, rank, out, sizeof(*out)));
-    size_t n_errors = (header.body_bytes - sizeof(*out)) / sizeof(fv_error_t);
+    FV_RETURN_IF_ERR(read_answer(link, rank, FV_CTL_DONE, out, &n_more));
+    size_t n_errors = n_more / sizeof(fv_error_t);
     if ((n_errors != out->n_items) || ((n_errors != 0) && (n_errors != n_items))) {
         return fv_fail(FV_ERR_PROTOCOL, "rank %u: DONE with %zu item errors, expected 0 or %zu",
                        rank, n_errors, n_items);
@@ -327,6 +340,23 @@ static fv_status_t read_done(fv_link_t *link,
         FV_RETURN_IF_ERR(read_from(link, rank, item_errors, n_errors * sizeof(fv_error_t)));
     }
     return FV_OK;
+}
+
+fv_status_t fv_link_wait_kept(fv_link_t *link,
+                              uint32_t rank,
+                              fv_ctl_done_t *out,
+                              uint64_t *floors,
+                              size_t n_layers)
+{
+    size_t n_more = 0;
+    size_t n_floors = n_layers * sizeof(*floors);
+
+    FV_RETURN_IF_ERR(read_answer(link, rank, FV_CTL_KEPT, out, &n_more));
+    if (n_more != ((out->error.status == FV_OK) ? n_floors : 0U)) {
+        return fv_fail(FV_ERR_PROTOCOL, "rank %u: KEPT with %zu bytes of floors, expected %zu",
+                       rank, n_more, n_floors);
+    }
+    return (n_more > 0) ? read_from(link, rank, floors, n_more) : FV_OK;
 }
 
 fv_status_t fv_link_wait_done(fv_link_t *link, uint32_t rank, fv_ctl_done_t *out)
@@ -347,10 +377,13 @@ fv_status_t fv_link_wait_hello(fv_link_t *link, uint32_t rank, fv_ctl_hello_t *o
     return read_from(link, rank, out, sizeof(*out));
 }
 
-void fv_link_stop(fv_link_t *link)
+void fv_link_stop(fv_link_t *link, bool discards_stores)
 {
+    const fv_ctl_stop_t body = {.discards_store = discards_stores ? 1U : 0U};
+    const fv_frame_piece_t piece = {.data = &body, .n_bytes = sizeof(body)};
+
     for (uint32_t r = 0; r < link->n_ranks; r++) {
-        if ((link->peers[r].fd >= 0) && (send_message(link, r, FV_CTL_STOP, NULL, 0) != FV_OK)) {
+        if ((link->peers[r].fd >= 0) && (send_message(link, r, FV_CTL_STOP, &piece, 1) != FV_OK)) {
             fv_warn("stop: %s", fv_error_context());
         }
     }

@@ -19,6 +19,11 @@ typedef struct fv_local_ops {
     fv_status_t (*fork)(void *ctx, const fv_ctl_fork_t *message);
     fv_status_t (*truncate)(void *ctx, const fv_ctl_truncate_t *message);
     fv_status_t (*close)(void *ctx, const fv_ctl_close_t *message);
+    fv_status_t (*keep)(void *ctx,
+                        const fv_ctl_keep_t *message,
+                        const fv_ctl_keep_layer_t *layers,
+                        uint64_t *out_floors);
+    fv_status_t (*keep_end)(void *ctx);
     fv_status_t (*step)(void *ctx,
                         const fv_ctl_item_t *items,
                         const fv_step_io_t *io,

@@ -19,6 +19,7 @@
 #include "coord/main_exchange.h"
 #include "coord/main_heartbeat.h"
 #include "coord/main_repair.h"
+#include "coord/main_store.h"
 #include "coord/resources.h"
 #include "coord/rpc.h"
 #include "coord/version.h"
@@ -70,6 +71,8 @@ typedef struct fv_process {
     fv_heartbeat_t *heartbeat;
     fv_link_t *link;
     fv_auth_t *auth; /* rank 0 */
+    fv_main_store_t store;
+    fv_ledger_t *ledger; /* rank 0 */
 } fv_process_t;
 
 static int exit_code_of(fv_status_t status)
@@ -267,6 +270,7 @@ static fv_status_t start_worker(fv_process_t *p, uint64_t kv_bytes, uint32_t n_t
         .exchange = p->exchange.ops,
         .exchange_ctx = p->exchange.ctx,
         .step_deadline_ms = (uint32_t)p->config.step_deadline_ms,
+        .store = p->store.is_on ? &p->store.place : NULL,
     };
 
     if (!has_worker(p)) {
@@ -278,6 +282,18 @@ static fv_status_t start_worker(fv_process_t *p, uint64_t kv_bytes, uint32_t n_t
     p->crew.worker = p->worker;
     fv_worker_hello(p->worker, &p->hello);
     return FV_OK;
+}
+
+/* Rank 0's name for the store is everybody's. */
+static fv_status_t open_store(fv_process_t *p)
+{
+    char job[FV_JOURNAL_JOB_BYTES] = "";
+
+    fv_main_store_job(&p->config, job);
+    if (p->has_mpi) {
+        (void)MPI_Bcast(job, (int)sizeof(job), MPI_CHAR, 0, MPI_COMM_WORLD);
+    }
+    return fv_main_store_open(&p->config, job, (uint32_t)p->rank, (uint32_t)p->n_ranks, &p->store);
 }
 
 /* Backend, exchange, worker: after each, all ranks know whether all are fine, so that none waits for another. */
@@ -292,7 +308,13 @@ static bool start_parts(fv_process_t *p)
     status = is_spare(p)
                  ? FV_OK
                  : fv_main_exchange_open(&place, &p->config, p->backend, p->device, &p->exchange);
+    fv_status_t opened = open_store(p);
+    status = (status == FV_OK) ? opened : status;
     uint64_t kv_bytes = has_worker(p) ? kv_memory(p) : 0U; /* before a neighbour takes its own */
+    if ((status == FV_OK) && has_worker(p) && !is_spare(p)) {
+        status =
+            fv_main_store_kv_memory(&p->store, &p->config.kv_memory, p->n_local_ranks, &kv_bytes);
+    }
     if (!said_fine(p, status)) {
         return false;
     }
@@ -322,6 +344,17 @@ static fv_status_t local_truncate(void *ctx, const fv_ctl_truncate_t *message)
 static fv_status_t local_close(void *ctx, const fv_ctl_close_t *message)
 {
     return fv_worker_close(ctx, message);
+}
+static fv_status_t local_keep(void *ctx,
+                              const fv_ctl_keep_t *message,
+                              const fv_ctl_keep_layer_t *layers,
+                              uint64_t *out_floors)
+{
+    return fv_worker_keep(ctx, message, layers, out_floors);
+}
+static fv_status_t local_keep_end(void *ctx)
+{
+    return fv_worker_keep_end(ctx);
 }
 static fv_status_t local_step(void *ctx,
                               const fv_ctl_item_t *items,
@@ -360,6 +393,8 @@ static const fv_local_ops_t k_local_ops = {
     .fork = local_fork,
     .truncate = local_truncate,
     .close = local_close,
+    .keep = local_keep,
+    .keep_end = local_keep_end,
     .step = local_step,
     .memory = local_memory,
     .prefetch = local_prefetch,
@@ -518,12 +553,20 @@ static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served)
         .link = p->link,
         .repair = can_repair(p) ? fv_crew_repair : NULL,
         .repair_ctx = &p->crew,
+        .ledger = p->ledger,
+        .durability = p->store.is_on ? 1 : 0, /* DURABILITY_PROCESS */
         .exchange = p->exchange.name,
         .ranks = p->hellos,
     };
 
     *out_has_served = false;
     FV_RETURN_IF_ERR(fv_engine_create(&config, &engine));
+    fv_status_t recovered = fv_engine_recover(engine);
+    if (recovered != FV_OK) {
+        fv_error("durability: %s", fv_error_context());
+        fv_engine_destroy(engine);
+        return recovered;
+    }
     fv_rpc_handlers_t handlers = fv_engine_handlers(engine);
     fv_rpc_config_t listen = rpc_config(&p->config, p->auth);
     fv_status_t status = fv_rpc_start(&listen, &handlers, &rpc);
@@ -541,16 +584,49 @@ static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served)
     return (status == FV_OK) ? FV_OK : fv_fail(status, "%s", error.text);
 }
 
+/* Who may come, and what earlier runs have left. */
+static fv_status_t open_tables(fv_process_t *p)
+{
+    fv_status_t status = fv_auth_create(p->config.tokens, &p->auth);
+
+    if (status != FV_OK) {
+        fv_error("tokens: %s", fv_error_context());
+    } else if (p->store.is_on) {
+        status = fv_ledger_open(&p->store.place, &p->ledger);
+        if (status != FV_OK) {
+            fv_error("durability: %s", fv_error_context());
+        }
+    }
+    return status;
+}
+
+/* After a clean end nobody asks for the sessions again, unless they were meant to stay; a start that failed leaves none. */
+static bool close_ledger(fv_process_t *p, bool has_served, bool is_clean)
+{
+    bool is_discarded = has_served
+                            ? (is_clean && (!p->config.store_keep || p->store.is_anonymous))
+                            : fv_ledger_is_new(p->ledger);
+
+    if (is_discarded) {
+        fv_ledger_remove(p->ledger);
+    } else {
+        fv_ledger_close(p->ledger);
+    }
+    if (is_discarded && (p->worker != NULL)) {
+        fv_worker_discard_store(p->worker);
+    }
+    return is_discarded;
+}
+
 static int run_coordinator(fv_process_t *p, int signal_fd)
 {
     bool has_served = false;
-    fv_status_t status = fv_auth_create(p->config.tokens, &p->auth);
+    fv_status_t status = open_tables(p);
 
     if (status == FV_OK) {
         status = serve(p, signal_fd, &has_served);
-    } else {
-        fv_error("tokens: %s", fv_error_context());
     }
+    bool is_discarded = close_ledger(p, has_served, status == FV_OK);
     fv_auth_destroy(p->auth);
     fv_heartbeat_stop(p->heartbeat); /* from here on nobody is missed */
     p->heartbeat = NULL;
@@ -558,7 +634,7 @@ static int run_coordinator(fv_process_t *p, int signal_fd)
     int code = has_served ? exit_code_of(status) : EXIT_START;
 
     if ((p->link != NULL) && (code != EXIT_RANK_LOST)) {
-        fv_link_stop(p->link);
+        fv_link_stop(p->link, is_discarded);
     }
     fv_crew_stop_spares(&p->crew);
     if (code == EXIT_CLEAN) {
@@ -584,6 +660,7 @@ static fv_status_t enter_epoch(fv_process_t *p, const fv_ctl_epoch_t *message)
     }
     FV_RETURN_IF_ERR(fv_crew_follow(&p->crew, message));
     if (message->is_new != 0U) {
+        p->store.place.slot = message->rank; /* what the lost one has left, if this is its host */
         FV_RETURN_IF_ERR(start_worker(p, message->kv_bytes, message->n_threads));
     } else {
         fv_worker_renew(p->worker);

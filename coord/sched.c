@@ -447,6 +447,23 @@ fv_status_t fv_sched_close(fv_sched_t *sched,
     return FV_OK;
 }
 
+void fv_sched_restore(fv_sched_t *sched, fv_session_t *session)
+{
+    if (session->owner != NULL) {
+        session->owner->n_sessions++;
+    }
+    fv_sched_recount(sched, session);
+}
+
+void fv_sched_recount(fv_sched_t *sched, fv_session_t *session)
+{
+    for (int32_t cell = 0; cell < n_cells(&session->placement); cell++) {
+        fv_sched_account(
+            sched, session, cell,
+            fv_session_cell_bytes(session, &sched->models[session->model_slot].spec, cell));
+    }
+}
+
 /* ------------------------------------------------------------------ views */
 
 fv_session_t *fv_sched_session(const fv_sched_t *sched, const fv_session_id_t *id)

@@ -182,6 +182,11 @@ FV_MUST_CHECK fv_status_t fv_sched_close(fv_sched_t *sched,
                                          fv_ctl_close_t *out_message,
                                          fv_placement_t *out_placement);
 
+/* A session that was put into the table by a ledger: what it holds is counted, for ranks and owner. */
+void fv_sched_restore(fv_sched_t *sched, fv_session_t *session);
+/* Its floors were raised: what it holds is counted again. */
+void fv_sched_recount(fv_sched_t *sched, fv_session_t *session);
+
 /* ------------------------------------------------------------------ requests */
 
 /* Takes `request` until it comes back in a plan. */

@@ -101,17 +101,12 @@ fv_session_t *fv_session_find(const fv_session_table_t *table, const fv_session_
     return table->cells[find_cell(table, id)];
 }
 
-fv_status_t fv_session_add(fv_session_table_t *table,
-                           const fv_session_id_t *id,
-                           int32_t n_layers,
-                           fv_session_t **out)
+/* A session in its cell and at the end of the list; slot and number are the caller's. */
+static fv_status_t
+insert(fv_session_table_t *table, const fv_session_id_t *id, int32_t n_layers, fv_session_t **out)
 {
-    if (table->n_free_slots == 0) {
-        return fv_fail(FV_ERR_EXHAUSTED,
-                       "sessions: %u are open, the most this service allows (sessions_max)",
-                       table->n_sessions);
-    }
     uint32_t cell = find_cell(table, id);
+
     if (table->cells[cell] != NULL) {
         return fv_fail(FV_ERR_INTERNAL, "session id drawn twice");
     }
@@ -122,8 +117,6 @@ fv_status_t fv_session_add(fv_session_table_t *table,
     }
     session->id = *id;
     session->n_layers = n_layers;
-    session->slot = table->free_slots[--table->n_free_slots];
-    session->opened_seq = ++table->next_seq;
     session->prev = table->last;
     *((table->last != NULL) ? &table->last->next : &table->first) = session;
     table->last = session;
@@ -131,6 +124,68 @@ fv_status_t fv_session_add(fv_session_table_t *table,
     table->n_sessions++;
     *out = session;
     return FV_OK;
+}
+
+fv_status_t fv_session_add(fv_session_table_t *table,
+                           const fv_session_id_t *id,
+                           int32_t n_layers,
+                           fv_session_t **out)
+{
+    if (table->n_free_slots == 0) {
+        return fv_fail(FV_ERR_EXHAUSTED,
+                       "sessions: %u are open, the most this service allows (sessions_max)",
+                       table->n_sessions);
+    }
+    FV_RETURN_IF_ERR(insert(table, id, n_layers, out));
+    (*out)->slot = table->free_slots[--table->n_free_slots];
+    (*out)->opened_seq = ++table->next_seq;
+    return FV_OK;
+}
+
+fv_status_t fv_session_add_at(fv_session_table_t *table,
+                              const fv_session_id_t *id,
+                              int32_t n_layers,
+                              uint32_t slot,
+                              uint64_t opened_seq,
+                              fv_session_t **out)
+{
+    if ((slot >= table->sessions_max) || (table->n_sessions == table->sessions_max) ||
+        (opened_seq <= ((table->last != NULL) ? table->last->opened_seq : 0U))) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "session slot %u, number %llu: expected below %u, and more", slot,
+                       (unsigned long long)opened_seq, table->sessions_max);
+    }
+    table->n_free_slots = 0; /* until they are restored */
+    FV_RETURN_IF_ERR(insert(table, id, n_layers, out));
+    (*out)->slot = slot;
+    (*out)->opened_seq = opened_seq;
+    table->next_seq = opened_seq;
+    return FV_OK;
+}
+
+void fv_session_table_restore_slots(fv_session_table_t *table)
+{
+    uint32_t *slots = table->free_slots; /* for a moment: 1 where one is in use */
+
+    memset(slots, 0, (size_t)table->sessions_max * sizeof(*slots));
+    for (const fv_session_t *s = table->first; s != NULL; s = s->next) {
+        slots[s->slot] = 1;
+    }
+    /* the lowest on top: written from the end, the stack never overtakes what is still to be read */
+    uint32_t n = table->sessions_max;
+    for (uint32_t slot = table->sessions_max; slot > 0; slot--) {
+        if (slots[slot - 1U] == 0) {
+            slots[--n] = slot - 1U;
+        }
+    }
+    table->n_free_slots = table->sessions_max - n;
+    for (uint32_t i = 0; i < table->n_free_slots / 2U; i++) {
+        uint32_t other = table->sessions_max - 1U - i;
+        uint32_t low = slots[n + i];
+        slots[n + i] = slots[other];
+        slots[other] = low;
+    }
+    memmove(slots, slots + n, (size_t)table->n_free_slots * sizeof(*slots));
 }
 
 fv_session_t *fv_session_table_round(fv_session_table_t *table)
@@ -190,7 +245,9 @@ void fv_session_remove(fv_session_table_t *table, fv_session_t *session)
     }
     *((session->prev != NULL) ? &session->prev->next : &table->first) = session->next;
     *((session->next != NULL) ? &session->next->prev : &table->last) = session->prev;
-    table->free_slots[table->n_free_slots++] = session->slot;
+    if (table->n_free_slots < table->sessions_max) {
+        table->free_slots[table->n_free_slots++] = session->slot;
+    }
     table->n_sessions--;
     session_free(session);
 }

@@ -71,6 +71,8 @@ typedef struct fv_session {
     char reason[FV_PLAN_REASON_BYTES];
     /* By cell: bytes of pages held, and what the planner was told (held, or what was expected at opening). */
     uint64_t held[FV_PLACEMENT_RANKS_MAX], accounted[FV_PLACEMENT_RANKS_MAX];
+    uint64_t n_noted, n_rewritten; /* records in the ledger */
+    bool is_lost;                  /* while it is loaded: a record is damaged */
     int32_t n_layers;
     fv_layer_t layers[]; /* [n_layers] */
 } fv_session_t;
@@ -92,6 +94,18 @@ FV_MUST_CHECK fv_status_t fv_session_add(fv_session_table_t *table,
                                          const fv_session_id_t *id,
                                          int32_t n_layers,
                                          fv_session_t **out);
+/*
+ * For a table that is filled from a ledger: at a slot that nobody has, with its number in the order of opening; then
+ * fv_session_table_restore_slots() once.
+ * Errors: FV_ERR_INVALID_ARG for a slot beyond sessions_max; FV_ERR_NO_MEMORY.
+ */
+FV_MUST_CHECK fv_status_t fv_session_add_at(fv_session_table_t *table,
+                                            const fv_session_id_t *id,
+                                            int32_t n_layers,
+                                            uint32_t slot,
+                                            uint64_t opened_seq,
+                                            fv_session_t **out);
+void fv_session_table_restore_slots(fv_session_table_t *table);
 /* Takes it off its list, too. */
 void fv_session_remove(fv_session_table_t *table, fv_session_t *session);
 

@@ -45,7 +45,7 @@ typedef enum fv_ctl_type {
     FV_CTL_DONE, /* worker -> coordinator: fv_ctl_done_t, then n_items fv_error_t (failed steps only) */
     FV_CTL_PING, /* coordinator -> worker, no body; answered by PONG */
     FV_CTL_PONG, /* fv_ctl_memory_t */
-    FV_CTL_STOP, /* no body: finish and leave */
+    FV_CTL_STOP, /* fv_ctl_stop_t: finish and leave */
     /*
      * What a worker with a store shall keep of what it found there (worker/worker.h): after the MODELs, one KEEP for each
      * session, then KEEP_END.
@@ -160,6 +160,10 @@ typedef struct fv_ctl_keep {
 typedef struct fv_ctl_keep_layer {
     uint64_t n_tokens;
 } fv_ctl_keep_layer_t;
+
+typedef struct fv_ctl_stop {
+    uint32_t discards_store; /* a clean end: nobody will ask for the sessions again */
+} fv_ctl_stop_t;
 
 /* MPI message tags, all on the epoch's communicator. Both sides post a step's messages before the next step's, and MPI keeps
  * order per (source, tag), so a tag needs no step number. A packed buffer travels as one message of bytes. */

@@ -104,8 +104,9 @@ typedef struct fv_attend_response {
     int32_t code;        /* gRPC status code; 0 = OK */
     const char *message; /* may be NULL; borrowed */
     fv_timings_t timings;
-    size_t lse_bytes; /* 0 = no lse field */
-    size_t out_bytes; /* 0 = no out field */
+    int32_t durability; /* as in attention.proto */
+    size_t lse_bytes;   /* 0 = no lse field */
+    size_t out_bytes;   /* 0 = no out field */
 } fv_attend_response_t;
 
 #define FV_WIRE_HEAD_BYTES 640 /* enough for any head below */
@@ -128,6 +129,7 @@ typedef struct fv_attend_response_view {
     int32_t code;
     char message[FV_ERROR_TEXT_BYTES];
     fv_timings_t timings;
+    int32_t durability;
     fv_region_t lse, out;
 } fv_attend_response_view_t;
 
@@ -189,6 +191,7 @@ typedef struct fv_session_info {
     uint64_t created_unix_ms;
     fv_session_id_t parent;
     bool has_parent;
+    int32_t durability;
 } fv_session_info_t;
 
 typedef struct fv_list_request {
@@ -213,6 +216,7 @@ typedef struct fv_rank_status {
 
 typedef struct fv_cluster_status {
     char version[32], state[16], exchange[16];
+    int32_t durability;
     uint64_t epoch, uptime_ms;
     uint32_t n_ranks;
     fv_rank_status_t *ranks; /* owned */

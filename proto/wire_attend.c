@@ -27,6 +27,7 @@ enum {
     FV_RESPONSE_ID = 1,
     FV_RESPONSE_STATUS = 2,
     FV_RESPONSE_TIMINGS = 3,
+    FV_RESPONSE_DURABILITY = 4,
     FV_RESPONSE_LSE = 14,
     FV_RESPONSE_OUT = 15,
     FV_STATUS_CODE = 1,
@@ -318,6 +319,9 @@ response_field(const fv_scan_t *scan, const fv_scan_field_t *field, fv_attend_re
     case FV_RESPONSE_TIMINGS:
         FV_RETURN_IF_ERR(fv_scan_expect(field, FV_WIRE_LEN, "timings"));
         return response_timings(fv_scan_sub(scan, field), &v->timings);
+    case FV_RESPONSE_DURABILITY:
+        v->durability = (int32_t)field->value;
+        return fv_scan_expect(field, FV_WIRE_VARINT, "durability");
     case FV_RESPONSE_LSE:
         v->lse = field->region;
         return fv_scan_expect(field, FV_WIRE_LEN, "lse");

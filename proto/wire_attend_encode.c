@@ -30,6 +30,7 @@ enum {
     FV_TAG_ITEM_N_TOKENS = (3 << 3) | 0,
     FV_TAG_STATUS = (2 << 3) | 2,
     FV_TAG_TIMINGS = (3 << 3) | 2,
+    FV_TAG_DURABILITY = (4 << 3) | 0,
     FV_TAG_LSE = (14 << 3) | 2,
     FV_TAG_OUT = (15 << 3) | 2,
     FV_TAG_STATUS_CODE = (1 << 3) | 0,
@@ -112,6 +113,7 @@ void fv_wire_attend_response_encode(const fv_attend_response_t *response,
 
     p = put_status(p, response);
     p = put_timings(p, &response->timings);
+    p = put_scalar(p, FV_TAG_DURABILITY, (uint64_t)response->durability);
     p = put_tensor_head(p, FV_TAG_LSE, response->lse_bytes);
     *n_before_lse = (size_t)(p - head);
     p = put_tensor_head(p, FV_TAG_OUT, response->out_bytes);

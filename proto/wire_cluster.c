@@ -61,6 +61,7 @@ static fv_status_t status_texts(const Fovea__V1__ClusterStatus *in, fv_cluster_s
             fv_message_text("listen", in->listen[i], out->listen[i], sizeof(out->listen[i])));
     }
     out->n_listen = (uint32_t)in->n_listen;
+    out->durability = (int32_t)in->durability;
     return FV_OK;
 }
 
@@ -147,6 +148,7 @@ fv_status_t fv_wire_cluster_status_encode(const fv_cluster_status_t *in, fv_byte
     message.version = fv_message_borrow(in->version);
     message.state = fv_message_borrow(in->state);
     message.exchange = fv_message_borrow(in->exchange);
+    message.durability = (Fovea__V1__Durability)in->durability;
     message.n_listen = in->n_listen;
     message.listen = listen;
     message.n_ranks = in->n_ranks;

@@ -203,6 +203,7 @@ static fv_status_t info_decode(const Fovea__V1__SessionInfo *in, fv_session_info
     out->max_tokens = in->max_tokens;
     out->kv_bytes = in->kv_bytes;
     out->created_unix_ms = in->created_unix_ms;
+    out->durability = (int32_t)in->durability;
     FV_RETURN_IF_ERR(fv_message_count("layer_tokens", in->n_layer_tokens, FV_LAYERS_MAX));
     out->layer_tokens = fv_message_alloc(in->n_layer_tokens, sizeof(uint64_t));
     if (out->layer_tokens == NULL) {
@@ -250,6 +251,7 @@ static void info_encode(const fv_session_info_t *in, info_out_t *out)
     m->max_tokens = in->max_tokens;
     m->kv_bytes = in->kv_bytes;
     m->created_unix_ms = in->created_unix_ms;
+    m->durability = (Fovea__V1__Durability)in->durability;
     if (in->has_parent) {
         fv_session_id_format(&in->parent, out->parent);
         m->parent_session_id = out->parent;

@@ -253,10 +253,41 @@ static fv_status_t run_control(inbox_t *in)
         const fv_ctl_close_t *m = BODY_AS(in, fv_ctl_close_t);
         return (m == NULL) ? bad_body(in) : fv_worker_close(w, m);
     }
+    case FV_CTL_KEEP_END:
+        return fv_worker_keep_end(w);
     default:
         return fv_fail(FV_ERR_PROTOCOL, "message type %u is not for a worker",
                        in->now->header.type);
     }
+}
+
+/* Sizes are the coordinator's word. */
+static fv_status_t run_keep(inbox_t *in, uint64_t *floors)
+{
+    const fv_ctl_keep_t *m = in->now->body.data;
+    size_t n_bytes = in->now->header.body_bytes;
+
+    if ((n_bytes < sizeof(*m)) || (m->n_layers > FV_LAYERS_MAX) ||
+        (n_bytes != sizeof(*m) + m->n_layers * sizeof(fv_ctl_keep_layer_t))) {
+        return bad_body(in);
+    }
+    return fv_worker_keep(in->worker, m, (const fv_ctl_keep_layer_t *)(const void *)(m + 1),
+                          floors);
+}
+
+static fv_status_t handle_keep(inbox_t *in)
+{
+    uint64_t floors[FV_LAYERS_MAX];
+    fv_status_t status = run_keep(in, floors);
+    fv_ctl_done_t done = {.error = fv_error_capture(status)};
+    fv_frame_piece_t body[2] = {{.data = &done, .n_bytes = sizeof(done)}};
+
+    if (status == FV_OK) {
+        const fv_ctl_keep_t *m = in->now->body.data;
+        body[1] = (fv_frame_piece_t){.data = floors, .n_bytes = m->n_layers * sizeof(floors[0])};
+    }
+    fv_worker_memory(in->worker, &done.memory);
+    return answer(in, FV_CTL_KEPT, body, (status == FV_OK) ? 2U : 1U);
 }
 
 static fv_status_t handle_message(inbox_t *in)
@@ -276,6 +307,9 @@ static fv_status_t handle_message(inbox_t *in)
 
         fv_worker_memory(in->worker, &memory);
         return answer(in, FV_CTL_PONG, &body, 1);
+    }
+    if (header->type == FV_CTL_KEEP) {
+        return handle_keep(in);
     }
     return answer_status(in, run_control(in));
 }
@@ -403,6 +437,10 @@ static fv_status_t serve(inbox_t *in)
             return FV_ERR_ABORTED;
         }
         if ((in->now->header.type == FV_CTL_STOP) && (in->now->header.epoch == in->epoch)) {
+            const fv_ctl_stop_t *stop = BODY_AS(in, fv_ctl_stop_t);
+            if ((stop != NULL) && (stop->discards_store != 0U)) {
+                fv_worker_discard_store(in->worker);
+            }
             return FV_OK;
         }
         FV_RETURN_IF_ERR(handle_message(in));

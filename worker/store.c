@@ -18,6 +18,25 @@
 
 /* ------------------------------------------------------------------ life */
 
+/* One whose head is damaged is set aside: its sessions are lost, others are not. */
+static fv_status_t
+open_journal(fv_store_t *store, const char *path, const fv_journal_head_t *head, bool *out_is_new)
+{
+    char aside[FV_STORE_PATH_BYTES + 16];
+    uint32_t wait_ms = store->place.wait_ms;
+    fv_status_t status = fv_journal_open(path, head, wait_ms, &store->journal, out_is_new);
+
+    if (status != FV_ERR_DATA_LOSS) {
+        return status;
+    }
+    (void)snprintf(aside, sizeof(aside), "%s.damaged", path);
+    fv_error("durability: %s: its sessions are lost; it is kept as %s", fv_error_context(), aside);
+    if (rename(path, aside) != 0) {
+        return fv_fail(FV_ERR_SYSTEM, "%s: cannot be renamed", path);
+    }
+    return fv_journal_open(path, head, wait_ms, &store->journal, out_is_new);
+}
+
 static fv_status_t open_files(fv_store_t *store, const fv_worker_config_t *config)
 {
     const fv_store_place_t *place = &store->place;
@@ -34,9 +53,12 @@ static fv_status_t open_files(fv_store_t *store, const fv_worker_config_t *confi
     memcpy(head.job, place->job, sizeof(head.job));
     FV_RETURN_IF_ERR(fv_store_prepare(place));
     fv_store_path(place, FV_STORE_TABLES, path);
-    FV_RETURN_IF_ERR(fv_journal_open(path, &head, place->wait_ms, &store->journal, &is_new));
+    FV_RETURN_IF_ERR(open_journal(store, path, &head, &is_new));
     if (has_pages) {
         fv_store_path(place, FV_STORE_PAGES, path);
+        if (is_new) { /* pages that no table names */
+            FV_RETURN_IF_ERR(fv_store_delete_file(path));
+        }
         FV_RETURN_IF_ERR(fv_segment_open(path, config->backend_config.kv_arena_bytes, ARENA_SLACK,
                                          &store->pages, &is_new_pages));
     }

@@ -13,7 +13,9 @@ n_failed=0
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export OMPI_MCA_pml=ob1 OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_orte_enable_recovery=1
 unset FOVEA_EXIT_FILE
-trap 'jobs -p | xargs -r kill -KILL 2>/dev/null; rm -rf "$work"' EXIT
+# many services on one address, each of its own shape: none shall find what one before it has left
+FV_STORE_DIR=$(mktemp -d -p /dev/shm) && export FV_STORE_DIR FV_STORE_DISCARD=true
+trap 'jobs -p | xargs -r kill -KILL 2>/dev/null; rm -rf "$work" "$FV_STORE_DIR"' EXIT
 
 fail() {
     echo "FAIL $*"
@@ -232,17 +234,22 @@ stopped_coordinator() {
 }
 
 # A spare takes the place of a rank that is lost, while steps run over all ranks: the service goes on.
-spare() { # SIGNAL
+spare() { # SIGNAL DURABILITY
     local client
-    launched -n 3 --spares 2 || return
-    timeout 30 "$fovea" --address "$address" bench --layers 1 --context 300 --duration 20 \
+    launched -n 3 --spares 2 --durability "$2" || return
+    timeout 30 "$fovea" --address "$address" bench --layers 1 --context 300 --duration "$([[ $2 == none ]] && echo 20 || echo 4)" \
         --sharding context --shard-tokens 64 >"$work/bench" 2>&1 &
     client=$!
     in_status n_steps '[1-9][0-9]+' || fail "spare: no step ran: $(cat "$work/bench")"
     kill -KILL "$(rank_pid 3)" # a spare that is lost is nobody's loss
     kill "-$1" "$(rank_pid 2)"
-    wait "$client"
-    grep -qE 'DATA_LOSS: .* was lost with rank 2' "$work/bench" || fail "spare: the session's loss is not said: $(cat "$work/bench")"
+    if [[ $2 == none ]]; then
+        wait "$client"
+        grep -qE 'DATA_LOSS: .* was lost with rank 2' "$work/bench" || fail "spare: the session's loss is not said: $(cat "$work/bench")"
+    else # what rank 2 held is in its slot's store
+        wait "$client" || fail "spare: the session is lost: $(cat "$work/bench")"
+        expect "spare" 'durability: of 1 sessions 0 are lost'
+    fi
     "$fovea" --address "$address" bench --layers 1 --context 300 --duration 0.2 --sharding context --shard-tokens 64 >/dev/null ||
         fail "spare: fovea bench afterwards"
     expect "spare" 'rank 2: spare 4 on .* takes its place'
@@ -320,8 +327,9 @@ dead_rank_mid_step
 hung_rank
 stopped_rank
 stopped_coordinator
-spare KILL
-spare STOP
+spare KILL none
+spare KILL process
+spare STOP process
 running_request TERM
 running_request INT
 hostfile

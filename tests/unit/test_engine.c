@@ -281,6 +281,17 @@ fv_link_send(fv_link_t *link, uint32_t rank, fv_ctl_type_t type, const void *bod
     return FV_OK;
 }
 
+fv_status_t fv_link_wait_kept(
+    fv_link_t *link, uint32_t rank, fv_ctl_done_t *out, uint64_t *floors, size_t n_layers)
+{
+    (void)link;
+    (void)rank;
+    (void)out;
+    (void)floors;
+    (void)n_layers;
+    return fv_fail(FV_ERR_INTERNAL, "nothing was kept here");
+}
+
 fv_status_t fv_link_wait_done(fv_link_t *link, uint32_t rank, fv_ctl_done_t *out)
 {
     (void)link;

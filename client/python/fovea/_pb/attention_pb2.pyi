@@ -14,11 +14,20 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_F16: _ClassVar[DType]
     DTYPE_BF16: _ClassVar[DType]
     DTYPE_FP8_LATENT: _ClassVar[DType]
+
+class Durability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DURABILITY_NONE: _ClassVar[Durability]
+    DURABILITY_PROCESS: _ClassVar[Durability]
+    DURABILITY_HOST: _ClassVar[Durability]
 DTYPE_UNSPECIFIED: DType
 DTYPE_F32: DType
 DTYPE_F16: DType
 DTYPE_BF16: DType
 DTYPE_FP8_LATENT: DType
+DURABILITY_NONE: Durability
+DURABILITY_PROCESS: Durability
+DURABILITY_HOST: Durability
 
 class ModelSpec(_message.Message):
     __slots__ = ("name", "n_layers", "n_q_heads", "n_kv_heads", "head_dim_qk", "head_dim_v", "kv_dtype", "softmax_scale", "logit_softcap", "kind", "latent_dim", "rope_dim", "latent_norm", "policies", "sharding")
@@ -231,7 +240,7 @@ class GetSessionRequest(_message.Message):
     def __init__(self, session_id: _Optional[str] = ...) -> None: ...
 
 class SessionInfo(_message.Message):
-    __slots__ = ("session_id", "model_id", "layer_tokens", "max_tokens", "kv_bytes", "created_unix_ms", "parent_session_id")
+    __slots__ = ("session_id", "model_id", "layer_tokens", "max_tokens", "kv_bytes", "created_unix_ms", "parent_session_id", "durability")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -239,6 +248,7 @@ class SessionInfo(_message.Message):
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     CREATED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     PARENT_SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     model_id: str
     layer_tokens: _containers.RepeatedScalarFieldContainer[int]
@@ -246,7 +256,8 @@ class SessionInfo(_message.Message):
     kv_bytes: int
     created_unix_ms: int
     parent_session_id: str
-    def __init__(self, session_id: _Optional[str] = ..., model_id: _Optional[str] = ..., layer_tokens: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., created_unix_ms: _Optional[int] = ..., parent_session_id: _Optional[str] = ...) -> None: ...
+    durability: Durability
+    def __init__(self, session_id: _Optional[str] = ..., model_id: _Optional[str] = ..., layer_tokens: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., created_unix_ms: _Optional[int] = ..., parent_session_id: _Optional[str] = ..., durability: _Optional[_Union[Durability, str]] = ...) -> None: ...
 
 class ListSessionsRequest(_message.Message):
     __slots__ = ("page_size", "page_token", "model_id")
@@ -325,18 +336,20 @@ class Timings(_message.Message):
     def __init__(self, queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., exchange_us: _Optional[int] = ..., total_us: _Optional[int] = ...) -> None: ...
 
 class AttendResponse(_message.Message):
-    __slots__ = ("request_id", "status", "timings", "lse", "out")
+    __slots__ = ("request_id", "status", "timings", "durability", "lse", "out")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
     LSE_FIELD_NUMBER: _ClassVar[int]
     OUT_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     status: Status
     timings: Timings
+    durability: Durability
     lse: bytes
     out: bytes
-    def __init__(self, request_id: _Optional[int] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., lse: _Optional[bytes] = ..., out: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., durability: _Optional[_Union[Durability, str]] = ..., lse: _Optional[bytes] = ..., out: _Optional[bytes] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()
@@ -367,7 +380,7 @@ class RankStatus(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., host: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., state: _Optional[str] = ..., threads: _Optional[int] = ..., kv_bytes_total: _Optional[int] = ..., kv_bytes_free: _Optional[int] = ..., n_steps: _Optional[int] = ..., busy_us: _Optional[int] = ...) -> None: ...
 
 class ClusterStatus(_message.Message):
-    __slots__ = ("version", "state", "epoch", "uptime_ms", "ranks", "listen", "n_models", "n_sessions", "n_requests_queued", "n_requests_running", "n_requests_done", "n_requests_failed", "n_steps", "n_tokens_appended", "kv_bytes_total", "kv_bytes_free", "exchange")
+    __slots__ = ("version", "state", "epoch", "uptime_ms", "ranks", "listen", "n_models", "n_sessions", "n_requests_queued", "n_requests_running", "n_requests_done", "n_requests_failed", "n_steps", "n_tokens_appended", "kv_bytes_total", "kv_bytes_free", "exchange", "durability")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -385,6 +398,7 @@ class ClusterStatus(_message.Message):
     KV_BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FREE_FIELD_NUMBER: _ClassVar[int]
     EXCHANGE_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
     version: str
     state: str
     epoch: int
@@ -402,7 +416,8 @@ class ClusterStatus(_message.Message):
     kv_bytes_total: int
     kv_bytes_free: int
     exchange: str
-    def __init__(self, version: _Optional[str] = ..., state: _Optional[str] = ..., epoch: _Optional[int] = ..., uptime_ms: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., listen: _Optional[_Iterable[str]] = ..., n_models: _Optional[int] = ..., n_sessions: _Optional[int] = ..., n_requests_queued: _Optional[int] = ..., n_requests_running: _Optional[int] = ..., n_requests_done: _Optional[int] = ..., n_requests_failed: _Optional[int] = ..., n_steps: _Optional[int] = ..., n_tokens_appended: _Optional[int] = ..., kv_bytes_total: _Optional[int] = ..., kv_bytes_free: _Optional[int] = ..., exchange: _Optional[str] = ...) -> None: ...
+    durability: Durability
+    def __init__(self, version: _Optional[str] = ..., state: _Optional[str] = ..., epoch: _Optional[int] = ..., uptime_ms: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., listen: _Optional[_Iterable[str]] = ..., n_models: _Optional[int] = ..., n_sessions: _Optional[int] = ..., n_requests_queued: _Optional[int] = ..., n_requests_running: _Optional[int] = ..., n_requests_done: _Optional[int] = ..., n_requests_failed: _Optional[int] = ..., n_steps: _Optional[int] = ..., n_tokens_appended: _Optional[int] = ..., kv_bytes_total: _Optional[int] = ..., kv_bytes_free: _Optional[int] = ..., exchange: _Optional[str] = ..., durability: _Optional[_Union[Durability, str]] = ...) -> None: ...
 
 class GetPlacementRequest(_message.Message):
     __slots__ = ("session_id",)

@@ -1,0 +1,126 @@
+/*
+ * main_store.c - where a job's durable state lies: its name, its folder, its size.
+ */
+#include "coord/main_store.h"
+
+#include "common/log.h"
+#include "coord/resources.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#define MIB ((uint64_t)1 << 20)
+
+void fv_main_store_job(const fv_config_t *config, char out[FV_JOURNAL_JOB_BYTES])
+{
+    if (config->job[0] != '\0') {
+        (void)snprintf(out, FV_JOURNAL_JOB_BYTES, "%.*s", FV_JOURNAL_JOB_BYTES - 1, config->job);
+        return;
+    }
+    fv_store_job_name((config->listen.n > 0) ? config->listen.text[0] : "", out);
+    if (out[0] == '\0') {
+        (void)snprintf(out, FV_JOURNAL_JOB_BYTES, FV_STORE_ANONYMOUS "%ld", (long)getpid());
+    }
+}
+
+/* Another rank of this host may be doing the same. */
+static fv_status_t discard_old(const fv_store_place_t *place)
+{
+    char path[FV_STORE_PATH_BYTES];
+
+    for (int file = FV_STORE_COORDINATOR; file <= FV_STORE_PAGES; file++) {
+        if ((file != FV_STORE_COORDINATOR) || (place->slot == 0)) {
+            fv_store_path(place, (fv_store_file_t)file, path);
+            FV_RETURN_IF_ERR(fv_store_delete_file(path));
+        }
+    }
+    return FV_OK;
+}
+
+fv_status_t fv_main_store_open(const fv_config_t *config,
+                               const char *job,
+                               uint32_t rank,
+                               uint32_t n_ranks,
+                               fv_main_store_t *out)
+{
+    fv_main_store_t store = {.is_on = strcmp(config->durability, "none") != 0};
+
+    if (strcmp(config->durability, "host") == 0) {
+        return fv_fail(FV_ERR_UNIMPLEMENTED,
+                       "durability: given host, expected none or process: copies on disk or on "
+                       "another host are not there yet");
+    }
+    if (strlen(config->job) >= FV_JOURNAL_JOB_BYTES) {
+        return fv_fail(FV_ERR_INVALID_ARG, "job: given %s, expected at most %d characters",
+                       config->job, FV_JOURNAL_JOB_BYTES - 1);
+    }
+    if (store.is_on) {
+        store.is_anonymous = strncmp(job, FV_STORE_ANONYMOUS, strlen(FV_STORE_ANONYMOUS)) == 0;
+        FV_RETURN_IF_ERR(fv_store_place_make(config->store_dir, job, rank, n_ranks, &store.place));
+        uint32_t n_swept = fv_store_sweep(config->store_dir);
+        if (n_swept > 0) {
+            fv_info("durability: %u stores that nobody could find again are swept", n_swept);
+        }
+        FV_RETURN_IF_ERR(fv_store_prepare(&store.place));
+        if (config->store_discard) {
+            FV_RETURN_IF_ERR(discard_old(&store.place));
+        }
+    }
+    *out = store;
+    return FV_OK;
+}
+
+/* KV bytes of a store that is there; 0: there is none. */
+static uint64_t known_bytes(const fv_store_place_t *place)
+{
+    char path[FV_STORE_PATH_BYTES];
+    fv_journal_head_t head = {0};
+    fv_journal_report_t report;
+    bool is_locked = false;
+
+    fv_store_path(place, FV_STORE_TABLES, path);
+    return (fv_journal_inspect(path, NULL, NULL, &head, &report, &is_locked) == FV_OK)
+               ? head.kv_bytes
+               : 0U;
+}
+
+fv_status_t fv_main_store_kv_memory(const fv_main_store_t *store,
+                                    const fv_memory_limit_t *limit,
+                                    int32_t n_local_ranks,
+                                    uint64_t *inout_bytes)
+{
+    uint64_t n_free = 0;
+    uint64_t n_all = 0;
+    char text[24];
+
+    if (!store->is_on || (limit->percent == 0)) {
+        return FV_OK;
+    }
+    uint64_t n_known = known_bytes(&store->place);
+    if (n_known > 0) {
+        *inout_bytes = n_known;
+        return FV_OK;
+    }
+    if (!fv_store_space(&store->place, &n_free, &n_all)) {
+        return FV_OK;
+    }
+    /* a tenth is left for journals and others */
+    uint64_t n_most = n_free / 10U * 9U / (uint64_t)n_local_ranks / MIB * MIB;
+    if (n_most >= *inout_bytes) {
+        return FV_OK;
+    }
+    if (n_most < *inout_bytes / 4U) {
+        return fv_fail(
+            FV_ERR_EXHAUSTED,
+            "store_dir: %s has %llu MiB free, kv_memory %d%% of %d ranks would be %llu MiB "
+            "each: make it larger (of a container: --shm-size), name another store_dir, "
+            "give kv_memory in bytes, or set durability to none",
+            store->place.dir, (unsigned long long)(n_free / MIB), limit->percent, n_local_ranks,
+            (unsigned long long)(*inout_bytes / MIB));
+    }
+    *inout_bytes = n_most;
+    fv_info("memory: KV cache %s: no more fits into %s beside the rest",
+            fv_format_bytes(n_most, text), store->place.dir);
+    return FV_OK;
+}

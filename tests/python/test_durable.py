@@ -1,0 +1,239 @@
+"""test_durable.py - what survives when every process of the service is killed.
+
+A script of random operations runs twice, with the same seed: undisturbed, and on a service whose processes are all killed
+(SIGKILL) at random moments and started again. Every answer must have the same bits, every acknowledged token must be there.
+
+FV_KILLS=2000 pytest tests/python/test_durable.py -k random      the long version
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SEED
+
+import fovea
+
+pytestmark = pytest.mark.fovead
+
+N_KILLS = int(os.environ.get("FV_KILLS", "50"))
+RANKS = os.environ.get("FV_TEST_RANKS")
+LAYERS = 3
+
+
+def spec() -> fovea.ModelSpec:
+    """A dense layer, one whose window lets pages die, and an S2 one."""
+    return fovea.ModelSpec(
+        name="durable",
+        n_layers=LAYERS,
+        n_q_heads=4,
+        n_kv_heads=2,
+        head_dim_qk=32,
+        kv_dtype="bf16",
+        policies=[
+            fovea.LayerPolicy(fovea.Window(window_tokens=70, sink_tokens=4), [1]),
+            fovea.LayerPolicy(fovea.S2(block_tokens=64, local_blocks=1, vert_stride=3), [2]),
+        ],
+    )
+
+
+class Killable:
+    """A service that is killed and started again on the same address and store."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder, self.options = folder, options
+        self.address = f"unix:{folder}/fovea.sock"
+        self.store = folder / "store"
+        self.log = folder / "service.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> fovea.Client:
+        launch = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", RANKS] if RANKS else []
+        command = [
+            *launch, os.environ["FOVEAD"], "--listen", self.address, "--kv-memory", "24m",
+            "--store-dir", str(self.store), "--shard-tokens", "64",
+            # how a prefill is cut into pieces must not depend on the time that steps take, nor a sum on the cut
+            "--prefill-tokens-per-step", "128", "--threads", "1", *self.options,
+        ]  # fmt: skip
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        return self.connect()
+
+    def connect(self) -> fovea.Client:
+        try:
+            return fovea.connect(self.address, timeout=30)
+        except fovea.Unavailable:
+            pytest.fail(f"the service did not start:\n{self.log.read_text(errors='replace')[-3000:]}")
+
+    def kill(self) -> None:
+        """All of its processes at once."""
+        assert self.process is not None
+        for pid in [self.process.pid, *_offspring(self.process.pid)]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        self.process.wait()
+
+    def stop(self) -> int:
+        assert self.process is not None
+        if self.process.poll() is None:
+            targets = _offspring(self.process.pid) if RANKS else [self.process.pid]
+            for pid in targets:
+                os.kill(pid, signal.SIGUSR1)
+        return self.process.wait(30)
+
+
+def _offspring(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found += [int(child), *_offspring(int(child))]
+    return found
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="fv-", dir="/dev/shm") as name:
+        yield Path(name)
+
+
+@dataclass
+class Runner:
+    """Plays the script; `again` brings the service back after it died, and is None where it never dies."""
+
+    client: fovea.Client
+    again: Callable[[], fovea.Client] | None
+    rng: np.random.Generator
+    choice: random.Random
+    model: str = ""
+    sessions: list[str] = field(default_factory=list)
+    lengths: list[list[int]] = field(default_factory=list)
+    answers: list[bytes] = field(default_factory=list)
+
+    def insist(self, call: Callable[[], Any], is_done: Callable[[Exception], bool] = lambda _: False) -> Any:
+        """Repeats a call whose service died under it: the same request, at the same position."""
+        while True:
+            try:
+                return call()
+            except (fovea.Unavailable, fovea.Cancelled) as error:
+                if self.again is None:
+                    raise
+                del error
+                self.client = self.again()
+            except fovea.FoveaError as error:
+                if not is_done(error):
+                    raise
+                return None
+
+    def open(self) -> None:
+        self.model = self.insist(lambda: self.client.register_model(spec()))
+        self.sessions.append(self.insist(lambda: self.client.open_session(self.model)).id)
+        self.lengths.append([0] * LAYERS)
+
+    def append(self, i: int) -> None:
+        layer = self.choice.randrange(LAYERS)
+        n = self.choice.choice([1, 1, 1, 5, 40, 90])
+        q = self.rng.standard_normal((n, 4, 32), np.float32)
+        k, v = (self.rng.standard_normal((n, 2, 32), np.float32) for _ in range(2))
+        items = [(self.sessions[i], self.lengths[i][layer], n)]
+        result = self.insist(lambda: self.client.attend(layer, items, q, k, v, want_lse=True))
+        self.answers.append(result.out.tobytes() + result.lse.tobytes())
+        self.lengths[i][layer] += n
+
+    def fork(self, i: int) -> None:
+        self.sessions.append(self.insist(lambda: self.client.fork_session(self.sessions[i])).id)
+        self.lengths.append(list(self.lengths[i]))
+
+    def truncate(self, i: int) -> None:
+        """Back to nothing: of layers that free pages no other cut is sure to be possible."""
+        self.insist(lambda: self.client.truncate_session(self.sessions[i], 0))
+        self.lengths[i] = [0] * LAYERS
+
+    def close(self, i: int) -> None:
+        session = self.sessions.pop(i)
+        self.lengths.pop(i)
+        self.insist(
+            lambda: self.client.close_session(session), lambda error: isinstance(error, fovea.NotFound)
+        )
+
+    def step(self) -> None:
+        what = self.choice.random()
+        if not self.sessions or (what < 0.04 and len(self.sessions) < 6):
+            self.open()
+            return
+        i = self.choice.randrange(len(self.sessions))
+        if what < 0.08 and len(self.sessions) < 6:
+            self.fork(i)
+        elif what < 0.10:
+            self.truncate(i)
+        elif what < 0.13:
+            self.close(i)
+        else:
+            self.append(i)
+
+    def check(self) -> None:
+        """Every session is there, as long as it was acknowledged to be."""
+        for session, lengths in zip(self.sessions, self.lengths):
+            info = self.insist(lambda session=session: self.client.session_info(session))
+            assert list(info.layer_tokens) == lengths
+            assert info.durability == (0 if self.again is None else 1)
+
+
+def runner(client: fovea.Client, again: Callable[[], fovea.Client] | None) -> Runner:
+    return Runner(client, again, np.random.default_rng(SEED), random.Random(SEED))
+
+
+def test_all_processes_are_killed_at_random_moments(folder: Path) -> None:
+    (folder / "a").mkdir()
+    (folder / "b").mkdir()
+    n_steps = N_KILLS * 12
+    calm = Killable(folder / "a", "--durability", "none")
+    expected = runner(calm.start(), None)
+    for _ in range(n_steps):
+        expected.step()
+    assert calm.stop() == 0
+
+    service = Killable(folder / "b")
+    moments = random.Random(SEED + 1)
+    n_starts = 0
+
+    def again() -> fovea.Client:
+        nonlocal n_starts
+        if service.process is not None:
+            service.kill()
+        n_starts += 1
+        return service.start()
+
+    got = runner(again(), again)
+    for n in range(n_steps):
+        timer = None
+        if n % 12 == 6:  # while one of the next operations runs
+            timer = threading.Timer(moments.random() * 0.01, service.kill)
+            timer.start()
+        got.step()
+        if timer is not None:
+            timer.join()
+        if n % 12 == 11:
+            got.check()
+    assert n_starts > N_KILLS // 2
+    assert len(got.answers) == len(expected.answers)
+    different = [i for i, (a, b) in enumerate(zip(got.answers, expected.answers)) if a != b]
+    assert different == []
+    assert service.stop() == 0
+    assert not service.store.exists(), sorted(service.store.rglob("*"))  # a clean stop leaves nothing
