@@ -49,6 +49,7 @@ fovea_code_t fv_client_unary(const fovea_client_t *client,
             return code;
         }
         nap(scattered(pause_us, client));
+        (void)fv_channel_wait_ready(client->channel, end_us);
         pause_us = (2 * pause_us < MAX_PAUSE_US) ? (2 * pause_us) : MAX_PAUSE_US;
     }
 }

@@ -14,7 +14,8 @@
 
 #define FRAME_BYTES_MAX      16777215 /* fewer, larger HTTP/2 frames */
 #define BACKOFF_FIRST_MS     100
-#define BACKOFF_MAX_MS       2000
+#define BACKOFF_MAX_MS       1000
+#define ATTEMPT_MS           1000 /* gRPC's minimum of the pause is the time of an attempt, too */
 #define KEEPALIVE_TIMEOUT_MS 20000
 #define ARGS_MAX             12
 #define RELEASE_POLL_US      1000
@@ -209,7 +210,7 @@ channel_create(const char *address, const fv_channel_config_t *config, fovea_err
     args[n++] = int_arg(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1); /* a connection of its own */
     args[n++] = int_arg(GRPC_ARG_ENABLE_HTTP_PROXY, 0);         /* never through $http_proxy */
     args[n++] = int_arg(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, BACKOFF_FIRST_MS);
-    args[n++] = int_arg(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, BACKOFF_FIRST_MS);
+    args[n++] = int_arg(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, ATTEMPT_MS);
     args[n++] = int_arg(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, BACKOFF_MAX_MS);
     if (config->keepalive_ms > 0) {
         args[n++] = int_arg(GRPC_ARG_KEEPALIVE_TIME_MS, config->keepalive_ms);
@@ -228,8 +229,7 @@ channel_create(const char *address, const fv_channel_config_t *config, fovea_err
     return channel;
 }
 
-/* Waits until the connection stands; failed attempts are repeated by gRPC until the deadline. */
-static bool wait_ready(fv_channel_t *channel, int64_t deadline_us)
+bool fv_channel_wait_ready(fv_channel_t *channel, int64_t deadline_us)
 {
     grpc_completion_queue *queue = fv_channel_queue_get(channel);
     gpr_timespec deadline = fv_rpc_timespec(deadline_us);
@@ -272,7 +272,7 @@ fovea_code_t fv_channel_open(const char *address,
         fv_channel_close(channel);
         return fv_client_fail(error, why.code, "%s", why.message);
     }
-    if (!wait_ready(channel, fv_client_deadline(timeout_ms))) {
+    if (!fv_channel_wait_ready(channel, fv_client_deadline(timeout_ms))) {
         fv_channel_close(channel);
         return fv_client_fail(error, FOVEA_UNAVAILABLE,
                               "no Fovea service could be reached at %s within %lld ms", address,

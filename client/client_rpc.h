@@ -52,6 +52,9 @@ fovea_code_t fv_channel_open(const char *address,
                              int64_t timeout_ms,
                              fv_channel_t **out,
                              fovea_error_t *error);
+/* Waits until the connection stands; failed attempts are repeated by gRPC until the deadline. Between calls nobody else polls
+ * a connection that is being made. Thread: any. */
+bool fv_channel_wait_ready(fv_channel_t *channel, int64_t deadline_us);
 void fv_channel_close(fv_channel_t *channel); /* all calls over; NULL is fine */
 
 /* Reads an answer; the spans are borrowed until return. Its code becomes the call's. */

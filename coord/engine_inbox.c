@@ -8,6 +8,7 @@
  */
 #include "common/clock.h"
 #include "common/digest.h"
+#include "common/fault.h"
 #include "coord/engine_internal.h"
 
 #include <string.h>
@@ -333,6 +334,7 @@ static void take_attend(fv_engine_t *engine,
         .user = job,
     };
     fv_call_ref(call);
+    fv_fault_point(2);
     push(engine, &job->entry,
          count_pairs(&head, engine->scan_items, l.n_bytes, inline_pairs_max(engine)));
 }

@@ -3,6 +3,7 @@
  *
  * Decode path: station 10 of 10. Before: coord/engine_step.c. After: coord/rpc_call.c sends it.
  */
+#include "common/fault.h"
 #include "coord/engine_internal.h"
 
 #include <stdlib.h>
@@ -93,6 +94,7 @@ static void reply_results(fv_job_t *job)
                                      .release = fv_staging_give,
                                      .arg = job->tensors.out};
     job->tensors.out = NULL; /* lent */
+    fv_fault_point(10);
     fv_call_reply(job->entry.call, pieces, n);
 }
 

@@ -4,6 +4,7 @@
  * Decode path: stations 3 to 5 and 9 of 10. Read this after coord/sched.h; engine_pipeline.c says when each stage's turn is.
  */
 #include "common/clock.h"
+#include "common/fault.h"
 #include "common/log.h"
 #include "coord/engine_internal.h"
 
@@ -112,6 +113,7 @@ void fv_engine_form(fv_engine_t *engine)
     fv_step_plan_t plan;
 
     fv_sched_next_step(engine->sched, fv_clock_us(), is_cancelled, &plan);
+    fv_fault_point(3);
     add_answers(engine, plan.finished);
     /* who waited behind one that is finished now may have its turn */
     engine->may_form = ((plan.joined != NULL) || (plan.finished != NULL)) &&
@@ -158,6 +160,7 @@ fv_status_t fv_engine_begin(fv_engine_t *engine, fv_flight_t *flight)
     flight->is_begun = true;
     FV_RETURN_IF_ERR(fv_dispatch_build(flight->dispatch, &flight->plan, tensors_of));
     size_t n_ranks = fv_dispatch_ranks(flight->dispatch, &ranks);
+    fv_fault_point(4);
     for (size_t i = 0; i < n_ranks; i++) {
         flight->is_rank_done[ranks[i]] = false;
         if (ranks[i] == OWN_RANK) {
@@ -260,6 +263,7 @@ fv_status_t fv_engine_collect(fv_engine_t *engine, fv_flight_t *flight)
         FV_RETURN_IF_ERR(fv_link_step_test(engine->config.link, flight->plan.slot, ranks[i],
                                            &is_done, &done, work->errors, work->n_items));
         if (is_done) {
+            fv_fault_point(9);
             flight->n_left--;
             note_done(engine, flight, ranks[i], &done);
         }

@@ -4,6 +4,7 @@
 #define _GNU_SOURCE /* POLLRDHUP */
 
 #include "common/clock.h"
+#include "common/fault.h"
 #include "common/frame.h"
 #include "common/log.h"
 #include "coord/link.h"
@@ -468,6 +469,7 @@ fv_link_step_begin(fv_link_t *link, uint32_t slot, uint32_t rank, const fv_link_
         }
     }
     FV_RETURN_IF_ERR(send_message(link, rank, FV_CTL_STEP, body, 2)); /* the doorbell */
+    fv_fault_point(5);
     if (step->head.in_bytes > 0) {
         FV_RETURN_IF_ERR(make_type(link, step->inputs, step->n_inputs, &type));
         int rc =

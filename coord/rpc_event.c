@@ -4,6 +4,7 @@
  * Decode path: station 1 of 10. Before: rpc_server.c (the completion-queue loop). After: coord/engine_inbox.c.
  */
 #include "common/clock.h"
+#include "common/fault.h"
 #include "common/log.h"
 #include "coord/rpc_call.h"
 
@@ -64,6 +65,7 @@ static void deliver(fv_call_t *call, grpc_byte_buffer *message)
         deliver_builtin(call);
     } else {
         call->was_delivered = true;
+        fv_fault_point(1);
         calls->handlers->on_message(calls->handlers->ctx, call, fv_call_method(call),
                                     calls->spans.spans, calls->spans.n_spans, now_us,
                                     call->deadline_us);

@@ -17,6 +17,7 @@ Installs what is missing and runs the steps named, or all of them:
   python   the Python client: types, a clean install, its tests against the numpy model, fovead alone, fovead
            on 3 ranks; what is sharded also on 2, 4 and 7
   hf       Hugging Face transformers generate through fovead, alone and on 3 ranks (installs torch: 6 GB)
+  faults   ranks, spare, coordinator and mpirun are killed and stopped at each station of a step (tests/fault)
   hosts    fovead over three hosts in network namespaces (needs root)
   slurm    the Slurm batch script on a Slurm of its own (needs root and slurm-wlm, munge)
   demo     a real model's text, token for token equal to local attention (needs the model's package)
@@ -25,7 +26,7 @@ Logs: build/logs. A step that fails does not stop the others.
 HELP
 }
 
-all_steps=(scripts asan headers tsan release cuda python hf hosts slurm demo)
+all_steps=(scripts asan headers tsan release cuda python faults hf hosts slurm demo)
 steps=("$@")
 [[ ${1:-} == --help ]] && usage && exit 0
 [[ $# -gt 0 ]] || steps=("${all_steps[@]}")
@@ -152,6 +153,12 @@ run_hf() {
     FOVEAD=$fovead FV_TEST_RANKS=3 .venv/bin/python -m pytest -q tests/python/test_transformers.py || code=1
     FOVEAD=$fovead FV_TEST_RANKS=2 .venv/bin/python -m pytest -q tests/python/test_transformers_device.py || code=1
     return $code
+}
+
+# One run for each kind of fault; --runs 2000 is the long form.
+run_faults() {
+    cmake --build build/release --target fovead_faulty &&
+        .venv/bin/python tests/fault/kill_matrix.py --fovead build/release/bin/fovead_faulty --runs 39
 }
 
 run_hosts() { tests/deploy/test_hosts.sh build/release/bin/fovead .venv/bin/python; }

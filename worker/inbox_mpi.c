@@ -10,6 +10,7 @@
  * input begins to come in, into buffers of its own: FV_STEP_DEPTH of everything, by turns. A device that needs no help from
  * this thread begins the next step while the output of the last one still leaves.
  */
+#include "common/fault.h"
 #include "common/frame.h"
 #include "common/log.h"
 #include "worker/internal.h"
@@ -172,6 +173,7 @@ static fv_status_t accept_step(inbox_t *in, arrival_t *a)
 
     FV_RETURN_IF_ERR(fv_worker_usable(worker));
     FV_RETURN_IF_ERR(parse_step(in, a));
+    fv_fault_point(5);
     /* The coordinator has had the output of the step before the last one, or it would not have sent this. */
     FV_RETURN_IF_ERR(await_output(in, a));
     FV_RETURN_IF_ERR(fv_host_buffer_reserve(a->in, ops, worker->backend, a->step.in_bytes));
@@ -206,7 +208,10 @@ static fv_status_t handle_step(inbox_t *in)
     fv_status_t status = run_step(in, in->now, &done);
 
     if (status == FV_OK) {
-        return answer_done(in, &done);
+        fv_fault_point(9);
+        status = answer_done(in, &done);
+        fv_fault_point(10);
+        return status;
     }
     if (in->is_superseded) {
         return FV_ERR_ABORTED; /* nobody waits for an answer */

@@ -6,6 +6,7 @@
 #include "worker/partials.h"
 
 #include "common/clock.h"
+#include "common/fault.h"
 
 #include <math.h>
 #include <string.h>
@@ -307,7 +308,9 @@ static fv_status_t finish_over_host(fv_worker_t *worker, fv_step_times_t *times)
 
     FV_RETURN_IF_ERR(fv_worker_finish(worker, &times->device));
     times->computed_us = fv_clock_us();
+    fv_fault_point(8);
     FV_RETURN_IF_ERR(all_to_all(worker));
+    fv_fault_point(8);
     if (w->n_merges == 0U) {
         return FV_OK;
     }

@@ -13,6 +13,7 @@
  * Only what makes the sizes of messages uncertain, or a backend or exchange failure, fails the step.
  */
 #include "common/clock.h"
+#include "common/fault.h"
 #include "common/policy.h"
 #include "worker/exact.h"
 #include "worker/internal.h"
@@ -374,9 +375,11 @@ static fv_status_t compute(fv_worker_t *worker, fv_error_t *item_errors)
     if (w->n_appends > 0U) {
         FV_RETURN_IF_ERR(ops->append(worker->backend, w->appends.data, w->n_appends));
     }
+    fv_fault_point(6);
     if (w->n_attends > 0U) {
         FV_RETURN_IF_ERR(ops->attend(worker->backend, attends, w->n_attends));
     }
+    fv_fault_point(7);
     return fv_exact_run(worker);
 }
 

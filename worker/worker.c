@@ -92,6 +92,7 @@ void fv_worker_renew(fv_worker_t *worker)
     memset(worker->in, 0, sizeof(worker->in));
     memset(worker->out, 0, sizeof(worker->out));
     memset(&worker->work.exchange, 0, sizeof(worker->work.exchange));
+    memset(&worker->work.exact.buffer, 0, sizeof(worker->work.exact.buffer));
     worker->broken = FV_OK;
 }
 

@@ -30,7 +30,7 @@ _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.enable_http_proxy", 0),  # a data plane never goes through a web proxy
     ("grpc.initial_reconnect_backoff_ms", 100),  # a service that restarts is there again in a moment
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),  # and the time of an attempt
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),  # one connection per Client, so two Clients never share a pipe
 ]
@@ -233,7 +233,7 @@ class Client:
         """A pipelined stream: submit() returns futures. Cheaper than attend() per call when kept full."""
         if self._is_closed:
             raise Cancelled("the client is closed")
-        return AttendStream(self._rpc, inflight_max, retry=self._retry)
+        return AttendStream(self._rpc, inflight_max, Retry(self._channel, self._retry))
 
     # ------------------------------------------------------------------ cluster
 
@@ -265,7 +265,7 @@ class Client:
         self, method: str, request: Any, timeout: float | None = None, retry: float | None = None
     ) -> Any:
         deadline = None if timeout is None else time.monotonic() + timeout
-        patience = Retry(self._retry if retry is None else retry, deadline)
+        patience = Retry(self._channel, self._retry if retry is None else retry, deadline)
         has_failed = False
         while True:
             try:

@@ -35,9 +35,9 @@ class AttendStream:
     Thread: submit() and close() from any.
     """
 
-    def __init__(self, rpc: Rpc, inflight_max: int = INFLIGHT_MAX, retry: float = 0.0) -> None:
+    def __init__(self, rpc: Rpc, inflight_max: int, patience: Retry) -> None:
         self._rpc = rpc
-        self._patience = Retry(retry)
+        self._patience = patience
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._slots = threading.BoundedSemaphore(inflight_max)
         self._lock = threading.Lock()
