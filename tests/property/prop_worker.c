@@ -132,6 +132,34 @@ static void test_latent_placements(void **state)
     one_latent(6, 0, 2, 3);
 }
 
+/*
+ * Prompts over all context parts: in one chunk, which covers blocks of every part several times, and in chunks of random size
+ * that begin and end anywhere; each row of each chunk equals the oracle, so any chunking equals one shot.
+ */
+static void test_prompts_over_context_parts(void **state)
+{
+    (void)state;
+    for (uint32_t n_ranks = 1; n_ranks <= 4U; n_ranks++) {
+        static fv_rig_t rig; /* large */
+        fv_model_spec_t spec = fixed_spec();
+
+        fv_rig_create(&rig, n_ranks, ARENA_BYTES, BACKEND, seed * 37U + n_ranks);
+        uint32_t model = fv_rig_model(&rig, &spec);
+        for (uint32_t slot = 0; slot < 3U; slot++) {
+            uint32_t left = 64U * n_ranks * 2U + 75U;
+            fv_rig_open(&rig, slot, model, 1, (uint16_t)n_ranks, 64);
+            while (left > 0U) {
+                uint32_t most = (slot == 0U) ? left : (uint32_t)fv_random_int(&rig.random, 1, 200);
+                uint32_t n = (most < left) ? most : left;
+                assert_int_equal(fv_rig_append(&rig, slot, 0, n), FV_OK);
+                assert_int_equal(fv_rig_append(&rig, slot, 1, n), FV_OK); /* with a window */
+                left -= n;
+            }
+        }
+        fv_rig_destroy(&rig);
+    }
+}
+
 /* ------------------------------------------------------------------ random histories */
 
 static void test_random_histories_equal_the_oracle(void **state)
@@ -233,6 +261,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_placement_shape),
         cmocka_unit_test(test_latent_placements),
+        cmocka_unit_test(test_prompts_over_context_parts),
         cmocka_unit_test(test_random_histories_equal_the_oracle),
         cmocka_unit_test(test_a_full_pool_refuses_items_alone),
         cmocka_unit_test(test_windows_equal_the_oracle),
