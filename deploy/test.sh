@@ -158,7 +158,7 @@ run_hf() {
 # One run for each kind of fault; --runs 2000 is the long form.
 run_faults() {
     cmake --build build/release --target fovead_faulty &&
-        .venv/bin/python tests/fault/kill_matrix.py --fovead build/release/bin/fovead_faulty --runs 39
+        .venv/bin/python tests/fault/kill_matrix.py --fovead build/release/bin/fovead_faulty --runs 39 --durability process
 }
 
 run_hosts() { tests/deploy/test_hosts.sh build/release/bin/fovead .venv/bin/python; }
