@@ -29,6 +29,7 @@
 #define REPLAYS    5
 #define SET_BYTES  ((double)((size_t)1 << 30))
 #define READ_BYTES ((size_t)4 << 30)
+#define N_READS    4U
 #define LAUNCH_US  1.4
 #define HEAD_DIM   128
 #define PAGE_BYTES ((size_t)FV_PAGE_TOKENS * 2U * HEAD_DIM * 2U)
@@ -189,13 +190,13 @@ static void measure_read(bench_t *b)
 
     check_cuda(cudaStreamBeginCapture(b->backend->stream, cudaStreamCaptureModeThreadLocal),
                "capture");
-    for (int i = 0; i < 4; i++) {
-        check_cuda(fv_peak_read(b->backend->arena + (size_t)i * READ_BYTES, READ_BYTES,
-                                b->backend->n_sms, b->backend->arrived, b->backend->stream),
+    for (size_t i = 0; i < N_READS; i++) {
+        check_cuda(fv_peak_read(b->backend->arena + i * READ_BYTES, READ_BYTES, b->backend->n_sms,
+                                b->backend->arrived, b->backend->stream),
                    "read");
     }
     check_cuda(cudaStreamEndCapture(b->backend->stream, &graph), "capture");
-    b->read_gbps = 4.0 * (double)READ_BYTES / time_graph(b, graph) * 1e-9;
+    b->read_gbps = (double)(N_READS * READ_BYTES) / time_graph(b, graph) * 1e-9;
 }
 
 static void choose_lengths(bench_t *b, const bench_case_t *c)
@@ -587,6 +588,9 @@ int main(int argc, char **argv)
     }
     if (n_bytes == 0) {
         n_bytes = fv_backend_cuda_memory_free(0) / 100U * 90U;
+    }
+    if (n_bytes < N_READS * READ_BYTES) {
+        die("GPU memory: expected 16 GiB or more, which the streaming read walks over");
     }
     b.json = ((argc > 1) && (strcmp(argv[1], "-") != 0)) ? fopen(argv[1], "w") : NULL;
     prepare(&b, n_bytes);
