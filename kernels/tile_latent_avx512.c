@@ -15,29 +15,32 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* 8 x 8 of 64 bits. */
-INLINE void transpose8(__m512i r[8])
+/* 32 bytes of two rows, four rows apart. */
+INLINE __m512i load_halves(const uint8_t *in)
 {
-    __m512i t[8];
-    __m512i u[8];
+    __m512i lower = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(const void *)in));
 
-    for (int i = 0; i < 8;
-         i += 2) { /* pairs of rows: lane l has columns 2l (t[i]), 2l + 1 (t[i + 1]) */
-        t[i] = _mm512_unpacklo_epi64(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi64(r[i], r[i + 1]);
-    }
-    for (int p = 0; p < 2; p++) { /* rows 0..3 and 4..7; columns of one parity */
-        u[p] = _mm512_shuffle_i64x2(t[p], t[p + 2], 0x88);
-        u[p + 2] = _mm512_shuffle_i64x2(t[p], t[p + 2], 0xdd);
-        u[p + 4] = _mm512_shuffle_i64x2(t[p + 4], t[p + 6], 0x88);
-        u[p + 6] = _mm512_shuffle_i64x2(t[p + 4], t[p + 6], 0xdd);
-    }
-    for (int p = 0; p < 2; p++) {
-        r[p] = _mm512_shuffle_i64x2(u[p], u[p + 4], 0x88);
-        r[p + 4] = _mm512_shuffle_i64x2(u[p], u[p + 4], 0xdd);
-        r[p + 2] = _mm512_shuffle_i64x2(u[p + 2], u[p + 6], 0x88);
-        r[p + 6] = _mm512_shuffle_i64x2(u[p + 2], u[p + 6], 0xdd);
-    }
+    return _mm512_inserti64x4(
+        lower, _mm256_loadu_si256((const __m256i *)(const void *)(in + 4U * 64U)), 1);
+}
+
+/*
+ * 8 rows of 4 columns of 64 bits, which lie in r[i] as row i, then row i + 4: out, 4 columns. (The load has done the
+ * transpose's last step, on ports that shuffles do not need.)
+ */
+INLINE void transpose4(const __m512i r[4], uint8_t *out)
+{
+    const __m512i even = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13); /* lanes 0 and 2 of both */
+    const __m512i odd = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+    __m512i a = _mm512_unpacklo_epi64(r[0], r[1]);
+    __m512i b = _mm512_unpacklo_epi64(r[2], r[3]);
+    __m512i c = _mm512_unpackhi_epi64(r[0], r[1]);
+    __m512i d = _mm512_unpackhi_epi64(r[2], r[3]);
+
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi64(a, even, b));
+    _mm512_storeu_si512(out + 64, _mm512_permutex2var_epi64(c, even, d));
+    _mm512_storeu_si512(out + 128, _mm512_permutex2var_epi64(a, odd, b));
+    _mm512_storeu_si512(out + 192, _mm512_permutex2var_epi64(c, odd, d));
 }
 
 /* Eight pairs of dims of 16 tokens: in, 8 rows of 64 bytes; out, 8 rows of a tile of V (pairs of tokens). */
@@ -45,14 +48,14 @@ INLINE void turn_bf16_half(uint8_t *out, const uint8_t *in)
 {
     const __m512i pairs =
         _mm512_broadcast_i32x4(_mm_set_epi8(15, 14, 11, 10, 13, 12, 9, 8, 7, 6, 3, 2, 5, 4, 1, 0));
-    __m512i r[8];
 
-    for (int i = 0; i < 8; i++) {
-        r[i] = _mm512_shuffle_epi8(_mm512_loadu_si512(in + 64 * i), pairs);
-    }
-    transpose8(r);
-    for (int i = 0; i < 8; i++) {
-        _mm512_storeu_si512(out + 64 * i, r[i]);
+    for (int half = 0; half < 2; half++) {
+        __m512i r[4];
+
+        for (int i = 0; i < 4; i++) {
+            r[i] = _mm512_shuffle_epi8(load_halves(in + 64 * i + 32 * half), pairs);
+        }
+        transpose4(r, out + 256 * half);
     }
 }
 
