@@ -39,6 +39,7 @@ int fv_cmd_truncate(const fv_cli_t *cli, int argc, char **argv);
 int fv_cmd_close(const fv_cli_t *cli, int argc, char **argv);
 int fv_cmd_attend(const fv_cli_t *cli, int argc, char **argv);
 int fv_cmd_bench(const fv_cli_t *cli, int argc, char **argv);
+int fv_cmd_store(const fv_cli_t *cli, int argc, char **argv);
 int fv_cmd_token(const fv_cli_t *cli, int argc, char **argv);
 int fv_cmd_drain(const fv_cli_t *cli, int argc, char **argv);
 

@@ -23,6 +23,7 @@ static const struct {
     {"attend", fv_cmd_attend, "attention of .npy files: q, k, v to out, lse"},
     {"bench", fv_cmd_bench, "quick latency and throughput of a running service"},
     {"drain", fv_cmd_drain, "finish what runs, then stop the service"},
+    {"store", fv_cmd_store, "what services have stored on this host: ls, check, rm"},
     {"token", fv_cmd_token, "make a token and its line for the service's token file"},
 };
 

@@ -69,7 +69,7 @@ fv_journal_read_head(const char *path, int fd, fv_journal_head_t *out_head, uint
     uint64_t word = 0;
     struct stat file;
 
-    if ((fstat(fd, &file) != 0) || (pread(fd, &disk, sizeof(disk), 0) != (ssize_t)sizeof(disk)) ||
+    if ((fstat(fd, &file) != 0) || (file.st_size < (off_t)FV_JOURNAL_HEAD_BYTES) || (pread(fd, &disk, sizeof(disk), 0) != (ssize_t)sizeof(disk)) ||
         (pread(fd, &word, sizeof(word), FV_JOURNAL_COMMITTED_AT) != (ssize_t)sizeof(word))) {
         return fv_fail(FV_ERR_DATA_LOSS, "%s: too short for a journal's head", path);
     }

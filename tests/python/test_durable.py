@@ -76,7 +76,7 @@ class Killable:
 
     def connect(self) -> fovea.Client:
         try:
-            return fovea.connect(self.address, timeout=30)
+            return fovea.connect(self.address, timeout=30, retry=0.0)  # the test retries
         except fovea.Unavailable:
             pytest.fail(f"the service did not start:\n{self.log.read_text(errors='replace')[-3000:]}")
 

@@ -1,0 +1,361 @@
+/*
+ * test_store.c - a worker's sessions come back from its slot's files, whole or not at all.
+ *
+ * Goal:   what was committed answers with the same bits, in place and from a device's mirror; forks, cuts and freed pages are
+ *         as they were; whatever is damaged or missing is refused, the rest is kept.
+ * Method: a worker with a store runs a few steps and is left; another one opens its files, as after a death. Answers are
+ *         compared bit by bit. Every byte of the journal is damaged once.
+ */
+#include "tests/support/test.h"
+#include "worker/worker.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define DIM        16
+#define HEADS      2
+#define LAYERS     2
+#define N_SESSIONS 3U
+#define ARENA      ((size_t)1 << 20)
+
+static char g_dir[64];
+static fv_store_place_t g_place;
+static fv_backend_ops_t g_ops;
+
+static int make_folder(void **state)
+{
+    (void)state;
+    (void)snprintf(g_dir, sizeof(g_dir), "/tmp/fv_store_XXXXXX");
+    return ((mkdtemp(g_dir) != NULL) &&
+            (fv_store_place_make(g_dir, "unit", 0, 1, &g_place) == FV_OK))
+               ? 0
+               : -1;
+}
+
+static int remove_folder(void **state)
+{
+    (void)state;
+    (void)rmdir(g_dir); /* empty, if a test did not fail */
+    return 0;
+}
+
+static fv_ctl_model_t make_model(void)
+{
+    fv_ctl_model_t m = {.spec = {.name = "store",
+                                 .n_layers = LAYERS,
+                                 .n_q_heads = HEADS,
+                                 .n_kv_heads = HEADS,
+                                 .head_dim_qk = DIM,
+                                 .head_dim_v = DIM,
+                                 .kv_dtype = FV_DTYPE_BF16,
+                                 .n_policies = 2}};
+
+    m.spec.policies[1] =
+        (fv_policy_t){.kind = FV_POLICY_WINDOW, .window_tokens = 65, .sink_tokens = 1};
+    m.spec.layer_policy[1] = 1; /* lets pages die */
+    assert_int_equal(fv_model_spec_check(&m.spec), FV_OK);
+    return m;
+}
+
+static fv_worker_t *make_worker(void)
+{
+    const fv_worker_config_t config = {.n_ranks = 1,
+                                       .backend = &g_ops,
+                                       .backend_config = {.kv_arena_bytes = ARENA, .n_threads = 1},
+                                       .store = &g_place};
+    fv_worker_t *worker = NULL;
+
+    assert_int_equal(fv_worker_create(&config, &worker), FV_OK);
+    return worker;
+}
+
+static float value_of(uint32_t seed, size_t i)
+{
+    uint32_t x = (seed * 2654435761U) ^ (uint32_t)(i * 40503U + 17U);
+
+    x ^= x >> 13U;
+    x *= 2246822519U;
+    x ^= x >> 16U;
+    return (float)(int32_t)(x % 2001U) / 1000.0F - 1.0F;
+}
+
+/* n tokens at `position`; not an append: a query over what is there. */
+static void run(fv_worker_t *worker,
+                uint32_t slot,
+                uint32_t layer,
+                uint64_t position,
+                uint32_t n,
+                bool is_append,
+                float *out)
+{
+    static float q[256 * HEADS * DIM], k[256 * HEADS * DIM], v[256 * HEADS * DIM];
+    const fv_ctl_item_t item = {.session_slot = slot,
+                                .layer = layer,
+                                .position = position,
+                                .kv_end = position + n,
+                                .n_tokens = n,
+                                .dtype = FV_DTYPE_F32,
+                                .flags = FV_ITEM_CAUSAL | (is_append ? FV_ITEM_APPEND : 0)};
+    const size_t row = HEADS * DIM * sizeof(float);
+    const fv_step_io_t io = {.q = q,
+                             .k = k,
+                             .v = v,
+                             .q_token_bytes = row,
+                             .k_token_bytes = row,
+                             .v_token_bytes = row,
+                             .out = out,
+                             .out_token_bytes = row};
+    fv_ctl_done_t done;
+    fv_error_t error;
+
+    for (size_t i = 0; i < (size_t)n * HEADS * DIM; i++) {
+        q[i] = value_of(1U + layer, i + (size_t)position * HEADS * DIM);
+        k[i] = value_of(11U + slot, i + (size_t)position * HEADS * DIM);
+        v[i] = value_of(21U + slot, i + (size_t)position * HEADS * DIM);
+    }
+    assert_int_equal(fv_worker_step(worker, &item, &io, 1, &done, &error), FV_OK);
+    assert_int_equal(error.status, FV_OK);
+}
+
+static const uint64_t k_lengths[N_SESSIONS][LAYERS] = {{150, 203}, {80, 140}, {90, 40}};
+
+static fv_ctl_open_t make_open(uint32_t slot)
+{
+    return (fv_ctl_open_t){.session_slot = slot,
+                           .placement = {.n_head_parts = 1, .n_ctx_parts = 1, .shard_tokens = 64}};
+}
+
+/* Session 0; 1, a fork of it that went on alone; 2, one that was cut. And one that was closed. */
+static void play(fv_worker_t *worker)
+{
+    static float out[256 * HEADS * DIM];
+    const fv_ctl_model_t model = make_model();
+    const fv_ctl_open_t open0 = make_open(0);
+    const fv_ctl_open_t open2 = make_open(2);
+    const fv_ctl_open_t open3 = make_open(3);
+    const fv_ctl_fork_t fork1 = {.session_slot = 1, .parent_slot = 0, .at_position = UINT64_MAX};
+    const fv_ctl_truncate_t cut = {.session_slot = 2, .layer = 0, .position = 90};
+    const fv_ctl_close_t close3 = {.session_slot = 3};
+
+    assert_int_equal(fv_worker_model(worker, &model), FV_OK);
+    assert_int_equal(fv_worker_open(worker, &open0), FV_OK);
+    run(worker, 0, 0, 0, 70, true, out);
+    run(worker, 0, 1, 0, 139, true, out);
+    assert_int_equal(fv_worker_fork(worker, &fork1), FV_OK);
+    run(worker, 0, 0, 70, 80, true, out); /* copies the shared page */
+    run(worker, 1, 0, 70, 10, true, out);
+    run(worker, 0, 1, 139, 64, true, out); /* pages die */
+    run(worker, 1, 1, 139, 1, true, out);
+    assert_int_equal(fv_worker_open(worker, &open3), FV_OK);
+    run(worker, 3, 0, 0, 100, true, out);
+    assert_int_equal(fv_worker_open(worker, &open2), FV_OK);
+    run(worker, 2, 0, 0, 130, true, out);
+    run(worker, 2, 1, 0, 40, true, out);
+    assert_int_equal(fv_worker_truncate(worker, &cut), FV_OK);
+    assert_int_equal(fv_worker_close(worker, &close3), FV_OK);
+}
+
+/* Answers of the last token of every session and layer. */
+static void query(fv_worker_t *worker, uint32_t slot, float out[LAYERS][HEADS * DIM])
+{
+    for (uint32_t layer = 0; layer < LAYERS; layer++) {
+        run(worker, slot, layer, k_lengths[slot][layer] - 1U, 1, false, out[layer]);
+    }
+}
+
+static fv_status_t keep(fv_worker_t *worker, uint32_t slot, uint64_t missing)
+{
+    const fv_ctl_keep_t message = {
+        .session_slot = slot, .n_layers = LAYERS, .placement = make_open(slot).placement};
+    fv_ctl_keep_layer_t layers[LAYERS];
+    uint64_t floors[LAYERS];
+
+    for (uint32_t i = 0; i < LAYERS; i++) {
+        layers[i].n_tokens = k_lengths[slot][i] + missing;
+    }
+    return fv_worker_keep(worker, &message, layers, floors);
+}
+
+static void check_comes_back(void)
+{
+    static float before[N_SESSIONS][LAYERS][HEADS * DIM], after[LAYERS][HEADS * DIM];
+    const fv_ctl_model_t model = make_model();
+    fv_worker_t *worker = make_worker();
+    uint64_t n_pages[N_SESSIONS];
+    fv_ctl_memory_t memory[2];
+
+    play(worker);
+    for (uint32_t s = 0; s < N_SESSIONS; s++) {
+        query(worker, s, before[s]);
+        n_pages[s] = fv_worker_session_pages(worker, s);
+    }
+    fv_worker_memory(worker, &memory[0]);
+    fv_worker_destroy(worker); /* nothing is written at the end: as good as a death */
+    for (int round = 0; round < 2; round++) { /* the second time from a journal written anew */
+        worker = make_worker();
+        assert_int_equal(fv_worker_model(worker, &model), FV_OK);
+        for (uint32_t s = 0; s < N_SESSIONS; s++) {
+            assert_int_equal(keep(worker, s, 0), FV_OK);
+        }
+        assert_int_equal(keep(worker, 3, 0), FV_ERR_DATA_LOSS); /* was closed */
+        assert_int_equal(fv_worker_keep_end(worker), FV_OK);
+        for (uint32_t s = 0; s < N_SESSIONS; s++) {
+            query(worker, s, after);
+            assert_memory_equal(after, before[s], sizeof(after));
+            assert_int_equal(fv_worker_session_pages(worker, s), n_pages[s]);
+        }
+        fv_worker_memory(worker, &memory[1]);
+        assert_int_equal(memory[1].kv_bytes_free, memory[0].kv_bytes_free);
+        fv_worker_destroy(worker);
+    }
+    worker = make_worker(); /* what the coordinator has more of than the files is missing here */
+    assert_int_equal(fv_worker_model(worker, &model), FV_OK);
+    assert_int_equal(keep(worker, 0, 64), FV_ERR_DATA_LOSS);
+    assert_int_equal(keep(worker, 1, 0), FV_OK);
+    assert_int_equal(fv_worker_keep_end(worker), FV_OK);
+    query(worker, 1, after);
+    assert_memory_equal(after, before[1], sizeof(after));
+    fv_worker_discard_store(worker);
+    fv_worker_destroy(worker);
+    assert_int_equal(access(g_place.dir, F_OK), -1);
+}
+
+static void test_comes_back_in_place(void **state)
+{
+    (void)state;
+    g_ops = fv_backend_cpu;
+    check_comes_back();
+}
+
+/* A CPU backend that is said to be a device: its own arena, and a mirror in the segment. */
+static void test_comes_back_from_a_mirror(void **state)
+{
+    (void)state;
+    g_ops = fv_backend_cpu;
+    g_ops.kv_home = FV_KV_DEVICE;
+    check_comes_back();
+}
+
+static void test_missing_pages_lose_the_sessions(void **state)
+{
+    char path[FV_STORE_PATH_BYTES];
+    const fv_ctl_model_t model = make_model();
+
+    (void)state;
+    g_ops = fv_backend_cpu;
+    fv_worker_t *worker = make_worker();
+    play(worker);
+    fv_worker_destroy(worker);
+    fv_store_path(&g_place, FV_STORE_PAGES, path);
+    assert_int_equal(unlink(path), 0);
+    worker = make_worker();
+    assert_int_equal(fv_worker_model(worker, &model), FV_OK);
+    assert_int_equal(keep(worker, 0, 0), FV_ERR_DATA_LOSS);
+    assert_int_equal(fv_worker_keep_end(worker), FV_OK);
+    fv_worker_discard_store(worker);
+    fv_worker_destroy(worker);
+}
+
+static void test_other_geometry_is_refused(void **state)
+{
+    fv_worker_config_t config = {.n_ranks = 1,
+                                 .backend = &g_ops,
+                                 .backend_config = {.kv_arena_bytes = 2U * ARENA, .n_threads = 1},
+                                 .store = &g_place};
+    fv_worker_t *worker = NULL;
+
+    (void)state;
+    g_ops = fv_backend_cpu;
+    worker = make_worker();
+    play(worker);
+    fv_worker_destroy(worker);
+    assert_int_equal(fv_worker_create(&config, &worker), FV_ERR_PRECONDITION);
+    assert_non_null(strstr(fv_error_context(), "kv_memory"));
+    worker = make_worker();
+    fv_worker_discard_store(worker);
+    fv_worker_destroy(worker);
+}
+
+static size_t read_file(const char *path, uint8_t *out, size_t cap)
+{
+    FILE *file = fopen(path, "rb");
+
+    assert_non_null(file);
+    size_t n = fread(out, 1, cap, file);
+    (void)fclose(file);
+    return n;
+}
+
+static void write_file(const char *path, const uint8_t *data, size_t n)
+{
+    FILE *file = fopen(path, "wb");
+
+    assert_non_null(file);
+    assert_int_equal(fwrite(data, 1, n, file), n);
+    assert_int_equal(fclose(file), 0);
+}
+
+/* Whatever a damaged journal still gives is right: the same bits, or the session is refused. */
+static void test_damage_never_changes_an_answer(void **state)
+{
+    static uint8_t journal[1 << 20];
+    static float before[N_SESSIONS][LAYERS][HEADS * DIM], after[LAYERS][HEADS * DIM];
+    const fv_ctl_model_t model = make_model();
+    char path[FV_STORE_PATH_BYTES];
+    uint32_t n_kept = 0;
+    uint32_t n_refused = 0;
+
+    (void)state;
+    g_ops = fv_backend_cpu;
+    fv_worker_t *worker = make_worker();
+    play(worker);
+    for (uint32_t s = 0; s < N_SESSIONS; s++) {
+        query(worker, s, before[s]);
+    }
+    fv_worker_destroy(worker);
+    fv_store_path(&g_place, FV_STORE_TABLES, path);
+    size_t n_bytes = read_file(path, journal, sizeof(journal));
+    for (size_t at = FV_JOURNAL_HEAD_BYTES; at < n_bytes; at += 5U) {
+        journal[at] ^= (uint8_t)(1U << (at % 8U));
+        write_file(path, journal, n_bytes);
+        journal[at] ^= (uint8_t)(1U << (at % 8U));
+        worker = make_worker();
+        bool is_kept[N_SESSIONS];
+        assert_int_equal(fv_worker_model(worker, &model), FV_OK);
+        for (uint32_t s = 0; s < N_SESSIONS; s++) {
+            is_kept[s] = keep(worker, s, 0) == FV_OK;
+            n_kept += is_kept[s] ? 1U : 0U;
+            n_refused += is_kept[s] ? 0U : 1U;
+        }
+        assert_int_equal(fv_worker_keep_end(worker), FV_OK);
+        for (uint32_t s = 0; s < N_SESSIONS; s++) {
+            if (is_kept[s]) {
+                query(worker, s, after);
+                assert_memory_equal(after, before[s], sizeof(after));
+            }
+        }
+        fv_worker_destroy(worker);
+    }
+    assert_true(n_kept >
+                0U); /* damage concerns one session, and its forks; that of the model all */
+    assert_true(n_refused > 0U);
+    worker = make_worker();
+    fv_worker_discard_store(worker);
+    fv_worker_destroy(worker);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_comes_back_in_place),
+        cmocka_unit_test(test_comes_back_from_a_mirror),
+        cmocka_unit_test(test_missing_pages_lose_the_sessions),
+        cmocka_unit_test(test_other_geometry_is_refused),
+        cmocka_unit_test(test_damage_never_changes_an_answer),
+    };
+
+    return cmocka_run_group_tests(tests, make_folder, remove_folder);
+}
