@@ -16,6 +16,7 @@
 
 #include "kernels/prefill_load.cuh"
 #include "kernels/prefill_out.cuh"
+#include "kernels/prefill_scan.cuh"
 
 /* What a computing warpgroup keeps from unit to unit. */
 typedef struct fv_prefill_worker {

@@ -2,11 +2,6 @@
  * prefill_load.cuh - the warpgroup that brings: one warp copies K and V, one looks V through, two bring Q, one of which claims units.
  *
  * Station 7 of 10, inside prefill_kernel.cuh.
- *
- * Why V is looked through: a weight of 0 times a NaN is NaN, and the tensor cores multiply every row with every token of
- * a tile. In a tile that all rows see whole that is right. In the others (diagonal, window's edge, end of the context)
- * there may be tokens that some rows do not see, slots never written and parts of the ring that hold an older tile: their inf
- * and NaN become 0 before the products, and what rows do see of them is added afterwards (fv_prefill_spoil).
  */
 #ifndef FV_KERNELS_PREFILL_LOAD_CUH
 #define FV_KERNELS_PREFILL_LOAD_CUH
@@ -212,123 +207,61 @@ fv_prefill_copy(const fv_prefill_launch_t &p, fv_prefill_smem_t *s, uint8_t *mem
     fv_prefill_tell_scan(s, &copier.n_scans, FV_PREFILL_STOP);
 }
 
-/* ------------------------------------------------------------------ looking V through */
-
-/* A pair with 0 for inf and NaN. */
-template <bool IS_F16> static __device__ __forceinline__ void fv_prefill_clean(uint32_t *pair)
-{
-    constexpr uint32_t exponent = IS_F16 ? 0x7c00U : 0x7f80U;
-
-    if ((*pair & exponent) == exponent) {
-        *pair &= 0xffff0000U;
-    }
-    if ((*pair & (exponent << 16U)) == (exponent << 16U)) {
-        *pair &= 0x0000ffffU;
-    }
-}
-
-/* Not 0 if one of 8 values is an inf or a NaN: their exponents, all ones, carry into the sign's place. */
-template <bool IS_F16> static __device__ __forceinline__ uint32_t fv_prefill_find(const uint4 &x)
-{
-    constexpr uint32_t exponents = IS_F16 ? 0x7c007c00U : 0x7f807f80U;
-    constexpr uint32_t ones = IS_F16 ? 0x04000400U : 0x00800080U;
-
-    return (((x.x & exponents) + ones) | ((x.y & exponents) + ones) | ((x.z & exponents) + ones) |
-            ((x.w & exponents) + ones)) &
-           0x80008000U;
-}
-
-/* True if there was one among the tokens that exist. */
-template <typename SHAPE>
-static __device__ __forceinline__ bool fv_prefill_clean_v(const fv_prefill_tile_t &tile, uint8_t *v)
-{
-    constexpr uint32_t page_chunks = SHAPE::V_PAGE_BYTES / 16U;
-    bool is_spoiled = false;
-
-#pragma unroll 8
-    for (uint32_t i = threadIdx.x & 31U; i < SHAPE::N_PAGES * page_chunks; i += 32U) {
-        uint4 *chunk = (uint4 *)v + i;
-        uint4 x = *chunk;
-
-        if (fv_prefill_find<SHAPE::IS_F16>(x) != 0) {
-            const uint32_t token = i % page_chunks % (FV_PANEL_BYTES / 16U) / 8U;
-
-            fv_prefill_clean<SHAPE::IS_F16>(&x.x);
-            fv_prefill_clean<SHAPE::IS_F16>(&x.y);
-            fv_prefill_clean<SHAPE::IS_F16>(&x.z);
-            fv_prefill_clean<SHAPE::IS_F16>(&x.w);
-            *chunk = x;
-            is_spoiled |= (int32_t)token < tile.page[i / page_chunks].n_tokens;
-        }
-    }
-    return is_spoiled;
-}
-
-/* The warp that looks V of masked tiles through. */
-template <typename SHAPE>
-static __device__ void fv_prefill_scan(fv_prefill_smem_t *s, uint8_t *memory)
-{
-    uint32_t parities = 0; /* bit i: of v_raw[i] */
-
-    for (uint32_t n = 0;; n++) {
-        const uint32_t at = n % FV_PREFILL_TILES;
-
-        fv_mbar_wait(&s->scan_full[at], (n / FV_PREFILL_TILES) & 1U);
-        const uint32_t what = s->scan[at];
-
-        if (what == FV_PREFILL_STOP) {
-            break;
-        }
-        const uint32_t slot = what & 0xffU;
-        fv_prefill_tile_t *tile = &s->tile[what >> 8U];
-
-        fv_mbar_wait(&s->v_raw[slot], (parities >> slot) & 1U);
-        parities ^= 1U << slot;
-        if (fv_prefill_clean_v<SHAPE>(*tile, fv_prefill_v<SHAPE>(memory, slot))) {
-            tile->is_spoiled = 1;
-        }
-        fv_async_proxy_fence();
-        fv_prefill_release(&s->v_full[slot]);
-    }
-}
-
 /* ------------------------------------------------------------------ Q */
 
-/*
- * The unit's rows; those that do not exist are zero. Threads of the warps that bring Q: each has one chunk of 8 elements
- * in every panel, of every 8th row.
- */
+/* Where a thread that brings Q reads: one chunk of 8 elements in every panel, of every FV_PREFILL_Q_STEP-th row. */
+#define FV_PREFILL_Q_STEP (4U * FV_PREFILL_Q_WARPS)
+typedef struct fv_prefill_q_walk {
+    const uint8_t *q;
+    int32_t g, group;
+    uint64_t step_bytes,
+        wrap_bytes; /* to the next row; more when it is another token's than that says */
+    int32_t d_g;
+} fv_prefill_q_walk_t;
+
 template <typename SHAPE>
-static __device__ __forceinline__ void
-fv_prefill_load_q(const fv_prefill_unit_t &unit, uint8_t *memory, uint32_t thread)
+static __device__ __forceinline__ fv_prefill_q_walk_t
+fv_prefill_q_begin(const fv_prefill_unit_t &unit, uint32_t thread)
 {
-    constexpr uint32_t step = 4U * FV_PREFILL_Q_WARPS; /* rows */
-    const int32_t group = unit.run->group;
     const uint64_t token_bytes = unit.run->q_token_bytes;
     const uint64_t row_bytes = SHAPE::DK * 2U;
     const int32_t row = unit.row_begin + (int32_t)(thread / 8U);
-    const int32_t d_t = (int32_t)step / group;
-    const int32_t d_g = (int32_t)step % group;
-    int32_t g = row % group;
-    const uint8_t *q = unit.run->q + (uint64_t)(row / group) * token_bytes +
-                       (uint64_t)(unit.head * group + g) * row_bytes + (thread & 7U) * 16U;
+    fv_prefill_q_walk_t walk;
+
+    walk.group = unit.run->group;
+    walk.g = row % walk.group;
+    walk.d_g = (int32_t)FV_PREFILL_Q_STEP % walk.group;
+    walk.step_bytes = (uint64_t)((int32_t)FV_PREFILL_Q_STEP / walk.group) * token_bytes +
+                      (uint64_t)walk.d_g * row_bytes;
+    walk.wrap_bytes = token_bytes - (uint64_t)walk.group * row_bytes;
+    walk.q = unit.run->q + (uint64_t)(row / walk.group) * token_bytes +
+             (uint64_t)(unit.head * walk.group + walk.g) * row_bytes + (thread & 7U) * 16U;
+    return walk;
+}
+
+/* The unit's rows; those that do not exist are zero. */
+template <typename SHAPE>
+static __device__ __forceinline__ void
+fv_prefill_load_q(fv_prefill_q_walk_t walk, int32_t n_rows, uint8_t *memory, uint32_t thread)
+{
+    const uint8_t *valid = walk.q;
     uint8_t *to = memory + thread / 8U * FV_PANEL_ROW_BYTES + ((thread ^ (thread / 8U)) & 7U) * 16U;
 
 #pragma unroll 4
-    for (uint32_t r = thread / 8U; r < FV_PREFILL_ROWS; r += step) {
-        const bool is_there = (int32_t)r < unit.n_rows;
+    for (uint32_t r = thread / 8U; r < FV_PREFILL_ROWS; r += FV_PREFILL_Q_STEP) {
+        const bool is_there = (int32_t)r < n_rows;
 
 #pragma unroll
         for (uint32_t panel = 0; panel < SHAPE::DK / 64; panel++) {
             fv_copy16(to + panel * SHAPE::Q_PANEL_BYTES,
-                      is_there ? (q + panel * 128U) : unit.run->q, is_there);
+                      (is_there ? walk.q : valid) + panel * FV_PANEL_ROW_BYTES, is_there);
         }
-        to += step * FV_PANEL_ROW_BYTES;
-        q += (uint64_t)d_t * token_bytes + (uint64_t)d_g * row_bytes;
-        g += d_g;
-        if (g >= group) {
-            g -= group;
-            q += token_bytes - (uint64_t)group * row_bytes;
+        to += FV_PREFILL_Q_STEP * FV_PANEL_ROW_BYTES;
+        walk.q += walk.step_bytes;
+        walk.g += walk.d_g;
+        if (walk.g >= walk.group) {
+            walk.g -= walk.group;
+            walk.q += walk.wrap_bytes;
         }
     }
 }
@@ -373,8 +306,10 @@ static __device__ void fv_prefill_bring_q(const fv_prefill_launch_t &p,
         if (thread < sizeof(fv_lean_run_t) / 8U) {
             word = ((const uint64_t *)unit.run)[thread];
         }
+        const fv_prefill_q_walk_t walk = fv_prefill_q_begin<SHAPE>(unit, thread);
+
         fv_mbar_wait(&s->q_empty, at ^ 1U); /* and nobody looks at the run of unit n - 2 any more */
-        fv_prefill_load_q<SHAPE>(unit, memory, thread);
+        fv_prefill_load_q<SHAPE>(walk, unit.n_rows, memory, thread);
         if (thread < sizeof(fv_lean_run_t) / 8U) {
             ((uint64_t *)&s->run[at])[thread] = word;
         }

@@ -137,8 +137,7 @@ static __device__ __forceinline__ uint64_t fv_prefill_sees(const fv_row_range_t 
     const uint64_t sink = fv_prefill_below(range.sink - page.begin);
     uint64_t strided = 0;
 
-#pragma unroll
-    for (int i = 0; i < FV_S2_QUARTERS; i++) {
+    for (int i = 0; (page.strided != 0) && (i < FV_S2_QUARTERS); i++) {
         strided |= (((page.strided >> i) & 1) != 0) ? ((uint64_t)0xffffU << (16 * i)) : 0U;
     }
     return (sink | (end & (~begin | strided))) & fv_prefill_below(page.n_tokens);
