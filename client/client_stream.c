@@ -121,6 +121,7 @@ void fovea_stream_cancel(fovea_stream_t *stream)
 {
     if (stream != NULL) {
         (void)pthread_mutex_lock(&stream->lock);
+        stream->is_cancelled = true;
         fv_duplex_cancel(stream->duplex);
         (void)pthread_mutex_unlock(&stream->lock);
     }
@@ -132,6 +133,7 @@ void fovea_stream_close(fovea_stream_t *s)
         return;
     }
     (void)pthread_mutex_lock(&s->lock);
+    s->is_cancelled = s->is_cancelled || s->is_reopening || (s->n_in_flight > 0);
     if (s->n_in_flight == 0) {
         int64_t deadline_us = fv_client_deadline(CLOSE_TIMEOUT_MS);
         if (fv_stream_drive(s, until_sent, NULL, deadline_us) && !s->is_broken) {
@@ -198,7 +200,7 @@ static fovea_code_t enqueue(fovea_stream_t *s,
     uint32_t slot = 0;
     fovea_code_t code = FOVEA_OK;
 
-    if (s->is_broken) {
+    if (s->is_broken && !s->is_reopening) {
         if (s->broken.code == FOVEA_OK) {
             return fv_client_fail(error, FOVEA_UNAVAILABLE, "the service has ended this stream");
         }

@@ -7,6 +7,9 @@
  *   LINGERING  answered, but gRPC has not let go of its tensors yet (seldom, and for microseconds)
  *   FINISHED   in `finished` until collected; with a callback it is freed instead
  *
+ * When the call ends because the service is unavailable, another one is opened, and what was sent and not answered is sent again
+ * in order: back from SENT to QUEUED. Positions make it harmless.
+ *
  * One thread at a time is the driver: it alone takes events from the call, gathers answers and runs
  * callbacks. Whoever waits while there is no driver becomes it; the others sleep on `changed`.
  */
@@ -45,11 +48,16 @@ struct fovea_stream {
     pthread_mutex_t lock; /* guards everything below; never held while a callback runs */
     pthread_cond_t changed;
     bool is_driven;
-    bool is_sending;      /* a message is under way */
-    bool is_broken;       /* nothing can be sent any more */
-    bool is_closed;       /* and everything has finished */
-    fovea_error_t broken; /* why; code OK: the service ended the stream in order */
-    fv_pending_t **slots; /* [n_slots], NULL = free */
+    bool is_sending; /* a message is under way */
+    bool is_broken;  /* nothing can be sent any more */
+    bool is_closed;  /* and everything has finished */
+    bool
+        is_reopening; /* broken because the service is away: the driver opens another call, until retry_end_us */
+    bool is_over;                   /* and nothing of the old one is under way */
+    bool is_cancelled;              /* by its owner: not to be opened again */
+    int64_t retry_end_us, pause_us; /* 0: the service answered since it was away */
+    fovea_error_t broken;           /* why; code OK: the service ended the stream in order */
+    fv_pending_t **slots;           /* [n_slots], NULL = free */
     uint32_t n_slots, first_free_hint;
     uint64_t n_submitted;
     uint64_t n_finished; /* ever */

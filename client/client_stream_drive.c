@@ -8,6 +8,8 @@
 #include <time.h>
 
 #define LINGER_POLL_US 500 /* while an answered request's tensors are still gRPC's */
+#define FIRST_PAUSE_US 20000
+#define MAX_PAUSE_US   500000
 
 fv_pending_t *fv_stream_find(const fovea_stream_t *s, uint64_t ticket)
 {
@@ -122,10 +124,104 @@ static void on_received(fovea_stream_t *s, const fv_duplex_event_t *event)
     (void)fv_attend_reply_gather(event->spans, event->n_spans, &view, &p->target,
                                  &p->result.timings, &p->result.error);
     (void)pthread_mutex_lock(&s->lock);
+    s->retry_end_us = 0; /* the service is there */
     settle(s, p);
 }
 
-/* The call is over: everything in flight ends with its status. */
+/* ------------------------------------------------------------------ again */
+
+/* The service is away, and may come back while we have patience. One that stops cancels what is under way. */
+static bool may_open_again(fovea_stream_t *s)
+{
+    int64_t now_us = fv_clock_us();
+
+    if ((s->client->retry_ms < 0) || s->is_cancelled ||
+        ((s->broken.code != FOVEA_UNAVAILABLE) && (s->broken.code != FOVEA_CANCELLED))) {
+        return false;
+    }
+    if (s->retry_end_us == 0) {
+        s->retry_end_us = now_us + (int64_t)s->client->retry_ms * 1000;
+        s->pause_us = FIRST_PAUSE_US;
+    }
+    return now_us + s->pause_us < s->retry_end_us;
+}
+
+/* What was sent and not answered goes before what waits, all in the order of submission. */
+static void queue_again(fovea_stream_t *s)
+{
+    TAILQ_INIT(&s->queued);
+    for (uint32_t i = 0; i < s->n_slots; i++) {
+        fv_pending_t *p = s->slots[i];
+        fv_pending_t *at = NULL;
+
+        if ((p == NULL) || (p->state > FV_PENDING_SENT)) {
+            continue;
+        }
+        p->state = FV_PENDING_QUEUED;
+        TAILQ_FOREACH(at, &s->queued, link)
+        {
+            if (at->result.ticket > p->result.ticket) {
+                break;
+            }
+        }
+        if (at != NULL) {
+            TAILQ_INSERT_BEFORE(at, p, link);
+        } else {
+            TAILQ_INSERT_TAIL(&s->queued, p, link);
+        }
+    }
+}
+
+static void nap_until(int64_t until_us)
+{
+    int64_t us = until_us - fv_clock_us();
+    const struct timespec t = {.tv_sec = (time_t)(us / 1000000),
+                               .tv_nsec = (long)(us % 1000000) * 1000};
+
+    if (us > 0) {
+        (void)nanosleep(&t, NULL);
+    }
+}
+
+/* Waits for the service, and opens another call. False: not before the deadline. */
+static bool open_again(fovea_stream_t *s, int64_t deadline_us)
+{
+    int64_t end_us = (s->retry_end_us < deadline_us) ? s->retry_end_us : deadline_us;
+    int64_t nap_us = fv_clock_us() + s->pause_us;
+    fv_duplex_t *fresh = NULL;
+    fv_duplex_t *old = s->duplex;
+    fovea_error_t error;
+
+    (void)pthread_mutex_unlock(&s->lock);
+    nap_until((nap_us < end_us) ? nap_us : end_us);
+    bool is_ready = fv_channel_wait_ready(s->client->channel, end_us);
+    if (is_ready) {
+        is_ready = fv_duplex_open(s->client->channel, FV_METHOD_PATH("Attention", "Attend"),
+                                  FV_RPC_NO_DEADLINE, &fresh, &error) == FOVEA_OK;
+    }
+    (void)pthread_mutex_lock(&s->lock);
+    s->pause_us = (2 * s->pause_us < MAX_PAUSE_US) ? (2 * s->pause_us) : MAX_PAUSE_US;
+    if (!is_ready) {
+        s->is_reopening = (fv_clock_us() < s->retry_end_us) && !s->is_cancelled;
+        return fv_clock_us() < deadline_us;
+    }
+    s->duplex = fresh;
+    s->is_reopening = false;
+    s->is_broken = false;
+    s->is_sending = false;
+    s->is_over = false;
+    s->broken = (fovea_error_t){FOVEA_OK, ""};
+    queue_again(s);
+    fv_duplex_destroy(old);
+    if (s->is_cancelled) {
+        fv_duplex_cancel(s->duplex);
+    }
+    fv_stream_send_next(s);
+    (void)pthread_cond_broadcast(&s->changed);
+    return true;
+}
+
+/* The call is over: everything in flight ends with its status, unless it is tried again. */
 static void on_closed(fovea_stream_t *s)
 {
     const fovea_error_t *status = fv_duplex_status(s->duplex);
@@ -135,8 +231,14 @@ static void on_closed(fovea_stream_t *s)
         if (s->broken.code == FOVEA_OK) {
             s->broken = *status;
         }
+        s->is_reopening = may_open_again(s);
         return;
     }
+    if (s->is_reopening && !s->is_cancelled) {
+        s->is_over = true; /* step() opens another one */
+        return;
+    }
+    s->is_reopening = false;
     fv_duplex_end(s->duplex);
     TAILQ_INIT(&s->queued);
     for (uint32_t i = 0; i < s->n_slots; i++) {
@@ -160,6 +262,10 @@ static bool step(fovea_stream_t *s, int64_t deadline_us)
     bool is_lingering = !TAILQ_EMPTY(&s->lingering);
     int64_t until_us = deadline_us;
     fv_duplex_event_t event;
+
+    if (s->is_reopening && s->is_over && !s->is_cancelled) {
+        return open_again(s, deadline_us);
+    }
 
     if (is_lingering) {
         int64_t soon_us = fv_clock_us() + LINGER_POLL_US;

@@ -109,8 +109,8 @@ typedef struct fovea_options {
         *server_name;  /* what the service's certificate must name; NULL = the address's host */
     const char *token; /* shown with every call; in clear text without TLS */
     const char *token_file; /* or a file whose first line it is */
-    /* a unary call that finds the service unavailable (it restarts, say) is repeated, with longer and longer pauses, for so
-       long and within its own timeout; 0 = 10000, -1 = never */
+    /* a call that finds the service unavailable (it restarts, say) is repeated, with longer and longer pauses, for so long and
+       within its own timeout, and a stream is opened again and sends what has no answer; 0 = 10000, -1 = never */
     int32_t retry_ms;
 } fovea_options_t;
 

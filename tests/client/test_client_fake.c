@@ -378,6 +378,55 @@ static void test_a_call_is_repeated_while_the_service_is_away(void **state)
     parcel_fini(&p);
 }
 
+#define N_AGAIN 12
+
+/* The service dies with a stream's requests unanswered: they are answered when it is back, each once, in any way of waiting. */
+static void test_a_stream_is_opened_again(void **state)
+{
+    fv_rig_t *rig = *state;
+    fovea_client_t *patient = NULL;
+    fovea_error_t error;
+    fv_parcel_t p[N_AGAIN];
+
+    ok(fovea_connect(rig->address, NULL, &patient, &error), &error);
+    for (int with_thread = 0; with_thread < 2; with_thread++) {
+        const fovea_stream_options_t options = {.with_thread = with_thread != 0};
+        fovea_stream_t *stream = NULL;
+        uint64_t tickets[N_AGAIN];
+        fovea_result_t result;
+        pthread_t thread;
+
+        rig->fake.mode = FV_FAKE_HOLD;
+        ok(fovea_stream_open(patient, &options, &stream, &error), &error);
+        for (uint32_t i = 0; i < N_AGAIN; i++) {
+            parcel_init(&p[i], 4096, i);
+        }
+        int n_before = fv_fake_n_requests(&rig->fake);
+        for (uint32_t i = 0; i < N_AGAIN / 2U; i++) {
+            ok(fovea_stream_submit(stream, &p[i].request, NULL, NULL, &tickets[i], &error), &error);
+        }
+        while (fv_fake_n_requests(&rig->fake) == n_before) {
+            (void)fovea_stream_poll(stream, 1, NULL, NULL);
+        }
+        fv_fake_stop(&rig->fake);
+        rig->fake.mode = FV_FAKE_ECHO;
+        assert_int_equal(pthread_create(&thread, NULL, start_later, rig), 0);
+        for (uint32_t i = N_AGAIN / 2U; i < N_AGAIN; i++) { /* while it is away */
+            (void)fovea_stream_poll(stream, 20, NULL, NULL);
+            ok(fovea_stream_submit(stream, &p[i].request, NULL, NULL, &tickets[i], &error), &error);
+        }
+        for (uint32_t i = 0; i < N_AGAIN; i++) {
+            ok(fovea_stream_wait(stream, tickets[i], 20000, &result, &error), &error);
+            ok(result.error.code, &result.error);
+            parcel_check(&p[i]);
+            parcel_fini(&p[i]);
+        }
+        assert_int_equal(pthread_join(thread, NULL), 0);
+        fovea_stream_close(stream);
+    }
+    fovea_close(patient);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -391,6 +440,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_the_service_dies_and_comes_back, setup, teardown),
         cmocka_unit_test_setup_teardown(test_a_call_is_repeated_while_the_service_is_away, setup,
                                         teardown),
+        cmocka_unit_test_setup_teardown(test_a_stream_is_opened_again, setup, teardown),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
