@@ -43,6 +43,7 @@ enum {
     OPT_KEY,
     OPT_SERVER_NAME,
     OPT_TOKEN_FILE,
+    OPT_RETRY,
 };
 
 static const struct argp_option k_options[] = {
@@ -51,6 +52,8 @@ static const struct argp_option k_options[] = {
      "(default: $FOVEA_ADDRESS, else " FV_CLI_ADDRESS_DEFAULT ")",
      0},
     {"timeout", 't', "SECONDS", 0, "Of connecting (default 5) and of each call (default 30)", 0},
+    {"retry", OPT_RETRY, "SECONDS", 0,
+     "How long a call is repeated while the service is unavailable (default 10; 0: never)", 0},
     {"tls", OPT_TLS, NULL, 0, "TLS; --ca and --cert imply it", 0},
     {"ca", OPT_CA, "FILE", 0,
      "PEM: who signs the service's certificate (default: $FOVEA_CA, else whom this system trusts)",
@@ -79,6 +82,14 @@ static error_t parse(int key, char *arg, struct argp_state *state)
             argp_error(state, "--timeout: given \"%s\", expected 0.001..1e9 seconds", arg);
         }
         m->cli.timeout_ms = (int64_t)(seconds * 1000.0);
+        return 0;
+    }
+    case OPT_RETRY: {
+        double seconds = fv_cli_real(state, "--retry", arg);
+        if ((seconds < 0.0) || (seconds > 1e6)) {
+            argp_error(state, "--retry: given \"%s\", expected 0..1e6 seconds", arg);
+        }
+        m->cli.options.retry_ms = (seconds * 1000.0 < 1.0) ? -1 : (int32_t)(seconds * 1000.0);
         return 0;
     }
     case OPT_TLS:

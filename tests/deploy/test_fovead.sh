@@ -175,7 +175,7 @@ dead_rank_mid_step() {
     local client
     rm -f "$work/exit"
     FOVEA_EXIT_FILE=$work/exit ranks 3 || return
-    timeout 30 "$fovea" --address "$address" bench --layers 1 --context 300 --duration 20 \
+    timeout 30 "$fovea" --address "$address" --retry 0 bench --layers 1 --context 300 --duration 20 \
         --sharding context --shard-tokens 64 >"$work/bench" 2>&1 &
     client=$!
     in_status n_steps '[1-9][0-9]+' || fail "dead rank mid step: no step ran: $(cat "$work/bench")"
@@ -195,7 +195,7 @@ hung_rank() {
     kill -STOP "$(rank_pid 1)"
     begin=$SECONDS
     tensors 300
-    timeout 15 "$fovea" --address "$address" attend -q "$work/q.npy" -k "$work/kv.npy" -v "$work/kv.npy" \
+    timeout 15 "$fovea" --address "$address" --retry 0 attend -q "$work/q.npy" -k "$work/kv.npy" -v "$work/kv.npy" \
         --sharding context --shard-tokens 64 --out "$work/out.npy" >"$work/attend" 2>&1
     [[ $? -eq 1 ]] || fail "hung rank: the client must end with 1: $(cat "$work/attend")"
     finish "hung rank" 3

@@ -63,7 +63,7 @@ lose() { # SIGNAL OPTION...
     [[ $signal != KILL ]] || OMPI_MCA_orte_enable_recovery=1
     ranks "$@" || return
     grep -qE "exchange nccl" "$work/log" || fail "$what: the banner names no NCCL exchange"
-    timeout 60 "$fovea" --address "$address" bench --layers 1 --context 300 --duration 40 --sharding context \
+    timeout 60 "$fovea" --address "$address" --retry 0 bench --layers 1 --context 300 --duration 40 --sharding context \
         --shard-tokens 64 >"$work/bench" 2>&1 &
     client=$!
     until_steps || fail "$what: no step ran"
