@@ -162,7 +162,7 @@ part_sanitize() {
     sanitize racecheck race_cuda_kernels bf16 f16 f32 f16_wide bf16_q_parts
     for tool in memcheck initcheck synccheck; do
         sanitize "$tool" test_cuda_kernels bf16 f16 f32 f16_wide bf16_q_parts
-        for test in test_cuda_attend test_cuda_pages; do
+        for test in test_cuda_attend test_cuda_pages test_cuda_prefill; do
             sanitize "$tool" "$test"
         done
     done
@@ -171,6 +171,10 @@ part_sanitize() {
 part_bench() {
     run bench 400 "$bundle/bin/bench_kernels_cuda" "$work/results/bench.json" "${FV_KERNELS_GIB:-0}" "${1:-}"
     cat "$work/results/bench.log"
+    if has bench_prefill_cuda && [[ $backend == cuda ]]; then
+        run prefill 60 "$bundle/bin/bench_prefill_cuda" "$work/results/prefill.jsonl"
+        cat "$work/results/prefill.log"
+    fi
 }
 
 # What the backend serves, for pytest -k: CUDA ranks refuse latents in this version.
@@ -270,6 +274,8 @@ part_scale() {
 part_peers() {
     run peers 400 python3 "$bundle/bench/peers/peers.py" --bench "$bundle/bin/bench_kernels_cuda" --out "$work/results/peers"
     cat "$work/results/peers.log"
+    run peers-prefill 120 python3 "$bundle/bench/peers/prefill.py" --out "$work/results/peers_prefill.json"
+    cat "$work/results/peers-prefill.log"
 }
 
 # ---------------------------------------------------------------- main
