@@ -178,6 +178,25 @@ static void test_prefill(void **state)
     }
 }
 
+/* Dense heads beside sparse ones whose local blocks end inside a page or a page before: each head has a mask of its own. */
+static void test_dense_heads(void **state)
+{
+    fv_rng_t rng = {6};
+
+    (void)state;
+    for (int i = 0; i < quick(6, 2); i++) {
+        fv_policy_t policy = {.block_tokens = (i % 2 == 0) ? 16 : 64,
+                              .local_blocks = 1,
+                              .vert_stride = 6,
+                              .head_sliding_step = 1,
+                              .num_dense_heads = 2,
+                              .pattern_per = (i >= 4) ? FV_PATTERN_Q_HEAD : FV_PATTERN_KV_HEAD};
+        fv_attn_spec_t spec = spec_of(4, 4, (i % 3 == 2) ? 1 : 600, 1000 + i, policy);
+
+        one(&spec, &rng, "dense heads");
+    }
+}
+
 /* Lines that every CTA has a share of, in one round and in several; groups in many pieces. */
 static void test_long_lines(void **state)
 {
@@ -303,9 +322,10 @@ static void test_line(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_blocks),     cmocka_unit_test(test_prefill),
-        cmocka_unit_test(test_long_lines), cmocka_unit_test(test_random_steps),
-        cmocka_unit_test(test_holes),      cmocka_unit_test(test_line),
+        cmocka_unit_test(test_blocks),       cmocka_unit_test(test_prefill),
+        cmocka_unit_test(test_dense_heads),  cmocka_unit_test(test_long_lines),
+        cmocka_unit_test(test_random_steps), cmocka_unit_test(test_holes),
+        cmocka_unit_test(test_line),
     };
 
     if (!fv_backend_cuda_is_visible()) {
