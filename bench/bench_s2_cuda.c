@@ -1,12 +1,12 @@
 /*
  * bench_s2_cuda.c - S2 beside dense attention on one GPU, same run: decode and prefill, 32/8 heads of 128, bf16.
  *
- *   bench_s2_cuda [JSON file or - [decode, prefill or all]]
+ *   bench_s2_cuda [JSON file or - [decode, prefill or all [lean]]]        lean: by that kernel alone
  *
  * Every case is compared with an fp64 reference on the GPU before it is timed: a row of S2 is dense attention over the pages
  * on its list. Decode: sets of pages of their own, over 1 GiB, take turns in a graph of launches (bench_kernels_cuda.c),
  * so that no cache serves them; the table has no entry where a page was freed. Prefill: the whole context from position 0
- * in chunks of 16k tokens; the sum of the chunks' times. Planning, page tables and Q are brought to the device before.
+ * in chunks of 32k tokens at most; the sum of the chunks' times. Planning, page tables and Q are brought to the device before.
  *
  *     pages = tiles of K and V that are read, all heads;  ratio = dense time / S2 time;  ceiling = dense pages / S2 pages
  *     held  = pages that a session at this position keeps, of one layer (common/policy.h)
@@ -89,15 +89,16 @@ static void *must_alloc(size_t n, size_t size)
     return memory;
 }
 
-static void prepare(fv_s2_bench_t *b)
+static void prepare(fv_s2_bench_t *b, bool is_lean)
 {
     const size_t n_bytes = FV_S2_CHUNK * FV_S2_ROW_BYTES;
     fv_backend_config_t config = {.kv_arena_bytes = (size_t)36 << 30};
     fv_rng_t rng = {20261122};
 
     fv_s2_check(fv_backend_cuda.create(&config, &b->backend), "create");
-    b->backend->prefill_units_min =
-        UINT32_MAX; /* the lean kernel; bench_prefill_cuda has the other */
+    if (is_lean) { /* prefill, too */
+        b->backend->prefill_units_min = UINT32_MAX;
+    }
     b->n_pages = config.kv_arena_bytes / FV_S2_PAGE_BYTES;
     b->tables_max =
         (size_t)FV_S2_ITEMS_MAX * FV_S2_KV_HEADS * (FV_S2_CONTEXT / FV_PAGE_TOKENS) * 4U;
@@ -131,7 +132,7 @@ int main(int argc, char **argv)
         return 77;
     }
     b.json = ((argc > 1) && (strcmp(argv[1], "-") != 0)) ? fopen(argv[1], "w") : NULL;
-    prepare(&b);
+    prepare(&b, (argc > 3) && (strcmp(argv[3], "lean") == 0));
     fv_backend_cuda.describe(b.backend, &info);
     (void)printf("%s; S2 of blocks of 64, 8 local, by KV head\n", info.device);
     if (strcmp(mode, "prefill") != 0) {

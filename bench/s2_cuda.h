@@ -17,7 +17,7 @@
 #define FV_S2_ITEMS_MAX  64
 #define FV_S2_SETS_MAX   64
 #define FV_S2_REPLAYS    5
-#define FV_S2_CHUNK      16384
+#define FV_S2_CHUNK      32768
 #define FV_S2_CONTEXT    131072
 
 typedef struct fv_s2_bench {

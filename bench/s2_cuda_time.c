@@ -156,6 +156,7 @@ static double time_launches(const fv_s2_bench_t *b)
         fv_s2_check_cuda(cudaEventRecord(from, b->backend->stream), "record");
         fv_s2_check(fv_cuda_attend_start(b->backend, b->backend->launches, b->backend->n_launches),
                     "launch");
+        fv_s2_check(fv_prefill_start(b->backend), "launch");
         fv_s2_check_cuda(cudaEventRecord(to, b->backend->stream), "record");
         fv_s2_check_cuda(cudaEventSynchronize(to), "synchronize");
         fv_s2_check_cuda(cudaEventElapsedTime(&elapsed, from, to), "elapsed");
@@ -194,7 +195,8 @@ fv_s2_result_t fv_s2_prefill(fv_s2_bench_t *b, int64_t n_tokens, int32_t stride)
     b->n_used = 0;
     (void)fv_s2_fill_table(b, &dense, n_tokens - 1, b->tables); /* a chunk's pages are all there */
     for (int64_t at = 0; at < n_tokens; at += FV_S2_CHUNK) {
-        const fv_attn_item_t item = fv_s2_item(b, &policy, b->tables, at, FV_S2_CHUNK, 0);
+        const int64_t n = fv_min64(n_tokens - at, FV_S2_CHUNK);
+        const fv_attn_item_t item = fv_s2_item(b, &policy, b->tables, at, (int32_t)n, 0);
 
         fv_s2_check(fv_cuda_finish(b->backend, NULL, NULL), "finish");
         fv_s2_check(fv_cuda_attend_plan(b->backend, &item, 1), "plan");
