@@ -279,6 +279,7 @@ static __device__ void fv_prefill_bring_q(const fv_prefill_launch_t &p,
     static_assert((sizeof(fv_lean_run_t) % 8 == 0) &&
                       (sizeof(fv_lean_run_t) / 8 <= 32 * FV_PREFILL_Q_WARPS),
                   "copied in words of 8 bytes, one a thread");
+    static_assert(offsetof(fv_lean_run_t, query.head) < 32 * 8, "by the warp that corrects it");
     bool is_claiming = thread >= 32U;
 
     if (is_claiming) {
@@ -313,7 +314,9 @@ static __device__ void fv_prefill_bring_q(const fv_prefill_launch_t &p,
         if (thread < sizeof(fv_lean_run_t) / 8U) {
             ((uint64_t *)&s->run[at])[thread] = word;
         }
-        if (thread == 0) {
+        __syncwarp();
+        if (thread == 0) { /* S2: masks go by this head's pattern; the first one may be dense */
+            s->run[at].query.head += unit.head * unit.run->head_step;
             s->unit[at] = unit;
         }
         fv_copy16_wait();
