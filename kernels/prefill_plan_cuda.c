@@ -16,7 +16,11 @@
 #define ROWS_MIN 64
 #define L2_BYTES \
     ((uint64_t)24 << 20) /* of K and V that are read together, at most: half of the L2 */
-#define UNITS_PERCENT 50 /* of the SMs */
+/*
+ * Of the SMs. A unit's SM does 4.9 TFLOP/s; the lean kernel does 88 with all of them, so 18 units are where both are even
+ * on 132 SMs (bench/results/prefill_cuda_h100.md). Blocks that are not full want some more.
+ */
+#define UNITS_PERCENT 25
 
 /* What items of one launch have in common. Heads: KV heads, of S2 with a pattern for each query head those. */
 typedef struct geometry {
