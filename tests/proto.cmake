@@ -33,3 +33,4 @@ fv_add_fuzz(fuzz_wire corpus_wire SOURCES fuzz/fuzz_wire.c fuzz/wire_oracle.c
             LIBS fv_proto fv_proto_gen)
 fv_add_fuzz(fuzz_config corpus_config SOURCES fuzz/fuzz_config.c LIBS fv_common)
 fv_add_fuzz(fuzz_token corpus_token SOURCES fuzz/fuzz_token.c LIBS fv_secret)
+fv_add_fuzz(fuzz_journal corpus_journal SOURCES fuzz/fuzz_journal.c LIBS fv_common)

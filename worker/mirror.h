@@ -1,7 +1,7 @@
 /*
  * mirror.h - the KV of a device in the host's memory, page for page.
  *
- * Decode path: station 6 of 10, before the device gets the same. Where a device keeps KV, a second arena of the same size and
+ * Decode path: station 6 of 10, while the device appends and attends, before the step is committed. Where a device keeps KV, a second arena of the same size and
  * with the same page references lies in the slot's segment, in the layout of the CPU backend, which also fills it: K and V
  * arrive in the host's memory anyway. A process that takes the slot over sends its pages to its device.
  *

@@ -365,10 +365,6 @@ static fv_status_t compute(fv_worker_t *worker, fv_error_t *item_errors)
             attends[w->n_attends++] = attend;
         }
     }
-    if ((worker->store != NULL) && (worker->store->mirror != NULL)) {
-        FV_RETURN_IF_ERR(fv_mirror_write(worker->store->mirror, w->copies.data, w->n_copies,
-                                         w->appends.data, w->n_appends));
-    }
     if (w->n_copies > 0U) { /* before any append: it may write into a page that is copied here */
         FV_RETURN_IF_ERR(ops->copy_pages(worker->backend, w->copies.data, w->n_copies));
     }
@@ -380,6 +376,10 @@ static fv_status_t compute(fv_worker_t *worker, fv_error_t *item_errors)
         FV_RETURN_IF_ERR(ops->attend(worker->backend, attends, w->n_attends));
     }
     fv_fault_point(7);
+    if ((worker->store != NULL) && (worker->store->mirror != NULL)) { /* while the device works */
+        FV_RETURN_IF_ERR(fv_mirror_write(worker->store->mirror, w->copies.data, w->n_copies,
+                                         w->appends.data, w->n_appends));
+    }
     return fv_exact_run(worker);
 }
 

@@ -4,7 +4,7 @@
  * Decode path: station 6 of 10, with worker/step.c.
  *
  * Pages lie in a segment of the slot (common/store.h): the KV arena itself where the backend keeps KV in host memory; else a
- * mirror, written before the device is (worker/mirror.h). They need no journal: a step writes them before it commits, only
+ * mirror, written while the device works (worker/mirror.h). They need no journal: a step writes them before it commits, only
  * where no committed token lies.
  *
  * The journal says which page belongs where. A step adds a record for each layer that changed, and commits all of them with
