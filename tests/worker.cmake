@@ -8,7 +8,7 @@ fv_add_test(prop_worker property SOURCES property/prop_worker.c ${_rig}
 fv_add_test(prop_worker_s2 property SOURCES property/prop_worker_s2.c ${_rig}
             LIBS fv_worker Threads::Threads TIMEOUT 300)
 fv_add_test(prop_worker_latent property SOURCES property/prop_worker_latent.c ${_rig}
-            LIBS fv_worker Threads::Threads TIMEOUT 180)
+            LIBS fv_worker Threads::Threads TIMEOUT 400)
 if(FV_WITH_CUDA) # the same histories, each rank a backend of its own on the GPU
     fv_add_test(test_cuda_worker gpu SOURCES property/prop_worker.c ${_rig}
                 LIBS fv_worker Threads::Threads TIMEOUT 300)
