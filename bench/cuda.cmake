@@ -26,6 +26,13 @@ target_compile_definitions(bench_prefill_cuda PRIVATE _DEFAULT_SOURCE)
 target_link_libraries(bench_prefill_cuda PRIVATE fv_cuda_peak fv_kernels CUDA::cudart_static m)
 fv_target_defaults(bench_prefill_cuda)
 
+add_executable(bench_latent_cuda bench_latent_cuda.c ../tests/support/attn_case.c ../tests/support/attn_load.c)
+set_target_properties(bench_latent_cuda PROPERTIES CUDA_ARCHITECTURES 90a-real)
+target_include_directories(bench_latent_cuda PRIVATE ${PROJECT_SOURCE_DIR})
+target_compile_definitions(bench_latent_cuda PRIVATE _DEFAULT_SOURCE)
+target_link_libraries(bench_latent_cuda PRIVATE fv_cuda_peak fv_kernels CUDA::cudart_static m)
+fv_target_defaults(bench_latent_cuda)
+
 if(TARGET fv_worker_cuda) # with NCCL
     add_executable(bench_exchange_nccl bench_exchange_nccl.c)
     target_include_directories(bench_exchange_nccl PRIVATE ${PROJECT_SOURCE_DIR})

@@ -11,10 +11,19 @@
 
 #include <string.h>
 
-static size_t head_bytes(const fv_append_item_t *item, int32_t head_dim)
+/* Of a token's rows of all heads. */
+static size_t k_row_bytes(const fv_append_item_t *item)
 {
-    return (size_t)item->n_kv_heads * (size_t)head_dim *
-           fv_dtype_bytes((fv_dtype_t)item->src_dtype);
+    return (size_t)item->n_kv_heads *
+           ((size_t)item->head_dim_qk * fv_dtype_bytes((fv_dtype_t)item->src_dtype) +
+            item->rope_gap_bytes);
+}
+
+static size_t v_row_bytes(const fv_append_item_t *item)
+{
+    return item->v_in_k ? 0U
+                        : ((size_t)item->n_kv_heads * (size_t)item->head_dim_v *
+                           fv_dtype_bytes((fv_dtype_t)item->src_dtype));
 }
 
 static uint64_t item_pages(const fv_append_item_t *item)
@@ -30,7 +39,7 @@ static uint64_t item_pages(const fv_append_item_t *item)
 static fv_status_t check_pages(const fv_backend_t *backend, const fv_append_item_t *item)
 {
     const size_t page_bytes =
-        fv_cuda_page_bytes(item->kv_dtype, item->head_dim_qk, item->head_dim_v);
+        fv_cuda_page_bytes(item->kv_dtype, item->head_dim_qk, item->head_dim_v, item->v_in_k);
     const uint64_t first = item->local_begin / FV_PAGE_TOKENS;
     const uint64_t n_pages = item_pages(item);
 
@@ -66,7 +75,8 @@ static size_t rows_bytes(const fv_backend_t *backend,
                          size_t n_rows,
                          size_t token_bytes)
 {
-    return ((n_rows == 0U) || reaches(backend, src, row_bytes, n_rows, token_bytes))
+    return ((n_rows == 0U) || (row_bytes == 0U) ||
+            reaches(backend, src, row_bytes, n_rows, token_bytes))
                ? 0U
                : FV_CUDA_STAGE_BYTES(row_bytes * n_rows);
 }
@@ -109,7 +119,7 @@ static fv_status_t send_units(fv_backend_t *backend,
         const int32_t left = item->n_kv_heads - h;
 
         unit.n_heads = (uint8_t)((left < heads_max) ? left : heads_max);
-        unit.k = first->k + (size_t)h * (size_t)item->head_dim_qk * e;
+        unit.k = first->k + (size_t)h * ((size_t)item->head_dim_qk * e + item->rope_gap_bytes);
         unit.v = first->v + (size_t)h * (size_t)item->head_dim_v * e;
         for (int32_t i = 0; i < unit.n_heads; i++) {
             unit.pages[i] = pages[(size_t)(h + i) * item->pages_head_stride];
@@ -123,11 +133,15 @@ static fv_status_t append_item(fv_backend_t *backend, const fv_append_item_t *it
 {
     size_t k_stride = item->k_token_bytes;
     size_t v_stride = item->v_token_bytes;
-    const uint8_t *k = stage_rows(backend, item->k, head_bytes(item, item->head_dim_qk),
-                                  (size_t)item->n_tokens, &k_stride);
-    const uint8_t *v = stage_rows(backend, item->v, head_bytes(item, item->head_dim_v),
-                                  (size_t)item->n_tokens, &v_stride);
-    fv_pull_unit_t unit = {.kind = FV_PULL_APPEND,
+    const uint8_t *k =
+        stage_rows(backend, item->k, k_row_bytes(item), (size_t)item->n_tokens, &k_stride);
+    const uint8_t *v = item->v_in_k ? k
+                                    : stage_rows(backend, item->v, v_row_bytes(item),
+                                                 (size_t)item->n_tokens, &v_stride);
+    fv_pull_unit_t unit = {.kind = item->v_in_k ? FV_PULL_LATENT : FV_PULL_APPEND,
+                           .rope_gap_bytes = (uint32_t)item->rope_gap_bytes,
+                           .norm_alpha = item->norm_alpha,
+                           .norm_eps = item->norm_eps,
                            .k_token_bytes = k_stride,
                            .v_token_bytes = v_stride,
                            .src_dtype = (uint8_t)item->src_dtype,
@@ -158,12 +172,12 @@ fv_status_t fv_cuda_append(fv_backend_t *backend, const fv_append_item_t *items,
         const fv_append_item_t *item = &items[i];
 
         FV_RETURN_IF_ERR(fv_cpu_check_append(item));
-        FV_RETURN_IF_ERR(fv_cuda_check_latent(item->v_in_k));
+        FV_RETURN_IF_ERR(fv_cuda_check_kv(item->kv_dtype));
         FV_RETURN_IF_ERR(check_pages(backend, item));
-        n_bytes += rows_bytes(backend, item->k, head_bytes(item, item->head_dim_qk),
-                              (size_t)item->n_tokens, item->k_token_bytes) +
-                   rows_bytes(backend, item->v, head_bytes(item, item->head_dim_v),
-                              (size_t)item->n_tokens, item->v_token_bytes);
+        n_bytes += rows_bytes(backend, item->k, k_row_bytes(item), (size_t)item->n_tokens,
+                              item->k_token_bytes) +
+                   rows_bytes(backend, item->v, v_row_bytes(item), (size_t)item->n_tokens,
+                              item->v_token_bytes);
     }
     FV_RETURN_IF_ERR(fv_cuda_reserve(backend, n_bytes));
     if (backend->outbox.has_appends) { /* blocks of one launch have no order, two calls do */
@@ -187,8 +201,8 @@ fv_status_t fv_cuda_copy_pages(fv_backend_t *backend, const fv_page_copy_t *copi
         size_t page_bytes = 0;
 
         FV_RETURN_IF_ERR(fv_cpu_check_copy(c));
-        FV_RETURN_IF_ERR(fv_cuda_check_latent(c->v_in_k));
-        page_bytes = fv_cuda_page_bytes(c->kv_dtype, c->head_dim_qk, c->head_dim_v);
+        FV_RETURN_IF_ERR(fv_cuda_check_kv(c->kv_dtype));
+        page_bytes = fv_cuda_page_bytes(c->kv_dtype, c->head_dim_qk, c->head_dim_v, c->v_in_k);
         if (!fv_cuda_page_ok(backend, c->src, page_bytes) ||
             !fv_cuda_page_ok(backend, c->dst, page_bytes)) {
             return fv_fail(FV_ERR_INVALID_ARG,
@@ -211,7 +225,7 @@ fv_status_t fv_cuda_copy_pages(fv_backend_t *backend, const fv_page_copy_t *copi
             .dst = c->dst,
             .n_tokens = (uint32_t)c->n_tokens,
             .k_bytes = (uint32_t)c->head_dim_qk * e,
-            .v_bytes = (uint32_t)c->head_dim_v * e,
+            .v_bytes = c->v_in_k ? 0U : ((uint32_t)c->head_dim_v * e),
             .elem_bytes = e,
             .v_offset = FV_PAGE_TOKENS * (uint32_t)c->head_dim_qk * e,
         };

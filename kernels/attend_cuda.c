@@ -12,6 +12,7 @@
  * alone, which is most of them: strided blocks of two heads differ by one at most. With a pattern for each query head, each
  * is a head of a run, and rows of the page table are shared.
  */
+#include "kernels/latent_cuda.h"
 #include "kernels/lean_cuda_launch.h"
 #include "kernels/stage_cuda.h"
 
@@ -50,6 +51,11 @@ static fv_lean_geometry_t item_geometry(const fv_attn_item_t *item)
     fv_lean_geometry_t g = {
         .kind = item_kind(item), .head_dim_qk = item->head_dim_qk, .head_dim_v = item->head_dim_v};
 
+    if (item->v_in_k) {
+        g.latent = fv_latent_choose(item);
+        g.m_warps = 4;
+        return g;
+    }
     g.m_warps = (n_rows <= 16) ? 1 : ((n_rows <= 32) ? 2 : 4);
     if ((g.kind == (int32_t)FV_LEAN_F32_WIDE) && (g.m_warps == 4) &&
         ((g.head_dim_qk > 128) || (g.head_dim_v > 128))) {
@@ -61,13 +67,14 @@ static fv_lean_geometry_t item_geometry(const fv_attn_item_t *item)
 static bool same_geometry(const fv_lean_geometry_t *a, const fv_lean_geometry_t *b)
 {
     return (a->kind == b->kind) && (a->m_warps == b->m_warps) &&
-           (a->head_dim_qk == b->head_dim_qk) && (a->head_dim_v == b->head_dim_v);
+           (a->head_dim_qk == b->head_dim_qk) && (a->head_dim_v == b->head_dim_v) &&
+           (a->latent == b->latent);
 }
 
 /* Rows of one run: 16 for each warp along rows. */
 static int32_t run_rows(const fv_lean_geometry_t *g)
 {
-    return 16 * g->m_warps;
+    return (g->latent != (int32_t)FV_LATENT_NONE) ? fv_latent_rows(g->latent) : (16 * g->m_warps);
 }
 
 /* At most. */
@@ -149,7 +156,6 @@ static void set_heads(const fv_attn_item_t *item, int32_t head, fv_lean_run_t *r
 static void
 set_places(const fv_attn_item_t *item, int32_t head, const fv_lean_run_t *all, fv_lean_run_t *run)
 {
-    const size_t e = fv_dtype_bytes((fv_dtype_t)item->io_dtype);
     const int32_t each = row_heads(item);
     const size_t q_head = (size_t)(head * head_group(item));
 
@@ -158,9 +164,9 @@ set_places(const fv_attn_item_t *item, int32_t head, const fv_lean_run_t *all, f
     run->q_head = (int32_t)q_head;
     run->n_q_heads = item->n_kv_heads * item->group;
     run->pages = all->pages + (size_t)(head / each) * (size_t)all->pages_stride;
-    run->q = all->q + q_head * (size_t)item->head_dim_qk * e;
+    run->q = all->q + q_head * all->q_head_bytes;
     if (item->n_dst == 0) {
-        run->out = all->out + q_head * (size_t)item->head_dim_v * e;
+        run->out = all->out + q_head * all->out_head_bytes;
         run->lse = (all->lse == NULL) ? NULL : (all->lse + q_head);
     }
 }
@@ -277,7 +283,10 @@ fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *ite
         const fv_lean_geometry_t g = item_geometry(&items[i]);
 
         FV_RETURN_IF_ERR(fv_cpu_check_attend(&items[i]));
-        FV_RETURN_IF_ERR(fv_cuda_check_latent(items[i].v_in_k));
+        FV_RETURN_IF_ERR(fv_cuda_check_kv(items[i].kv_dtype));
+        if (items[i].scores != NULL) {
+            return fv_fail(FV_ERR_UNIMPLEMENTED, "cuda backend: scores: given some, expected none");
+        }
         const fv_tile_list_t pages = fv_cuda_item_pages(&items[i]);
 
         /* the lean runs take more than the prefill kernel's blocks would */
@@ -306,7 +315,9 @@ fv_status_t
 fv_cuda_attend_start(fv_backend_t *backend, const fv_lean_launch_t *launches, size_t n_launches)
 {
     for (size_t i = 0; i < n_launches; i++) {
-        FV_RETURN_IF_ERR(FV_CUDA(fv_lean_cuda_launch(&launches[i], backend->stream)));
+        FV_RETURN_IF_ERR(FV_CUDA((launches[i].latent != (int32_t)FV_LATENT_NONE)
+                                     ? fv_latent_cuda_launch(&launches[i], backend->stream)
+                                     : fv_lean_cuda_launch(&launches[i], backend->stream)));
     }
     return FV_OK;
 }

@@ -4,6 +4,7 @@
 #include "kernels/backend_cuda.h"
 
 #include "common/log.h"
+#include "kernels/latent_cuda.h"
 #include "kernels/lean_cuda_launch.h"
 
 #include <stdio.h>
@@ -80,7 +81,8 @@ static fv_status_t choose_device(fv_backend_t *backend, int32_t device)
     backend->smem_per_sm = properties.sharedMemPerMultiprocessor;
     (void)snprintf(backend->name, sizeof(backend->name), "%.60s", properties.name);
     FV_RETURN_IF_ERR(FV_CUDA(fv_lean_cuda_init((int32_t)properties.sharedMemPerBlockOptin)));
-    return FV_CUDA(fv_prefill_cuda_init());
+    FV_RETURN_IF_ERR(FV_CUDA(fv_prefill_cuda_init()));
+    return FV_CUDA(fv_latent_cuda_init());
 }
 
 /*
@@ -288,6 +290,7 @@ void fv_backend_cuda_unreach(fv_backend_t *backend, const void *begin)
 
 const fv_backend_ops_t fv_backend_cuda = {
     .name = "cuda",
+    .has_latent = true,
     .is_async = true,
     .create = cuda_create,
     .destroy = cuda_destroy,

@@ -267,10 +267,20 @@ fv_status_t fv_prefill_plan(fv_backend_t *backend, const fv_attn_item_t *items, 
 fv_status_t fv_prefill_start(fv_backend_t *backend);
 
 /* Bytes of a page, and whether a reference lies in the arena. */
-static inline size_t fv_cuda_page_bytes(int32_t kv_dtype, int32_t head_dim_qk, int32_t head_dim_v)
+static inline size_t
+fv_cuda_page_bytes(int32_t kv_dtype, int32_t head_dim_qk, int32_t head_dim_v, bool v_in_k)
 {
-    return (size_t)(head_dim_qk + head_dim_v) * FV_PAGE_TOKENS *
+    return (size_t)(head_dim_qk + (v_in_k ? 0 : head_dim_v)) * FV_PAGE_TOKENS *
            fv_dtype_bytes((fv_dtype_t)kv_dtype);
+}
+
+/* What descriptors may ask for and this backend does not serve: refused before anything is read. */
+static inline fv_status_t fv_cuda_check_kv(int32_t kv_dtype)
+{
+    return (kv_dtype == (int32_t)FV_DTYPE_FP8_LATENT)
+               ? fv_fail(FV_ERR_UNIMPLEMENTED,
+                         "cuda backend: kv_dtype: given FP8_LATENT, expected F32, F16 or BF16")
+               : FV_OK;
 }
 
 static inline bool
@@ -286,14 +296,5 @@ FV_MUST_CHECK fv_status_t fv_cpu_check_append(const fv_append_item_t *item);
 FV_MUST_CHECK fv_status_t fv_cpu_check_attend(const fv_attn_item_t *item);
 FV_MUST_CHECK fv_status_t fv_cpu_check_merge(const fv_merge_item_t *item);
 FV_MUST_CHECK fv_status_t fv_cpu_check_copy(const fv_page_copy_t *copy);
-
-/* Pages of latents are not served here yet (has_latent is false): refused before anything is read. */
-static inline fv_status_t fv_cuda_check_latent(bool v_in_k)
-{
-    return v_in_k
-               ? fv_fail(FV_ERR_UNIMPLEMENTED, "cuda backend: v_in_k: given true, expected false "
-                                               "(kind LATENT is served by CPU ranks)")
-               : FV_OK;
-}
 
 #endif /* FV_KERNELS_BACKEND_CUDA_H */

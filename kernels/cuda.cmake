@@ -3,8 +3,8 @@ enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 
 add_library(fv_kernels_cuda STATIC lean_bf16.cu lean_f16.cu lean_f32_wide.cu lean_f16_wide.cu lean_cuda.cu
-                                   prefill_bf16.cu prefill_f16.cu prefill_cuda.cu page_cuda.cu pull_cuda.cu
-                                   merge_cuda.cu)
+                                   prefill_bf16.cu prefill_f16.cu prefill_cuda.cu latent_cuda.cu latent_any.cu
+                                   page_cuda.cu pull_cuda.cu merge_cuda.cu)
 target_include_directories(fv_kernels_cuda PRIVATE ${PROJECT_SOURCE_DIR})
 target_compile_features(fv_kernels_cuda PRIVATE cuda_std_17)
 set_target_properties(fv_kernels fv_kernels_cuda PROPERTIES CUDA_ARCHITECTURES 90a-real CUDA_EXTENSIONS OFF)

@@ -65,6 +65,15 @@ typedef struct fv_lean_dst {
     float *o, *lse_log2;
 } fv_lean_dst_t;
 
+/* Which kernel does a launch: the lean kernel, or for latents (V is a part of K) one of latent_cuda.cu. */
+typedef enum fv_lean_latent {
+    FV_LATENT_NONE = 0,
+    FV_LATENT_ONE = 1, /* wgmma, up to 64 rows */
+    FV_LATENT_PAIR =
+        2, /* the same, up to 128 rows: two CTAs with half of them each read a page together */
+    FV_LATENT_ANY = 3, /* any dims and dtypes, up to 16 rows */
+} fv_lean_latent_t;
+
 /* One block of query rows of one item, its KV heads. Device memory; all pointers are the device's. */
 typedef struct fv_lean_run {
     fv_tile_query_t query; /* of the block's rows at head 0: fv_lean_head_query() */
@@ -76,9 +85,12 @@ typedef struct fv_lean_run {
     float *lse; /* or NULL */
     const fv_lean_dst_t *dst;
     uint64_t q_token_bytes, out_token_bytes, lse_token_stride;
-    int64_t position;    /* of the item's first query token */
-    uint32_t line_begin; /* first tile on the line */
-    int32_t n_tiles;     /* of each head; 1 and is_empty when there is none */
+    uint32_t q_head_bytes, out_head_bytes;
+    uint32_t rope_gap_bytes; /* latents: of a row of Q, between dims [0, dv) and the others */
+    float latent_mu;         /* latents: factor of dims [0, dv) in the scores */
+    int64_t position;        /* of the item's first query token */
+    uint32_t line_begin;     /* first tile on the line */
+    int32_t n_tiles;         /* of each head; 1 and is_empty when there is none */
     int32_t n_kv_heads, group;
     int32_t head_step; /* S2: from one head's pattern to the next one's; 0: they have the same */
     int32_t table_group, table_head; /* heads that share a row of pages; which of them head 0 is */
@@ -145,7 +157,10 @@ typedef struct fv_lean_launch {
     uint32_t v_bytes;
     fv_page_rows_t k_rows, v_rows;
     uint32_t smem_bytes;
-    int32_t kind;    /* fv_lean_kind_t */
+    int32_t kind;   /* fv_lean_kind_t */
+    int32_t latent; /* fv_lean_latent_t */
+    uint32_t
+        n_cluster;   /* CTAs that do a share together, each its rows; n_ctas counts such clusters */
     int32_t m_warps; /* 1, 2 or 4: warps along rows; the others are along tokens */
 #if defined(FV_LEAN_TRACE)
     /* [n_ctas][8] ns: begin, first K, last tile, end; SM; last wait for pieces over; share and pages there */
@@ -187,6 +202,15 @@ static inline FV_HD fv_tile_query_t fv_lean_head_query(const fv_lean_run_t *run,
 static inline FV_HD const fv_page_ref_t *fv_lean_head_pages(const fv_lean_run_t *run, int32_t head)
 {
     return run->pages + (int64_t)((run->table_head + head) / run->table_group) * run->pages_stride;
+}
+
+/* Teams of one launch, which merge late units. */
+static inline uint32_t fv_lean_launch_teams(const fv_lean_launch_t *launch)
+{
+    return launch->n_ctas * launch->n_cluster *
+           ((launch->latent != FV_LATENT_NONE)
+                ? 2U
+                : (uint32_t)fv_lean_cuda_teams(launch->m_warps, launch->is_exact != 0));
 }
 
 /* Where a local page stands in the table of a run. */

@@ -7,6 +7,12 @@
 
 #define AT_ONCE 12U /* pieces of one thread under way (lean_merge.cuh) */
 
+/* Rows of latents are long enough for all teams, and their kernels keep no place for sums of many threads. */
+static uint32_t most_split(const fv_lean_launch_t *launch)
+{
+    return (launch->latent != (int32_t)FV_LATENT_NONE) ? 4U : FV_LEAN_SPLIT_MAX;
+}
+
 /* Whether the group that share s ends in the middle of is merged late: its pieces are n. */
 static bool is_late(const fv_lean_tuning_t *tuning,
                     const fv_lean_launch_t *launch,
@@ -44,7 +50,7 @@ static uint32_t mark_late(const fv_lean_tuning_t *tuning,
         if ((n == 0) || !is_late(tuning, launch, s, n, runs[shares[s + 1U].run].n_rows)) {
             continue;
         }
-        while ((split < FV_LEAN_SPLIT_MAX) && (split * AT_ONCE < n)) {
+        while ((split < most_split(launch)) && (split * AT_ONCE < n)) {
             split *= 4U;
         }
         /* the share after begins in the group */
@@ -67,8 +73,8 @@ static uint32_t deal_late(const fv_lean_launch_t *launch,
                           fv_lean_late_t *late,
                           uint32_t n_late)
 {
-    const uint32_t n_teams =
-        launch->n_ctas * (uint32_t)fv_lean_cuda_teams(launch->m_warps, launch->is_exact != 0);
+    const uint32_t n_teams = fv_lean_launch_teams(launch);
+    const uint32_t split_max = most_split(launch);
     uint32_t n_units = 0;
     bool is_finer = true;
 
@@ -79,7 +85,7 @@ static uint32_t deal_late(const fv_lean_launch_t *launch,
         n_units = 0;
         is_finer = false;
         for (uint32_t i = 0; i < n_late; i++) {
-            if ((late[i].split < FV_LEAN_SPLIT_MAX) && (4U * late[i].split <= late[i].n_pieces)) {
+            if ((late[i].split < split_max) && (4U * late[i].split <= late[i].n_pieces)) {
                 late[i].split *= 4U;
                 is_finer = true;
             }

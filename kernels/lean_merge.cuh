@@ -108,7 +108,7 @@ static __device__ __forceinline__ void fv_lean_sum_lanes(fv_lean_sum_t *sum, int
 static __device__ __forceinline__ void fv_lean_await(const fv_lean_launch_t &p,
                                                      const fv_lean_late_t &late)
 {
-    while (fv_load_acquire(p.arrived + late.first) < late.n_pieces) {
+    while (fv_load_acquire(p.arrived + late.first) < late.n_pieces * p.n_cluster) {
     }
 }
 
@@ -118,7 +118,7 @@ static __device__ __forceinline__ void fv_lean_depart(const fv_lean_launch_t &p,
 {
     uint32_t *counter = p.arrived + late.first;
 
-    if (atomicAdd(counter, 1U) + 1U == late.n_pieces + late.n_units) {
+    if (atomicAdd(counter, 1U) + 1U == late.n_pieces * p.n_cluster + late.n_units) {
         *counter = 0;
     }
 }

@@ -7,6 +7,7 @@
  * its borders cut (lean_cuda.h).
  */
 #include "kernels/backend_cuda.h"
+#include "kernels/latent_cuda.h"
 #include "kernels/lean_cuda_launch.h"
 
 #include <stdlib.h>
@@ -24,6 +25,7 @@ static const fv_lean_tuning_t k_tuning = {
     .first_percent = 90,
     .tail_tiles = {8, 8},
     .prefill_tiles = 4,
+    .latent_tiles = 2,
     .early_bytes = 64U << 10U,
     .tail_bytes = 16U << 10U,
     .is_cooperative = 1,
@@ -230,8 +232,12 @@ static void make_shares(fv_backend_t *backend,
     uint32_t r = 0;
 
     launch->n_tiles = (uint32_t)draft->n_tiles;
-    most = (launch->m_warps < 4) ? launch->n_tiles
-                                 : (uint32_t)fv_div_up(launch->n_tiles, tuning->prefill_tiles);
+    most = launch->n_tiles;
+    if (launch->m_warps == 4) {
+        most = (uint32_t)fv_div_up(launch->n_tiles, (launch->latent != (int32_t)FV_LATENT_NONE)
+                                                        ? tuning->latent_tiles
+                                                        : tuning->prefill_tiles);
+    }
     launch->n_ctas = (most < n_ctas) ? most : n_ctas;
     launch->n_shares =
         cut_line(tuning, launch->n_tiles, launch->n_ctas, launch->m_warps, backend->begins);
@@ -294,6 +300,8 @@ fv_status_t fv_lean_plan(fv_backend_t *backend, const fv_lean_draft_t *draft)
     launch.head_dim_qk = g->head_dim_qk;
     launch.head_dim_v = g->head_dim_v;
     launch.kind = g->kind;
+    launch.latent = g->latent;
+    launch.n_cluster = (g->latent == (int32_t)FV_LATENT_PAIR) ? 2U : 1U;
     launch.m_warps = g->m_warps;
     launch.n_q_parts = draft->n_q_parts;
     launch.slot_rows = draft->rows_max;
@@ -307,8 +315,13 @@ fv_status_t fv_lean_plan(fv_backend_t *backend, const fv_lean_draft_t *draft)
     launch.is_exact = ((g->kind == (int32_t)FV_LEAN_BF16) || (g->kind == (int32_t)FV_LEAN_F16)) &&
                       (draft->n_q_parts == 1) && (g->head_dim_qk == g->head_dim_v) &&
                       ((g->head_dim_v == 64) || (g->head_dim_v == 128));
-    FV_RETURN_IF_ERR(set_ring(backend, draft, &launch, &ctas));
-    n_ctas = (uint32_t)(backend->n_sms * ctas);
+    if (g->latent != (int32_t)FV_LATENT_NONE) {
+        launch.smem_bytes = fv_latent_cuda_smem(g->latent, g->head_dim_qk, g->head_dim_v);
+        ctas = 1;
+    } else {
+        FV_RETURN_IF_ERR(set_ring(backend, draft, &launch, &ctas));
+    }
+    n_ctas = (uint32_t)(backend->n_sms * ctas) / launch.n_cluster;
     if ((backend->tuning.launch_ctas > 0U) && (backend->tuning.launch_ctas < n_ctas)) {
         n_ctas = backend->tuning.launch_ctas;
     }

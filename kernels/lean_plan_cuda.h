@@ -10,6 +10,7 @@
 /* Items with the same geometry go into one launch. */
 typedef struct fv_lean_geometry {
     int32_t kind, m_warps, head_dim_qk, head_dim_v; /* kind: fv_lean_kind_t */
+    int32_t latent;                                 /* fv_lean_latent_t */
 } fv_lean_geometry_t;
 
 /* A launch in the making. */
@@ -33,6 +34,7 @@ typedef struct fv_lean_tuning {
     uint32_t first_percent; /* of the line in the first round */
     uint32_t tail_tiles[2]; /* least of a share of later rounds: up to 16 rows, to 32 */
     uint32_t prefill_tiles; /* least of a share of more than 32 rows */
+    uint32_t latent_tiles;  /* least of a share of latents */
     uint32_t early_bytes;   /* of a group's pieces, most that its last arriver merges */
     uint32_t tail_bytes;    /* the same where the group ends in the last shares */
     uint32_t

@@ -99,9 +99,7 @@ static __device__ __forceinline__ fv_lean_target_t fv_lean_find_target(const fv_
         target.dtype = FV_DTYPE_F32;
         return target;
     }
-    const uint64_t e = (run.io_dtype == FV_DTYPE_F32) ? 4U : 2U;
-
-    target.o = run.out + (uint64_t)r.t * run.out_token_bytes + (uint64_t)r.h * (uint64_t)dv * e;
+    target.o = run.out + (uint64_t)r.t * run.out_token_bytes + (uint64_t)r.h * run.out_head_bytes;
     target.lse =
         (run.lse == NULL) ? NULL : (run.lse + (uint64_t)r.t * run.lse_token_stride + (uint64_t)r.h);
     target.lse_unit = FV_LEAN_LN2;

@@ -60,19 +60,29 @@ static size_t span(size_t token_bytes, size_t row_bytes, uint64_t n_tokens)
     return (size_t)(n_tokens - 1U) * token_bytes + row_bytes;
 }
 
+/* From row to row of a token's results. */
+static size_t out_head_bytes(const fv_merge_item_t *item)
+{
+    return (item->out_head_bytes != 0U)
+               ? item->out_head_bytes
+               : ((size_t)item->head_dim_v * fv_dtype_bytes((fv_dtype_t)item->io_dtype));
+}
+
 /* Are all tokens that the item writes to, whole, where the device reaches them? */
 static bool is_out_direct(const fv_backend_t *backend,
                           const fv_merge_item_t *item,
                           const void *dst,
                           size_t token_bytes,
+                          size_t head_bytes,
                           size_t row_bytes)
 {
     const uint64_t first = item->row_base / item->row_len;
     const uint64_t last = (item->row_base + item->n_rows - 1U) / item->row_len;
 
-    return fv_cuda_is_pinned(
-        backend, (const uint8_t *)dst + first * token_bytes,
-        span(token_bytes, (size_t)item->row_len * row_bytes, last - first + 1U));
+    return fv_cuda_is_pinned(backend, (const uint8_t *)dst + first * token_bytes,
+                             span(token_bytes,
+                                  (size_t)(item->row_len - 1U) * head_bytes + row_bytes,
+                                  last - first + 1U));
 }
 
 /*
@@ -83,6 +93,7 @@ static fv_status_t stage_rows_out(fv_backend_t *backend,
                                   const fv_merge_item_t *item,
                                   void *dst,
                                   size_t token_bytes,
+                                  size_t head_bytes,
                                   size_t row_bytes,
                                   void **out)
 {
@@ -91,7 +102,7 @@ static fv_status_t stage_rows_out(fv_backend_t *backend,
     uint8_t *staged = NULL;
 
     *out = dst;
-    if (is_out_direct(backend, item, dst, token_bytes, row_bytes)) {
+    if (is_out_direct(backend, item, dst, token_bytes, head_bytes, row_bytes)) {
         return FV_OK;
     }
     staged = backend->staging_host +
@@ -103,11 +114,11 @@ static fv_status_t stage_rows_out(fv_backend_t *backend,
         const uint64_t end = item->row_base + item->n_rows - row;
         const uint64_t to = (end < item->row_len) ? end : item->row_len;
         const fv_cuda_scatter_t scatter = {
-            .dst = (uint8_t *)dst + t * token_bytes + from * row_bytes,
+            .dst = (uint8_t *)dst + t * token_bytes + from * head_bytes,
             .src = staged + (t - first) * item->row_len * row_bytes + from * row_bytes,
-            .row_bytes = (size_t)(to - from) * row_bytes,
-            .n_rows = 1,
-            .dst_stride = 0,
+            .row_bytes = (head_bytes == row_bytes) ? ((size_t)(to - from) * row_bytes) : row_bytes,
+            .n_rows = (head_bytes == row_bytes) ? 1U : (size_t)(to - from),
+            .dst_stride = head_bytes,
         };
 
         FV_RETURN_IF_ERR(fv_cuda_scatter(backend, scatter));
@@ -125,20 +136,23 @@ stage_results(fv_backend_t *backend, const fv_merge_item_t *item, fv_merge_unit_
     void *out = NULL;
     void *lse = NULL;
 
-    FV_RETURN_IF_ERR(
-        stage_rows_out(backend, item, item->out, item->out_token_bytes, row_bytes, &out));
+    FV_RETURN_IF_ERR(stage_rows_out(backend, item, item->out, item->out_token_bytes,
+                                    out_head_bytes(item), row_bytes, &out));
     unit->row_base = item->row_base;
     unit->out = out;
     unit->out_token_bytes = item->out_token_bytes;
+    unit->out_head_bytes = out_head_bytes(item);
     if (out != item->out) { /* dense, and begins at the first token */
         unit->out_token_bytes = item->row_len * row_bytes;
+        unit->out_head_bytes = row_bytes;
         unit->out_first = first;
     }
     if (item->lse == NULL) {
         return FV_OK;
     }
     FV_RETURN_IF_ERR(stage_rows_out(backend, item, item->lse,
-                                    item->lse_token_stride * sizeof(float), sizeof(float), &lse));
+                                    item->lse_token_stride * sizeof(float), sizeof(float),
+                                    sizeof(float), &lse));
     unit->lse = lse;
     unit->lse_token_stride = item->lse_token_stride;
     if (lse != item->lse) {
@@ -154,12 +168,13 @@ static size_t item_out_bytes(const fv_backend_t *backend, const fv_merge_item_t 
     const size_t n_rows = (size_t)((item->n_rows / item->row_len + 2U) * item->row_len);
     size_t n_bytes = 0;
 
-    if (!is_out_direct(backend, item, item->out, item->out_token_bytes, row_bytes)) {
+    if (!is_out_direct(backend, item, item->out, item->out_token_bytes, out_head_bytes(item),
+                       row_bytes)) {
         n_bytes += FV_CUDA_STAGE_BYTES(n_rows * row_bytes);
     }
     if ((item->lse != NULL) &&
         !is_out_direct(backend, item, item->lse, item->lse_token_stride * sizeof(float),
-                       sizeof(float))) {
+                       sizeof(float), sizeof(float))) {
         n_bytes += FV_CUDA_STAGE_BYTES(n_rows * sizeof(float));
     }
     return n_bytes;
@@ -211,7 +226,7 @@ static fv_status_t make_unit(fv_backend_t *backend,
 /* What one merge() needs. */
 typedef struct plan {
     size_t n_units, n_parts, n_pairs;
-    uint64_t n_rows;
+    uint64_t n_jobs;
     size_t stage_bytes; /* at most, for states and results that the device does not reach */
 } plan_t;
 
@@ -229,14 +244,14 @@ static fv_status_t make_plan(const fv_backend_t *backend,
                 item_stage_bytes(backend, &items[i]) + item_out_bytes(backend, &items[i]);
             plan->n_units++;
             plan->n_parts += (size_t)items[i].n_parts;
-            plan->n_rows += items[i].n_rows;
+            plan->n_jobs += items[i].n_rows * fv_merge_row_jobs(items[i].head_dim_v);
         }
     }
-    if ((plan->n_rows > ROWS_MAX) || (plan->n_parts > UNITS_MAX)) {
+    if ((plan->n_jobs > ROWS_MAX) || (plan->n_parts > UNITS_MAX)) {
         return fv_fail(
             FV_ERR_INVALID_ARG,
             "kernels: merge: given %llu rows and %zu parts, expected at most %llu and %zu",
-            (unsigned long long)plan->n_rows, plan->n_parts, (unsigned long long)ROWS_MAX,
+            (unsigned long long)plan->n_jobs, plan->n_parts, (unsigned long long)ROWS_MAX,
             UNITS_MAX);
     }
     return FV_OK;
@@ -258,7 +273,7 @@ static fv_status_t fill_blob(fv_backend_t *backend,
     void *const parts_at = backend->merge_blob + fv_merge_parts_at(plan->n_pairs, plan->n_units);
     fv_merge_unit_t *unit = units_at;
     fv_merge_part_t *part = parts_at;
-    uint64_t n_rows = 0;
+    uint64_t n_jobs = 0;
 
     if (plan->n_pairs > 0) {
         memcpy(backend->merge_blob, sync->pairs, plan->n_pairs * sizeof(*sync->pairs));
@@ -268,11 +283,11 @@ static fv_status_t fill_blob(fv_backend_t *backend,
             continue;
         }
         *unit = (fv_merge_unit_t){
-            .row_begin = n_rows,
+            .job_begin = n_jobs,
             .part_begin = (uint32_t)(part - (const fv_merge_part_t *)parts_at),
         };
         FV_RETURN_IF_ERR(make_unit(backend, &items[i], sync, unit, part));
-        n_rows += items[i].n_rows;
+        n_jobs += items[i].n_rows * fv_merge_row_jobs(items[i].head_dim_v);
         part += items[i].n_parts;
         unit++;
     }
@@ -304,14 +319,14 @@ fv_status_t fv_cuda_merge(fv_backend_t *backend,
     plan_t plan;
 
     FV_RETURN_IF_ERR(make_plan(backend, items, n_items, sync, &plan));
-    if ((plan.n_rows == 0) && (plan.n_pairs == 0)) {
+    if ((plan.n_jobs == 0) && (plan.n_pairs == 0)) {
         return FV_OK;
     }
     launch.n_blocks_ll = (uint32_t)backend->n_sms * BLOCKS_PER_SM_LL;
     launch.blob_bytes = fv_align_up(fv_merge_parts_at(plan.n_pairs, plan.n_units) +
                                         plan.n_parts * sizeof(fv_merge_part_t),
                                     16U);
-    launch.n_rows = plan.n_rows;
+    launch.n_jobs = plan.n_jobs;
     launch.n_pairs = (uint32_t)plan.n_pairs;
     launch.n_units = (uint32_t)plan.n_units;
     for (size_t i = 0; i < plan.n_pairs; i++) {

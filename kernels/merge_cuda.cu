@@ -23,10 +23,10 @@
 
 #define WARPS      4U
 #define THREADS    (WARPS * 32U)
-#define BLOCKS_MAX 1056U /* 8 for each SM; more rows go round */
-#define AT_ONCE    4U    /* parts whose rows are read together */
-#define COLS       2U    /* float4 of each lane: head_dim_v <= 256 */
-#define POLLS      256U  /* between looks at clock and abort word */
+#define BLOCKS_MAX 1056U                  /* 8 for each SM; more rows go round */
+#define AT_ONCE    4U                     /* parts whose rows are read together */
+#define COLS       (FV_MERGE_DIMS / 128U) /* float4 of each lane */
+#define POLLS      256U                   /* between looks at clock and abort word */
 #define LN2        0.69314718055994530942F
 
 static __device__ __forceinline__ uint64_t clock_ns()
@@ -179,7 +179,7 @@ find_unit(const fv_merge_unit_t *units, uint32_t n_units, uint64_t row)
     while (high - low > 1) {
         const uint32_t middle = low + (high - low) / 2;
 
-        if (units[middle].row_begin <= row) {
+        if (units[middle].job_begin <= row) {
             low = middle;
         } else {
             high = middle;
@@ -237,6 +237,7 @@ typedef struct job {
     float *lse;   /* of the row, or NULL */
     uint64_t i;   /* row of the parts */
     uint32_t n_parts, dv;
+    uint32_t begin, end; /* its columns */
     int32_t io_dtype;
 } job_t;
 
@@ -246,21 +247,24 @@ static __device__ __forceinline__ job_t make_job(const fv_merge_unit_t *units,
                                                  uint64_t row)
 {
     const fv_merge_unit_t *u = find_unit(units, n_units, row);
-    const uint64_t i = row - u->row_begin;
+    const uint32_t n_jobs = fv_merge_row_jobs(u->head_dim_v);
+    const uint32_t which = (n_jobs == 1U) ? 0U : (uint32_t)((row - u->job_begin) % n_jobs);
+    const uint64_t i = (n_jobs == 1U) ? (row - u->job_begin) : ((row - u->job_begin) / n_jobs);
     const uint64_t at = u->row_base + i;
     const bool is_small = (at >> 32U) == 0 && (u->row_len >> 32U) == 0; /* division is dear */
     const uint64_t t =
         is_small ? (uint64_t)((uint32_t)at / (uint32_t)u->row_len) : (at / u->row_len);
     const uint64_t h = at - t * u->row_len;
-    const uint64_t e = (u->io_dtype == FV_DTYPE_F32) ? 4U : 2U;
     job_t job;
 
     job.parts = parts + u->part_begin;
-    job.out = u->out + (t - u->out_first) * u->out_token_bytes + h * (uint64_t)u->head_dim_v * e;
+    job.out = u->out + (t - u->out_first) * u->out_token_bytes + h * u->out_head_bytes;
     job.lse = (u->lse == NULL) ? NULL : (u->lse + (t - u->lse_first) * u->lse_token_stride + h);
     job.i = i;
     job.n_parts = u->n_parts;
     job.dv = (uint32_t)u->head_dim_v;
+    job.begin = which * FV_MERGE_DIMS;
+    job.end = min(job.begin + FV_MERGE_DIMS, job.dv);
     job.io_dtype = u->io_dtype;
     return job;
 }
@@ -283,10 +287,10 @@ look_words(words_t *w, const job_t &job, const fv_merge_part_t &part)
     w->lse = look_ll2((const uint32_t *)part.lse_log2 + 2U * job.i);
 #pragma unroll
     for (uint32_t c = 0; c < COLS; c++) {
-        const uint32_t col = min((c * 32U + (threadIdx.x & 31U)) * 4U, job.dv - 4U);
+        const uint32_t col = min(job.begin + (c * 32U + (threadIdx.x & 31U)) * 4U, job.end - 4U);
         const uint32_t *at = (const uint32_t *)part.o + 2U * (job.i * job.dv + col);
 
-        if (c * 128U < job.dv) {
+        if (job.begin + c * 128U < job.end) {
             w->low[c] = look_ll(at);
             w->high[c] = look_ll(at + 4);
         }
@@ -301,7 +305,7 @@ take_words(batch_t *b, uint32_t i, const words_t &w, const job_t &job, uint32_t 
 
 #pragma unroll
     for (uint32_t c = 0; c < COLS; c++) {
-        if (c * 128U < job.dv) {
+        if (job.begin + c * 128U < job.end) {
             b->o[i][c] = make_float4(__uint_as_float(w.low[c].x), __uint_as_float(w.low[c].z),
                                      __uint_as_float(w.high[c].x), __uint_as_float(w.high[c].z));
             is_there = is_there && has_come(w.low[c], value) && has_come(w.high[c], value);
@@ -317,9 +321,9 @@ load_plain(batch_t *b, uint32_t i, const job_t &job, const fv_merge_part_t &part
     b->lse[i] = __ldcg(part.lse_log2 + job.i);
 #pragma unroll
     for (uint32_t c = 0; c < COLS; c++) {
-        const uint32_t col = min((c * 32U + (threadIdx.x & 31U)) * 4U, job.dv - 4U);
+        const uint32_t col = min(job.begin + (c * 32U + (threadIdx.x & 31U)) * 4U, job.end - 4U);
 
-        if (c * 128U < job.dv) {
+        if (job.begin + c * 128U < job.end) {
             b->o[i][c] = __ldcg((const float4 *)(part.o + job.i * job.dv + col));
         }
     }
@@ -409,16 +413,16 @@ static __device__ __forceinline__ void store_row(const job_t &job, const row_sum
 
 #pragma unroll
     for (uint32_t c = 0; c < COLS; c++) {
-        const uint32_t col = (c * 32U + lane) * 4U;
+        const uint32_t col = job.begin + (c * 32U + lane) * 4U;
 
-        if (col < job.dv) {
+        if (col < job.end) {
             store4(job.out + col * e, job.io_dtype,
                    make_float4(
                        is_empty ? 0.0F : (sum.o[c].x / w), is_empty ? 0.0F : (sum.o[c].y / w),
                        is_empty ? 0.0F : (sum.o[c].z / w), is_empty ? 0.0F : (sum.o[c].w / w)));
         }
     }
-    if ((lane == 0) && (job.lse != NULL)) {
+    if ((lane == 0) && (job.begin == 0) && (job.lse != NULL)) {
         *job.lse = (top + log2f(w)) * LN2;
     }
 }
@@ -476,7 +480,7 @@ static __device__ __forceinline__ void merge(const fv_merge_launch_t &p, const u
     if (p.is_staged != 0) { /* the blob itself comes by what stands before on the stream */
         asm volatile("griddepcontrol.wait;" ::: "memory");
     }
-    if (row < p.n_rows) {
+    if (row < p.n_jobs) {
         job = make_job(units, p.n_units, parts, row);
     }
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -492,10 +496,10 @@ static __device__ __forceinline__ void merge(const fv_merge_launch_t &p, const u
         *p.attended_ns =
             attended_ns; /* over the bus: not before the signal, whose release would wait for it */
     }
-    while (row < p.n_rows) {
+    while (row < p.n_jobs) {
         merge_row<HAS_LL>(p, job);
         row += stride;
-        if (row < p.n_rows) {
+        if (row < p.n_jobs) {
             job = make_job(units, p.n_units, parts, row);
         }
     }
@@ -537,7 +541,7 @@ start(const void *kernel, const fv_merge_launch_t *launch, void **args, cudaStre
 {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attribute = {};
-    uint64_t n_blocks = (launch->n_rows + WARPS - 1U) / WARPS;
+    uint64_t n_blocks = (launch->n_jobs + WARPS - 1U) / WARPS;
 
     const uint64_t n_senders = (launch->ll_quads + THREADS - 1U) / THREADS;
     const uint64_t most = (launch->ll_quads > 0U) ? launch->n_blocks_ll : BLOCKS_MAX;

@@ -18,6 +18,7 @@
 extern "C" {
 #endif
 
+#define FV_MERGE_DIMS     256U
 #define FV_MERGE_BLOB_MAX 30720U /* bytes that travel as parameters; a kernel takes 32764 in all */
 
 /* One source of a unit's rows. Device addresses. With a value: LL, every word is {word, value} and waited for. */
@@ -32,9 +33,9 @@ typedef struct fv_merge_part {
 typedef struct fv_merge_unit {
     uint8_t *out;
     float *lse; /* or NULL */
-    uint64_t row_base, row_len, out_token_bytes, lse_token_stride;
+    uint64_t row_base, row_len, out_token_bytes, out_head_bytes, lse_token_stride;
     uint64_t out_first, lse_first; /* token that stands at the base */
-    uint64_t row_begin;            /* rows of the units before */
+    uint64_t job_begin;            /* jobs of the units before */
     uint32_t part_begin, n_parts;  /* of the blob's */
     int32_t head_dim_v, io_dtype;
 } fv_merge_unit_t;
@@ -44,7 +45,7 @@ typedef struct fv_merge_launch {
     const uint8_t
         *blob; /* host memory if it is at most FV_MERGE_BLOB_MAX bytes, else device memory */
     uint64_t blob_bytes;
-    uint64_t n_rows;
+    uint64_t n_jobs;
     uint64_t ll_quads;              /* 16-byte pieces of the longest LL message that is sent */
     uint64_t deadline_ns;           /* of waiting for pairs */
     const volatile uint32_t *abort; /* mapped host memory; NULL when there are no pairs */
@@ -55,6 +56,12 @@ typedef struct fv_merge_launch {
     uint32_t n_flags;     /* pairs with something to tell or to wait for */
     uint32_t n_blocks_ll; /* most blocks of a launch with ll_quads */
 } fv_merge_launch_t;
+
+/* A row's columns are done by a warp each FV_MERGE_DIMS: its jobs. Rows of latents have several. */
+static inline FV_HD uint32_t fv_merge_row_jobs(int32_t head_dim_v)
+{
+    return ((uint32_t)head_dim_v + FV_MERGE_DIMS - 1U) / FV_MERGE_DIMS;
+}
 
 /* Where units and parts begin in the blob. */
 static inline FV_HD size_t fv_merge_units_at(size_t n_pairs)

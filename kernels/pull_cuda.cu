@@ -52,8 +52,12 @@ static __device__ __forceinline__ void load_elems(float out[N], const uint8_t *s
 }
 
 /* One 16-byte chunk of a page. */
-static __device__ __forceinline__ void
-put_chunk(uint8_t *dst, const uint8_t *row, uint32_t chunk, int32_t src_dtype, int32_t kv_dtype)
+static __device__ __forceinline__ void put_chunk(uint8_t *dst,
+                                                 const uint8_t *row,
+                                                 uint32_t chunk,
+                                                 int32_t src_dtype,
+                                                 int32_t kv_dtype,
+                                                 float factor)
 {
     const uint32_t src_e = (src_dtype == FV_DTYPE_F32) ? 4U : 2U;
     uint32_t words[4];
@@ -64,7 +68,7 @@ put_chunk(uint8_t *dst, const uint8_t *row, uint32_t chunk, int32_t src_dtype, i
         load_elems<4>(x, row + chunk * 4U * src_e, src_dtype);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            words[i] = __float_as_uint(x[i]);
+            words[i] = __float_as_uint(x[i] * factor);
         }
     } else {
         float x[8];
@@ -73,9 +77,9 @@ put_chunk(uint8_t *dst, const uint8_t *row, uint32_t chunk, int32_t src_dtype, i
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             if (kv_dtype == FV_DTYPE_BF16) {
-                fv_split_rounded<false, 1>(&words[i], 1, x[2 * i], x[2 * i + 1]);
+                fv_split_rounded<false, 1>(&words[i], 1, x[2 * i] * factor, x[2 * i + 1] * factor);
             } else {
-                fv_split_rounded<true, 1>(&words[i], 1, x[2 * i], x[2 * i + 1]);
+                fv_split_rounded<true, 1>(&words[i], 1, x[2 * i] * factor, x[2 * i + 1] * factor);
             }
         }
     }
@@ -104,12 +108,58 @@ static __device__ __forceinline__ void append_unit(uint8_t *arena, const fv_pull
         if (c < k_chunks) {
             put_chunk(page + fv_page_chunk(&k_rows, slot, c),
                       u->k + t * u->k_token_bytes + (uint64_t)h * u->head_dim_qk * src_e, c,
-                      u->src_dtype, u->kv_dtype);
+                      u->src_dtype, u->kv_dtype, 1.0F);
         } else {
             put_chunk(page + FV_PAGE_TOKENS * k_chunks * 16U +
                           fv_page_chunk(&v_rows, slot, c - k_chunks),
                       u->v + t * u->v_token_bytes + (uint64_t)h * u->head_dim_v * src_e,
-                      c - k_chunks, u->src_dtype, u->kv_dtype);
+                      c - k_chunks, u->src_dtype, u->kv_dtype, 1.0F);
+        }
+    }
+}
+
+/* What dims [0, dv) of a latent are multiplied with. All lanes of a warp. */
+static __device__ __forceinline__ float latent_factor(const fv_pull_unit_t *u, const uint8_t *row)
+{
+    const uint32_t src_e = (u->src_dtype == FV_DTYPE_F32) ? 4U : 2U;
+    float sum = 0.0F;
+
+    for (uint32_t d = (threadIdx.x & 31U) * 4U; d < u->head_dim_v; d += 128U) {
+        float x[4];
+
+        load_elems<4>(x, row + d * src_e, u->src_dtype);
+        sum += x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3];
+    }
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+        sum += __shfl_xor_sync(0xffffffffU, sum, lanes);
+    }
+    return 1.0F / sqrtf(u->norm_alpha * (sum / (float)u->head_dim_v) + u->norm_eps);
+}
+
+/* Tokens' latents and RoPE keys into their page: a row by a warp. */
+static __device__ __forceinline__ void append_latent(uint8_t *arena, const fv_pull_unit_t *u)
+{
+    const uint32_t e = (u->kv_dtype == FV_DTYPE_F32) ? 4U : 2U;
+    const uint32_t src_e = (u->src_dtype == FV_DTYPE_F32) ? 4U : 2U;
+    const uint32_t n_chunks = (uint32_t)u->head_dim_qk * e / 16U;
+    const uint32_t dv_chunks = (uint32_t)u->head_dim_v * e / 16U;
+    const fv_page_rows_t rows = fv_page_rows_make(n_chunks * 16U, e);
+
+    for (uint32_t i = threadIdx.x / 32U; i < (uint32_t)u->n_heads * u->n_tokens;
+         i += THREADS / 32U) {
+        const uint32_t t = i / u->n_heads;
+        const uint32_t h = i - t * u->n_heads;
+        const uint8_t *row = u->k + t * u->k_token_bytes +
+                             (uint64_t)h * (u->head_dim_qk * src_e + u->rope_gap_bytes);
+        uint8_t *page = arena + (uint64_t)u->pages[h] * FV_PAGE_UNIT;
+        const float factor = (u->norm_alpha > 0.0F) ? latent_factor(u, row) : 1.0F;
+
+        for (uint32_t c = threadIdx.x & 31U; c < n_chunks; c += 32U) {
+            const bool is_rope = c >= dv_chunks;
+
+            put_chunk(page + fv_page_chunk(&rows, (uint32_t)u->slot + t, c),
+                      row + (is_rope ? u->rope_gap_bytes : 0U), c, u->src_dtype, u->kv_dtype,
+                      is_rope ? 1.0F : factor);
         }
     }
 }
@@ -159,6 +209,8 @@ static __global__ void __launch_bounds__(THREADS)
     __syncthreads();
     if (unit.kind == FV_PULL_APPEND) {
         append_unit(launch.arena, &unit);
+    } else if (unit.kind == FV_PULL_LATENT) {
+        append_latent(launch.arena, &unit);
     } else if (unit.kind == FV_PULL_COPY) {
         copy_unit(&unit);
     } else if (threadIdx.x < unit.n_heads) {

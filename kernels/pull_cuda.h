@@ -25,6 +25,7 @@ extern "C" {
 typedef enum fv_pull_kind {
     FV_PULL_COPY = 0,   /* n_bytes from k to dst */
     FV_PULL_APPEND = 1, /* new tokens of some KV heads that fall into one local page */
+    FV_PULL_LATENT = 3, /* APPEND of latents: k alone, some normalised */
     FV_PULL_PATCH = 2,  /* one entry of some KV heads' page tables: pages[h] to dst + h * n_bytes */
 } fv_pull_kind_t;
 
@@ -37,6 +38,8 @@ typedef struct fv_pull_unit {
     uint8_t kind, n_heads, src_dtype, kv_dtype;
     uint16_t slot, n_tokens;
     uint16_t head_dim_qk, head_dim_v;
+    uint32_t rope_gap_bytes; /* LATENT, these three: fv_append_item_t's */
+    float norm_alpha, norm_eps;
     fv_page_ref_t pages[FV_PULL_HEADS]; /* of each head */
 } fv_pull_unit_t;
 

@@ -13,6 +13,29 @@
 #define LOOK_BYTES  ((size_t)64 << 10)
 #define PATCH_PAGES 4U /* new pages of a table up to which each is a patch */
 
+static size_t n_q_heads(const fv_attn_item_t *item)
+{
+    return (size_t)item->n_kv_heads * (size_t)item->group;
+}
+
+/* From the first byte of a token's Q to its last, what lies between included. */
+static size_t q_span(const fv_attn_item_t *item)
+{
+    const size_t row = (size_t)item->head_dim_qk * fv_dtype_bytes((fv_dtype_t)item->io_dtype) +
+                       item->rope_gap_bytes;
+
+    return (n_q_heads(item) - 1U) * ((item->q_head_bytes != 0U) ? item->q_head_bytes : row) + row;
+}
+
+/* Of a token's results. */
+static size_t out_span(const fv_attn_item_t *item)
+{
+    const size_t row = (size_t)item->head_dim_v * fv_dtype_bytes((fv_dtype_t)item->io_dtype);
+
+    return (n_q_heads(item) - 1U) * ((item->out_head_bytes != 0U) ? item->out_head_bytes : row) +
+           row;
+}
+
 /* Of the results, that is. Small ones are counted without a look: staging has room for them. */
 static size_t result_bytes(const fv_backend_t *backend, const fv_attn_item_t *item, size_t n_rows)
 {
@@ -22,8 +45,7 @@ static size_t result_bytes(const fv_backend_t *backend, const fv_attn_item_t *it
 
     if (!is_partial && (n_bytes > LOOK_BYTES) &&
         fv_cuda_is_pinned(backend, item->out,
-                          item->out_token_bytes * (size_t)(item->n_tokens - 1) +
-                              n_bytes / (size_t)item->n_tokens)) {
+                          item->out_token_bytes * (size_t)(item->n_tokens - 1) + out_span(item))) {
         return FV_CUDA_STAGE_BYTES(n_rows * sizeof(float));
     }
     return FV_CUDA_STAGE_BYTES(n_bytes) + FV_CUDA_STAGE_BYTES(n_rows * sizeof(float)) +
@@ -42,8 +64,7 @@ size_t fv_cuda_item_bytes(const fv_backend_t *backend,
     /* rows of a table are staged in multiples of 4 entries */
     return FV_CUDA_STAGE_BYTES(n_heads * ((n_table > n_pages ? n_table : n_pages) + 8U) *
                                sizeof(fv_page_ref_t)) +
-           FV_CUDA_STAGE_BYTES(n_rows * (size_t)item->head_dim_qk *
-                               fv_dtype_bytes((fv_dtype_t)item->io_dtype)) +
+           FV_CUDA_STAGE_BYTES(fv_align_up(q_span(item), 16U) * (size_t)item->n_tokens) +
            FV_CUDA_STAGE_BYTES((size_t)item->n_dst * sizeof(fv_lean_dst_t)) +
            result_bytes(backend, item, n_rows);
 }
@@ -59,7 +80,7 @@ static fv_status_t check_pages(const fv_backend_t *backend,
 {
     const fv_page_ref_t *pages = item->pages + (size_t)head * item->pages_head_stride;
     const size_t page_bytes =
-        fv_cuda_page_bytes(item->kv_dtype, item->head_dim_qk, item->head_dim_v);
+        fv_cuda_page_bytes(item->kv_dtype, item->head_dim_qk, item->head_dim_v, item->v_in_k);
     fv_page_ref_t top = 0;
 
     for (uint32_t i = begin; i < end; i++) {
@@ -83,7 +104,7 @@ static fv_status_t check_listed_pages(const fv_backend_t *backend,
 {
     const fv_page_ref_t *pages = item->pages + (size_t)kv_head * item->pages_head_stride;
     const size_t page_bytes =
-        fv_cuda_page_bytes(item->kv_dtype, item->head_dim_qk, item->head_dim_v);
+        fv_cuda_page_bytes(item->kv_dtype, item->head_dim_qk, item->head_dim_v, item->v_in_k);
     fv_tile_query_t query = fv_cuda_tokens_query(item, 0, item->n_tokens);
 
     query.head = pattern;
@@ -264,13 +285,18 @@ static fv_status_t stage_pages(fv_backend_t *backend,
 static fv_status_t
 stage_query(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_run_t *run)
 {
-    const size_t row = (size_t)(item->n_kv_heads * item->group) * (size_t)item->head_dim_qk *
-                       fv_dtype_bytes((fv_dtype_t)item->io_dtype);
+    const size_t row = q_span(item);
     const size_t n_bytes = row * (size_t)item->n_tokens;
     const uint8_t *q = item->q;
     size_t offset = 0;
 
     run->q_token_bytes = row;
+    run->q_head_bytes =
+        (uint32_t)((item->q_head_bytes != 0U)
+                       ? item->q_head_bytes
+                       : (size_t)item->head_dim_qk * fv_dtype_bytes((fv_dtype_t)item->io_dtype));
+    run->rope_gap_bytes = (uint32_t)item->rope_gap_bytes;
+    run->latent_mu = (item->latent_mu == 0.0F) ? 1.0F : item->latent_mu;
     if (((item->n_tokens == 1) || (item->q_token_bytes == row)) &&
         fv_cuda_is_pinned(backend, q, n_bytes)) {
         FV_RETURN_IF_ERR(fv_cuda_stage_space(backend, n_bytes, &offset));
@@ -288,6 +314,40 @@ stage_query(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_run_t *ru
 }
 
 /* ------------------------------------------------------------------ results */
+
+/* Rows of several tokens, each token's far apart: where the device reaches them, else staged side by side. */
+static fv_status_t stage_head_rows(fv_backend_t *backend,
+                                   const fv_attn_item_t *item,
+                                   size_t row_bytes,
+                                   fv_lean_run_t *run)
+{
+    const size_t n_heads = n_q_heads(item);
+    const size_t n_tokens = (size_t)item->n_tokens;
+    uint8_t *out = item->out;
+    uint8_t *staged = NULL;
+
+    if (fv_cuda_is_pinned(backend, out, (n_tokens - 1U) * item->out_token_bytes + out_span(item))) {
+        run->out = out;
+        run->out_token_bytes = item->out_token_bytes;
+        run->out_head_bytes = (uint32_t)item->out_head_bytes;
+        return FV_OK;
+    }
+    staged = backend->staging_host + fv_cuda_stage_still(backend, n_tokens * n_heads * row_bytes);
+    run->out = staged;
+    run->out_token_bytes = n_heads * row_bytes;
+    for (size_t t = 0; t < n_tokens; t++) {
+        const fv_cuda_scatter_t scatter = {
+            .dst = out + t * item->out_token_bytes,
+            .src = staged + t * n_heads * row_bytes,
+            .row_bytes = row_bytes,
+            .n_rows = n_heads,
+            .dst_stride = item->out_head_bytes,
+        };
+
+        FV_RETURN_IF_ERR(fv_cuda_scatter(backend, scatter));
+    }
+    return FV_OK;
+}
 
 /* A result of n_rows x row_bytes at dst: there if the device reaches it, else staged for finish(). */
 static fv_status_t stage_result(fv_backend_t *backend,
@@ -342,7 +402,8 @@ stage_partials(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_run_t 
 static fv_status_t
 stage_outputs(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_run_t *run)
 {
-    const size_t n_heads = (size_t)(item->n_kv_heads * item->group);
+    const size_t n_heads = n_q_heads(item);
+    const size_t row_bytes = (size_t)item->head_dim_v * fv_dtype_bytes((fv_dtype_t)item->io_dtype);
     size_t out_stride = item->out_token_bytes;
     size_t lse_stride = item->lse_token_stride * sizeof(float);
     void *out = NULL;
@@ -350,12 +411,15 @@ stage_outputs(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_run_t *
     if (item->n_dst > 0) {
         return stage_partials(backend, item, run);
     }
-    FV_RETURN_IF_ERR(stage_result(backend, item->out,
-                                  n_heads * (size_t)item->head_dim_v *
-                                      fv_dtype_bytes((fv_dtype_t)item->io_dtype),
-                                  (size_t)item->n_tokens, &out_stride, &out));
-    run->out = out;
-    run->out_token_bytes = out_stride;
+    run->out_head_bytes = (uint32_t)row_bytes;
+    if ((item->out_head_bytes != 0U) && (item->out_head_bytes != row_bytes)) {
+        FV_RETURN_IF_ERR(stage_head_rows(backend, item, row_bytes, run));
+    } else {
+        FV_RETURN_IF_ERR(stage_result(backend, item->out, n_heads * row_bytes,
+                                      (size_t)item->n_tokens, &out_stride, &out));
+        run->out = out;
+        run->out_token_bytes = out_stride;
+    }
     if (item->lse != NULL) {
         FV_RETURN_IF_ERR(stage_result(backend, item->lse, n_heads * sizeof(float),
                                       (size_t)item->n_tokens, &lse_stride, &out));

@@ -46,7 +46,7 @@ typedef struct fv_attn_spec {
     float latent_mu;  /* 0 = 1 */
     float norm_alpha; /* of the append; 0 = none */
     bool
-        one_part; /* weights go through the tensor cores in one 16-bit part: the prefill kernel's tolerance */
+        one_part; /* weights go through the tensor cores in one 16-bit part: the tolerance of wgmma kernels */
     bool tame; /* no poison, pages in order: for benchmarks */
     int64_t
         spoil_token; /* 0 = none; else token spoil_token - 1 gets a NaN in K and in V (each its own dim) */
@@ -100,7 +100,8 @@ size_t fv_attn_case_rows(const fv_attn_case_t *attn);
  * The tolerance table. |got - ref| <= relative * |ref| + absolute, absolute in units of v_bound (out) or of 1 (lse).
  *   io:  fp32 2^-22, fp16 2^-11, bf16 2^-8 (rounding of the result)
  *   kv:  fp32 and fp16 1e-5, bf16 2e-5 (weights may be two bf16 parts)
- *         one_part, to it: bf16 2^-8, fp16 2^-11, the rounding of each weight, as in every prefill kernel known to us;
+ *         one_part, to it: bf16 2^-8, fp16 2^-11, the rounding of each weight, as in every prefill kernel and every kernel for
+ *         latents known to us;
  *         two parts would cost a half more of the products. Decode keeps the tighter row.
  *   both grow with the logits: an fp32 logit of size L is only known to L * 2^-24
  */
