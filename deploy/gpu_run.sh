@@ -175,6 +175,10 @@ part_bench() {
         run prefill 60 "$bundle/bin/bench_prefill_cuda" "$work/results/prefill.jsonl"
         cat "$work/results/prefill.log"
     fi
+    if has bench_s2_cuda && [[ $backend == cuda ]]; then # 36 GiB of KV
+        run s2 60 "$bundle/bin/bench_s2_cuda" "$work/results/s2.jsonl"
+        cat "$work/results/s2.log"
+    fi
 }
 
 # What the backend serves, for pytest -k: CUDA ranks refuse added-up scores and FP8 latents in this version.
@@ -276,6 +280,9 @@ part_peers() {
     cat "$work/results/peers.log"
     run peers-prefill 120 python3 "$bundle/bench/peers/prefill.py" --out "$work/results/peers_prefill.json"
     cat "$work/results/peers-prefill.log"
+    run peers-s2 200 python3 "$bundle/bench/peers/s2_prefill.py" --bench "$bundle/bin/bench_s2_cuda" \
+        --out "$work/results/peers_s2_prefill" --seconds 150
+    cat "$work/results/peers-s2.log"
 }
 
 # ---------------------------------------------------------------- main

@@ -55,8 +55,6 @@ static const fv_scale_case_t k_time[] = {
      CHUNK, 0},
     /* one session of a model of 32 layers, S2 of blocks of 64, 8 local, or dense as long as it fits */
     {"one 1M, S2 of 16", "s2", GQA, 1, MI, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0, 16},
-    {"one 8M, S2 of 16", "s2", GQA, 1, 8U * MI, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0, 16},
-    {"one 512k, dense", "s2", GQA, 1, 512U * K, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0, 0},
     {"one 832k, dense", "s2", GQA, 1, 832U * K, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0, 0},
     {"one 1M, dense", "s2", GQA, 1, MI, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0, 0},
     {"one 1664k, dense", "s2", GQA, 1, 1664U * K, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0, 0},
