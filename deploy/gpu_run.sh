@@ -9,6 +9,7 @@
 #   e2e            fovead --backend cuda alone, and with 2 GPUs or more on 2 ranks: the C clients' end-to-end tests, tests/python
 #   service        a rank's step beside its kernel; bench_service, batch 1 x 128k and 64 x 32k tokens, TCP and unix, beside
 #                  the bare echo
+#   mixed          decode of 8 sessions while a prompt of 128k is prefilled, and alone: bench_mixed, by time and uncut
 #   transformers   Hugging Face models generate the same tokens as with SDPA, on one rank and on two
 #   scale [N]      bench/scale/run_gpus.sh over N GPUs (all that there are)
 #   peers          PyTorch's and FlashInfer's attention kernels at the shapes of `bench`, and one table of all
@@ -21,7 +22,7 @@
 set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-[[ $# -ge 1 ]] || { sed -n '2,20p' "$0" && exit 2; }
+[[ $# -ge 1 ]] || { sed -n '2,21p' "$0" && exit 2; }
 mkdir -p "$1" && results=$(cd "$1" && pwd)
 shift
 [[ $# -gt 0 ]] || set -- tests e2e bench
@@ -254,6 +255,24 @@ part_service() {
     wait "$fovead" 2>/dev/null
 }
 
+part_mixed() {
+    local pieces name shape=()
+    read -ra shape <<<"${FV_MIXED_SHAPE:---clients 8 --context 32768 --prompt 131072 --chunk 512}"
+    for pieces in 0 8192; do # 0: by time
+        name=mixed-$pieces
+        if start_fovead --prefill-tokens-per-step "$pieces"; then
+            run "$name" 200 "$bundle/bin/bench_mixed" --connect "unix:$work/fovea.sock" "${shape[@]}" \
+                --rounds "${FV_MIXED_ROUNDS:-3}" --seconds 2 --json "$work/results/$name.json"
+            cat "$work/results/$name.log"
+        else
+            say "$name                      FAILED: fovead did not start"
+            status=1
+        fi
+        kill -TERM "$fovead" 2>/dev/null
+        wait "$fovead" 2>/dev/null
+    done
+}
+
 part_transformers() {
     local n
     for n in 1 2; do
@@ -299,7 +318,7 @@ choose_nccl
 n_gpus=${FV_RUN_GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')}
 : >"$results/table.txt"
 say "$(describe)"
-parts=" tests sanitize bench e2e service transformers scale peers "
+parts=" tests sanitize bench e2e service mixed transformers scale peers "
 while [[ $# -gt 0 ]]; do
     [[ $parts == *" $1 "* ]] || { echo "gpu_run: unknown part $1" >&2 && exit 2; }
     part=$1
@@ -315,6 +334,7 @@ while [[ $# -gt 0 ]]; do
     bench) part_bench "$argument" ;;
     e2e) part_e2e ;;
     service) part_service ;;
+    mixed) part_mixed ;;
     transformers) part_transformers ;;
     scale) part_scale "$argument" ;;
     peers) part_peers ;;
