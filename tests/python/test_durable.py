@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -29,8 +28,8 @@ import fovea
 
 pytestmark = pytest.mark.fovead
 
-N_KILLS = int(os.environ.get("FV_KILLS", "50"))
 RANKS = os.environ.get("FV_TEST_RANKS")
+N_KILLS = int(os.environ.get("FV_KILLS", "15" if RANKS else "50"))
 LAYERS = 3
 
 

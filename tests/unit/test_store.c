@@ -120,7 +120,11 @@ static void run(fv_worker_t *worker,
     assert_int_equal(error.status, FV_OK);
 }
 
-static const uint64_t k_lengths[N_SESSIONS][LAYERS] = {{150, 203}, {80, 140}, {90, 40}};
+/* The last one is closed. */
+static const uint64_t k_lengths[N_SESSIONS + 1U][LAYERS] = {{150, 203},
+                                                            {80, 140},
+                                                            {90, 40},
+                                                            {100, 0}};
 
 static fv_ctl_open_t make_open(uint32_t slot)
 {
