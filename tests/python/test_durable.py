@@ -1,7 +1,8 @@
 """test_durable.py - what survives when every process of the service is killed.
 
-A script of random operations runs twice, with the same seed: undisturbed, and on a service whose processes are all killed
-(SIGKILL) at random moments and started again. Every answer must have the same bits, every acknowledged token must be there.
+A script of random operations runs twice, with the same seed: undisturbed, and on a service whose processes are
+all killed (SIGKILL) at random moments and started again. Every answer must have the same bits, every acknowledged
+token must be there.
 
 FV_KILLS=2000 pytest tests/python/test_durable.py -k random      the long version
 """
@@ -14,7 +15,6 @@ import signal
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +64,7 @@ class Killable:
         command = [
             *launch, os.environ["FOVEAD"], "--listen", self.address, "--kv-memory", "24m",
             "--store-dir", str(self.store), "--shard-tokens", "64",
-            # how a prefill is cut into pieces must not depend on the time that steps take, nor a sum on the cut
+            # how a prefill is cut into pieces must not depend on time, nor a sum on the cut
             "--prefill-tokens-per-step", "128", "--threads", "1", *self.options,
         ]  # fmt: skip
         with self.log.open("ab") as log:
@@ -188,7 +188,7 @@ class Runner:
 
     def check(self) -> None:
         """Every session is there, as long as it was acknowledged to be."""
-        for session, lengths in zip(self.sessions, self.lengths):
+        for session, lengths in zip(self.sessions, self.lengths, strict=True):
             info = self.insist(lambda session=session: self.client.session_info(session))
             assert list(info.layer_tokens) == lengths
             assert info.durability == (0 if self.again is None else 1)
@@ -232,7 +232,7 @@ def test_all_processes_are_killed_at_random_moments(folder: Path) -> None:
             got.check()
     assert n_starts > N_KILLS // 2
     assert len(got.answers) == len(expected.answers)
-    different = [i for i, (a, b) in enumerate(zip(got.answers, expected.answers)) if a != b]
+    different = [i for i, (a, b) in enumerate(zip(got.answers, expected.answers, strict=True)) if a != b]
     assert different == []
     assert service.stop() == 0
     assert not service.store.exists(), sorted(service.store.rglob("*"))  # a clean stop leaves nothing
