@@ -50,7 +50,7 @@ names_wanted() {
         return
     fi
     find "$build/bin" -maxdepth 1 -type f -printf '%f\n' |
-        grep -xE 'fovead|fovea|test_(cuda|gpu|nccl|e2e)_.*|test_.*_(cuda|nccl)|bench_(kernels_cuda|prefill_cuda|s2_cuda|service|mixed|echo|scale|step.*)|bench_.*nccl.*'
+        grep -xE 'fovead|fovea|test_(cuda|gpu|nccl|e2e)_.*|test_.*_(cuda|nccl)|bench_(kernels_cuda|prefill_cuda|s2_cuda|latent_cuda|service|mixed|echo|scale|step.*)|bench_.*nccl.*'
 }
 
 libraries_of() { # FILE...: path of each that it loads

@@ -180,6 +180,10 @@ part_bench() {
         run s2 60 "$bundle/bin/bench_s2_cuda" "$work/results/s2.jsonl"
         cat "$work/results/s2.log"
     fi
+    if has bench_latent_cuda && [[ $backend == cuda ]]; then
+        run latent 60 "$bundle/bin/bench_latent_cuda" 24
+        cat "$work/results/latent.log"
+    fi
 }
 
 # What the backend serves, for pytest -k: CUDA ranks refuse added-up scores and FP8 latents in this version.
