@@ -603,9 +603,8 @@ static fv_status_t open_tables(fv_process_t *p)
 /* After a clean end nobody asks for the sessions again, unless they were meant to stay; a start that failed leaves none. */
 static bool close_ledger(fv_process_t *p, bool has_served, bool is_clean)
 {
-    bool is_discarded = has_served
-                            ? (is_clean && (!p->config.store_keep || p->store.is_anonymous))
-                            : fv_ledger_is_new(p->ledger);
+    bool is_discarded = has_served ? (is_clean && (!p->config.store_keep || p->store.is_anonymous))
+                                   : fv_ledger_is_new(p->ledger);
 
     if (is_discarded) {
         fv_ledger_remove(p->ledger);

@@ -164,7 +164,7 @@ static void test_deadline_of_a_call(void **state)
 static void test_answers_in_reverse_order(void **state)
 {
     fv_rig_t *rig = *state;
-    fv_parcel_t p[N_MAX];
+    static fv_parcel_t p[N_MAX]; /* large for a stack */
     uint64_t tickets[N_MAX];
     fovea_stream_t *stream = NULL;
     fovea_result_t result;
@@ -386,7 +386,7 @@ static void test_a_stream_is_opened_again(void **state)
     fv_rig_t *rig = *state;
     fovea_client_t *patient = NULL;
     fovea_error_t error;
-    fv_parcel_t p[N_AGAIN];
+    static fv_parcel_t p[N_AGAIN];
 
     ok(fovea_connect(rig->address, NULL, &patient, &error), &error);
     for (int with_thread = 0; with_thread < 2; with_thread++) {

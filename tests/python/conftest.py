@@ -66,7 +66,8 @@ class Service:
         return [*launch, fovead, "--listen", self.address, *memory, *extra, *options]
 
     def connect(self, timeout: float = 10.0) -> fovea.Client:
-        return fovea.connect(self.address, timeout=timeout)
+        # (little patience: a service that is stopped here does not come back)
+        return fovea.connect(self.address, timeout=timeout, retry=0.5)
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")
