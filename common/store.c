@@ -16,9 +16,12 @@
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
+#include <time.h>
 #include <unistd.h>
 
-#define JOURNAL_END ".journal"
+#define JOURNAL_END   ".journal"
+#define PREPARE_TRIES 100
+#define SETTLED_S     10
 
 static void default_dir(char *out, size_t cap)
 {
@@ -93,6 +96,10 @@ fv_status_t fv_store_prepare(const fv_store_place_t *place)
 
     (void)snprintf(base, sizeof(base), "%s", place->dir);
     *strrchr(base, '/') = '\0';
+    for (int i = 0; (i < PREPARE_TRIES) && (access(place->dir, F_OK) != 0); i++) {
+        (void)mkdir(base, 0700); /* another service may take it away again while it is empty */
+        (void)mkdir(place->dir, 0700);
+    }
     FV_RETURN_IF_ERR(make_dir(base));
     return make_dir(place->dir);
 }
@@ -283,11 +290,19 @@ void fv_store_clear(const fv_store_place_t *place)
     (void)each_file(place->dir, delete_free);
 }
 
+/* Not one that just begins, and holds no lock yet. */
+static bool is_settled(const char *dir)
+{
+    struct stat info;
+
+    return (stat(dir, &info) == 0) && (info.st_mtime + SETTLED_S < time(NULL));
+}
+
 static bool sweep_one(void *arg, const char *dir, const char *job)
 {
     uint32_t *n_swept = arg;
 
-    if ((strncmp(job, FV_STORE_ANONYMOUS, strlen(FV_STORE_ANONYMOUS)) == 0) &&
+    if ((strncmp(job, FV_STORE_ANONYMOUS, strlen(FV_STORE_ANONYMOUS)) == 0) && is_settled(dir) &&
         (fv_store_delete(dir) == FV_OK)) {
         (*n_swept)++;
     }

@@ -314,6 +314,7 @@ bundle=$here
 backend=${FV_RUN_BACKEND:-cuda}
 trap 'rm -rf "$work"' EXIT
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 NCCL_NVLS_ENABLE=0
+export FV_DURABILITY=${FV_DURABILITY:-none} # figures of the kernels; a mirror of the KV takes as much of /dev/shm
 export OMPI_MCA_hwloc_base_binding_policy=none OMPI_MCA_pml=ob1 OMPI_MCA_btl=self,vader
 unpack
 use_spare_libraries
