@@ -1,8 +1,8 @@
 """test_durable.py - what survives when every process of the service is killed.
 
-A script of random operations runs twice, with the same seed: undisturbed, and on a service whose processes are
-all killed (SIGKILL) at random moments and started again. Every answer must have the same bits, every acknowledged
-token must be there.
+A script of random operations runs twice, with the same seed: undisturbed, and on a service whose processes
+are all killed (SIGKILL) at random moments and started again. Every answer must have the same bits, every
+acknowledged token must be there.
 
 FV_KILLS=2000 pytest tests/python/test_durable.py -k random      the long version
 """
@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -52,12 +52,15 @@ def spec() -> fovea.ModelSpec:
 class Killable:
     """A service that is killed and started again on the same address and store."""
 
+    all: ClassVar[list[Killable]] = []
+
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder, self.options = folder, options
         self.address = f"unix:{folder}/fovea.sock"
         self.store = folder / "store"
         self.log = folder / "service.log"
         self.process: subprocess.Popen[bytes] | None = None
+        Killable.all.append(self)
 
     def start(self) -> fovea.Client:
         launch = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", RANKS] if RANKS else []
@@ -110,6 +113,10 @@ def _offspring(pid: int) -> list[int]:
 def folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="fv-", dir="/dev/shm") as name:
         yield Path(name)
+        for service in Killable.all:  # of a test that failed
+            if service.process is not None and service.process.poll() is None:
+                service.kill()
+        Killable.all.clear()
 
 
 @dataclass
