@@ -1,7 +1,7 @@
 /*
  * worker.h - one rank's share of the service: KV pool, page tables, and the step.
  *
- * The only header of worker/ that others (coord/main.c, tests, bench) include. A worker executes what the
+ * The only header of worker/ that others (coord/main_*, tests, bench) include. A worker executes what the
  * coordinator decided: it never places anything. Rank 0's worker is called directly by the coordinator's engine
  * (through coord/link.h); the others run fv_worker_serve() on their control socket.
  *
