@@ -85,6 +85,8 @@ typedef struct fv_config {
     int32_t session_idle_s;     /* 0 = never */
     int32_t batch_max;          /* items of one request */
     int32_t calls_max;          /* open at once, all connections together */
+    int32_t health_calls_max;   /* of grpc.health.v1, besides calls_max */
+    int32_t first_message_ms;   /* from a call's headers to its message; not of Attend streams */
     int32_t connections_max;
     uint64_t metadata_max; /* bytes */
     /* durability */

@@ -61,6 +61,8 @@ static fv_rpc_config_t rpc_config(const fv_config_t *config, fv_auth_t *auth)
 {
     fv_rpc_config_t rpc = {
         .calls_max = config->calls_max,
+        .health_calls_max = config->health_calls_max,
+        .first_message_ms = config->first_message_ms,
         .connections_max = config->connections_max,
         .unix_mode = (int32_t)strtol(config->unix_mode, NULL, 8), /* "auto": 0 */
         .unix_peers = unix_peers(config->unix_peers),

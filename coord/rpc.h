@@ -15,6 +15,9 @@
  * Admission. With `auth` a call is admitted by its metadata, before any message of it is read (rpc_admit.c), and a stream's
  * token is looked at again for every message. Health is open to everybody, Drain to admins.
  *
+ * A call whose first message does not come within `first_message_ms` ends with DEADLINE_EXCEEDED, so that calls that ask for nothing
+ * do not fill `calls_max`. An Attend stream may be silent: before its first message as between two of them.
+ *
  * Backpressure. A stream with `stream_inflight_max` messages delivered but not yet answered and sent reads no further
  * message, so a slow reader stops its own sending; gRPC's flow control and resource quota bound the rest.
  */
@@ -66,8 +69,11 @@ typedef struct fv_rpc_config {
     int32_t connection_streams_max; /* concurrent calls per connection */
     size_t memory_bytes_max;        /* gRPC resource quota */
     int32_t calls_max;              /* open at once, over it: RESOURCE_EXHAUSTED; 0 = no limit */
-    int32_t connections_max;        /* open at once; a further one is closed; 0 = 4096 */
-    int32_t unix_mode;              /* file mode of unix sockets; 0 = as the umask has it */
+    int32_t health_calls_max;       /* of health, not counted in calls_max; 0 = no limit */
+    int32_t
+        first_message_ms; /* a call other than Attend waits so long for its message; 0 = for ever */
+    int32_t connections_max; /* open at once; a further one is closed; 0 = 4096 */
+    int32_t unix_mode;       /* file mode of unix sockets; 0 = as the umask has it */
     fv_unix_peers_t unix_peers;
     size_t metadata_bytes_max;      /* of one call; over it: RESOURCE_EXHAUSTED; 0 = gRPC's 8 KiB */
     const char *tls_cert, *tls_key; /* PEM files: TLS on every TCP address; NULL or "" = none */

@@ -72,14 +72,30 @@ static void log_refusal(fv_calls_t *calls, const char *why)
     }
 }
 
+bool fv_call_is_health(const fv_call_t *call)
+{
+    return (call->method != NULL) && (call->method->access == FV_ACCESS_ANYBODY);
+}
+
+/* Probes are not kept out by a crowd of other calls, nor can they, open to everybody, keep those out. The call itself is counted. */
+static fv_status_t check_health_calls(const fv_calls_t *calls)
+{
+    if ((calls->health_calls_max > 0) && (calls->n_health > (size_t)calls->health_calls_max)) {
+        return fv_fail(FV_ERR_EXHAUSTED,
+                       "health: %d calls are open, the most this service allows (health_calls_max)",
+                       (int)calls->health_calls_max);
+    }
+    return FV_OK;
+}
+
 fv_status_t fv_call_admit(fv_call_t *call)
 {
     fv_calls_t *calls = call->calls;
 
-    if (call->method->access == FV_ACCESS_ANYBODY) {
-        return FV_OK;
+    if (fv_call_is_health(call)) {
+        return check_health_calls(calls);
     }
-    if ((calls->calls_max > 0) && (calls->n_live > (size_t)calls->calls_max)) {
+    if ((calls->calls_max > 0) && (calls->n_live - calls->n_health > (size_t)calls->calls_max)) {
         return fv_fail(FV_ERR_EXHAUSTED,
                        "calls: %d are open, the most this service allows (calls_max)",
                        (int)calls->calls_max);

@@ -56,7 +56,11 @@ struct fv_call {
     int was_cancelled;
 
     bool was_delivered; /* thread: rpc */
-    fv_call_t *prev;    /* guarded by calls->lock */
+    bool is_waiting;    /* thread: rpc, and what follows: for its first message */
+    int64_t waits_until_us;
+    fv_call_t *waiting_prev;
+    fv_call_t *waiting_next;
+    fv_call_t *prev; /* guarded by calls->lock */
     fv_call_t *next;
 
     pthread_mutex_t lock; /* guards what follows */
@@ -83,6 +87,11 @@ fv_call_t *fv_call_create(fv_calls_t *calls);
 void fv_call_start_close(fv_call_t *call);
 /* Whether it may be made at all, from its metadata. Errors: what to refuse it with. Thread: rpc. */
 FV_MUST_CHECK fv_status_t fv_call_admit(fv_call_t *call);
+/* grpc.health.v1: has a limit of its own. */
+bool fv_call_is_health(const fv_call_t *call);
+/* Its first message is expected from now on; it has come, or the call is over (again: nothing). Thread: rpc. */
+void fv_waiting_add(fv_call_t *call);
+void fv_waiting_remove(fv_call_t *call);
 /* Decides the status, unless it is decided. Lock held. */
 void fv_call_end(fv_call_t *call, int32_t code, const char *text);
 /* Starts whatever the state allows now. Thread: any; no lock held. */

@@ -100,6 +100,7 @@ static void link_call(fv_call_t *call)
     }
     calls->live = call;
     calls->n_live++;
+    calls->n_health += fv_call_is_health(call) ? 1U : 0U;
     (void)pthread_mutex_unlock(&calls->lock);
 }
 
@@ -132,6 +133,7 @@ static void bury_if_over(fv_call_t *call)
         call->next->prev = call->prev;
     }
     calls->n_live--;
+    calls->n_health -= fv_call_is_health(call) ? 1U : 0U;
     signal_if_idle(calls);
     (void)pthread_mutex_unlock(&calls->lock);
     fv_call_unref(call); /* the one of its life */
@@ -184,7 +186,11 @@ static void on_request(fv_call_t *call, bool is_ok)
         } else if (atomic_load(&calls->is_stopping)) {
             fv_call_end(call, GRPC_STATUS_UNAVAILABLE, "the service is stopping");
         }
+        bool expects_message = !call->is_ending;
         (void)pthread_mutex_unlock(&call->lock);
+        if (expects_message) {
+            fv_waiting_add(call);
+        }
         fv_call_pump(call);
     }
     grpc_metadata_array_destroy(&call->metadata);
@@ -213,6 +219,7 @@ static void on_read(fv_call_t *call)
     fv_status_t admitted = FV_OK;
 
     call->received = NULL;
+    fv_waiting_remove(call);
     if (message != NULL) {
         admitted =
             fv_call_recheck(call); /* a call may have been open for long before its message */
@@ -266,6 +273,7 @@ static void on_close(fv_call_t *call)
 {
     fv_calls_t *calls = call->calls;
 
+    fv_waiting_remove(call);
     (void)pthread_mutex_lock(&call->lock);
     atomic_store(&call->is_closed, true);
     call->n_batches--;

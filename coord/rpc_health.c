@@ -81,7 +81,7 @@ void fv_health_message(fv_health_t *health, fv_call_t *call, bool is_watch, fv_s
     }
     (void)pthread_mutex_lock(&health->lock);
     if (is_watch && !add_watcher(health, call)) {
-        fv_call_fail(call, GRPC_RESOURCE_EXHAUSTED, "watch: too many watchers");
+        fv_call_fail(call, GRPC_RESOURCE_EXHAUSTED, "watch: 4096 watch already, the most there may be");
     } else {
         answer(call, health->is_serving ? FV_SERVING : FV_NOT_SERVING);
     }

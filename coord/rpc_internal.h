@@ -5,6 +5,7 @@
  *   rpc_call.c        one call: replies queued, batches started, status decided
  *   rpc_event.c       one call: matched, read, sent, closed; and the list of all calls
  *   rpc_admit.c       one call: who may make it
+ *   rpc_waiting.c     calls whose first message has not come yet
  *   rpc_tls.c         certificates of TCP addresses
  *   rpc_message.c     byte buffers <-> spans and reply pieces
  *   rpc_method.c      the table of methods
@@ -69,7 +70,7 @@ const fv_method_info_t *fv_method_find(const char *path, size_t n_chars);
 
 /* ------------------------------------------------------------------ health, reflection */
 
-#define FV_HEALTH_WATCHERS_MAX 256
+#define FV_HEALTH_WATCHERS_MAX 4096 /* the most that health_calls_max allows */
 
 typedef struct fv_health {
     pthread_mutex_t lock;
@@ -170,13 +171,18 @@ void fv_message_release_pieces(const fv_reply_piece_t *pieces, size_t n_pieces);
 typedef struct fv_calls {
     const fv_rpc_handlers_t *handlers;
     int32_t stream_inflight_max;
-    int32_t calls_max; /* 0 = no limit */
-    fv_auth_t *auth;   /* NULL: nobody is asked */
+    int32_t calls_max;        /* 0 = no limit */
+    int32_t health_calls_max; /* 0 = no limit */
+    int64_t first_message_us; /* 0 = no limit */
+    fv_auth_t *auth;          /* NULL: nobody is asked */
     struct grpc_server *server;
     struct grpc_completion_queue *queue;
     fv_health_t *health;
     fv_span_list_t spans; /* thread: rpc */
     atomic_bool is_stopping;
+    size_t n_health;          /* thread: rpc; of n_live */
+    fv_call_t *waiting_first; /* thread: rpc; calls without a message, the longest wait first */
+    fv_call_t *waiting_last;
     uint64_t n_refused; /* thread: rpc; since the last line in the log */
     int64_t refused_logged_us;
 
@@ -195,6 +201,9 @@ void fv_calls_begin(fv_calls_t *calls, size_t n_requests);
 void fv_calls_on_event(void *tag, bool is_ok);
 /* New calls are refused from here on, streams end as soon as nothing of theirs is under way. */
 void fv_calls_stop(fv_calls_t *calls);
+/* Ends the calls that have waited too long for their first message. Microseconds until it must be asked again, INT64_MAX when
+ * none waits. Thread: rpc. */
+int64_t fv_waiting_expire(fv_calls_t *calls);
 /* Blocks until no call and no request is left. The server must have been shut down. */
 void fv_calls_wait_idle(fv_calls_t *calls);
 

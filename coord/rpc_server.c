@@ -226,9 +226,15 @@ static grpc_event next_event(fv_rpc_t *rpc, uint32_t *n_since_idle)
         return (grpc_event){.type = GRPC_QUEUE_TIMEOUT};
     }
     (*n_since_idle)++;
-    return grpc_completion_queue_next(
-        rpc->queue,
-        wants_idle ? gpr_time_0(GPR_CLOCK_MONOTONIC) : gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
+    int64_t left_us = wants_idle ? 0 : fv_waiting_expire(&rpc->calls);
+    gpr_timespec until = gpr_inf_future(GPR_CLOCK_MONOTONIC);
+    if (wants_idle) {
+        until = gpr_time_0(GPR_CLOCK_MONOTONIC);
+    } else if (left_us != INT64_MAX) {
+        until =
+            gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC), gpr_time_from_micros(left_us, GPR_TIMESPAN));
+    }
+    return grpc_completion_queue_next(rpc->queue, until, NULL);
 }
 
 static void *run(void *arg)
@@ -359,6 +365,8 @@ fv_rpc_start(const fv_rpc_config_t *config, const fv_rpc_handlers_t *handlers, f
     rpc->calls.health = &rpc->health;
     rpc->calls.stream_inflight_max = config->stream_inflight_max;
     rpc->calls.calls_max = config->calls_max;
+    rpc->calls.health_calls_max = config->health_calls_max;
+    rpc->calls.first_message_us = (int64_t)config->first_message_ms * 1000;
     rpc->calls.auth = config->auth;
 
     /* gRPC's threads and ours inherit a full mask: signals go to whoever waits for them in main. */

@@ -186,13 +186,19 @@ fv_rpc_config_t fv_echo_config(const char *address)
 void fv_echo_start(fv_echo_t *echo, const char *address, fv_echo_mode_t mode)
 {
     fv_rpc_config_t config = fv_echo_config(address);
+
+    fv_echo_start_with(echo, &config, mode);
+}
+
+void fv_echo_start_with(fv_echo_t *echo, const fv_rpc_config_t *config, fv_echo_mode_t mode)
+{
     fv_rpc_handlers_t handlers = {.ctx = echo, .on_message = on_message, .on_closed = on_closed};
 
     memset(echo, 0, sizeof(*echo));
     echo->mode = mode;
     (void)pthread_mutex_init(&echo->lock, NULL);
     (void)pthread_cond_init(&echo->changed, NULL);
-    assert_int_equal(fv_rpc_start(&config, &handlers, &echo->rpc), FV_OK);
+    assert_int_equal(fv_rpc_start(config, &handlers, &echo->rpc), FV_OK);
     fv_rpc_set_serving(echo->rpc, true);
     assert_int_equal(pthread_create(&echo->worker, NULL, work, echo), 0);
 }

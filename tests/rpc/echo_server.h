@@ -39,6 +39,8 @@ typedef struct fv_echo {
 
 /* `address` e.g. "127.0.0.1:0". */
 void fv_echo_start(fv_echo_t *echo, const char *address, fv_echo_mode_t mode);
+/* With a config that began as fv_echo_config(). */
+void fv_echo_start_with(fv_echo_t *echo, const fv_rpc_config_t *config, fv_echo_mode_t mode);
 /* Stops and checks that each reference was released once and each call closed. */
 void fv_echo_stop(fv_echo_t *echo, uint32_t grace_ms);
 fv_rpc_config_t fv_echo_config(const char *address);

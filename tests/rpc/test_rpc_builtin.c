@@ -85,6 +85,100 @@ static void test_health(void **state)
     assert_int_equal(echo.n_closed, 0); /* the handler never saw these calls */
 }
 
+#define STATUS_PATH "/fovea.v1.Cluster/GetStatus"
+#define WATCH_PATH  "/grpc.health.v1.Health/Watch"
+
+static void expect_end(fv_raw_call_t *call, int code, const char *part)
+{
+    char text[256];
+
+    assert_int_equal(fv_raw_status(call, text), code);
+    if (strstr(text, part) == NULL) {
+        fail_msg("\"%s\" does not say \"%s\"", text, part);
+    }
+    fv_raw_free(call);
+}
+
+/* Health, open to everybody, has a limit of its own: it fills nobody else's, and is not kept out by it. */
+static void test_health_has_its_own_limit(void **state)
+{
+    fv_rpc_config_t config = fv_echo_config("127.0.0.1:0");
+    fv_raw_call_t *watches[3];
+    fv_echo_t echo;
+
+    (void)state;
+    config.calls_max = 2;
+    config.health_calls_max = 3;
+    fv_echo_start_with(&echo, &config, FV_ECHO_AT_ONCE);
+    fv_raw_client_t *client = fv_raw_open(fv_rpc_address(echo.rpc, 0));
+    for (size_t i = 0; i < FV_COUNT(watches); i++) {
+        watches[i] = fv_raw_start(client, WATCH_PATH, 0);
+        fv_raw_send(watches[i], (i == 0U) ? "\x0a\x01x" : "", (i == 0U) ? 3 : 0);
+        expect_watched(watches[i], (i == 0U) ? 3 : 1); /* one of no known service counts as well */
+    }
+    expect_end(fv_raw_start(client, WATCH_PATH, 0), GRPC_STATUS_RESOURCE_EXHAUSTED,
+               "health: 3 calls are open, the most this service allows (health_calls_max)");
+    assert_int_equal(fv_raw_unary(client, STATUS_PATH, "x", 1, NULL, NULL), GRPC_STATUS_OK);
+    fv_raw_call_t *stream[2]; /* now the others are at their limit, and health goes on */
+    for (size_t i = 0; i < FV_COUNT(stream); i++) {
+        stream[i] = fv_raw_start(client, "/fovea.v1.Attention/Attend", 0);
+        fv_raw_send(stream[i], "x", 1);
+        free(fv_raw_receive(stream[i], &(size_t){0}));
+    }
+    expect_end(fv_raw_start(client, STATUS_PATH, 0), GRPC_STATUS_RESOURCE_EXHAUSTED, "calls_max");
+    fv_raw_free(watches[0]);
+    int code = GRPC_STATUS_RESOURCE_EXHAUSTED;
+    for (int i = 0; (i < 1000) && (code == GRPC_STATUS_RESOURCE_EXHAUSTED);
+         i++) { /* it is over soon */
+        code = fv_raw_unary(client, "/grpc.health.v1.Health/Check", "", 0, NULL, NULL);
+    }
+    assert_int_equal(code, GRPC_STATUS_OK);
+    fv_raw_free(watches[1]);
+    fv_raw_free(watches[2]);
+    fv_raw_free(stream[0]);
+    fv_raw_free(stream[1]);
+    fv_raw_close(client);
+    fv_echo_stop(&echo, 2000);
+}
+
+static void test_a_call_without_its_message_ends(void **state)
+{
+    static const char *const k_paths[] = {
+        "/grpc.health.v1.Health/Check", WATCH_PATH, STATUS_PATH, "/fovea.v1.Cluster/WatchStatus",
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"};
+    fv_rpc_config_t config = fv_echo_config("127.0.0.1:0");
+    fv_raw_call_t *calls[FV_COUNT(k_paths)];
+    fv_echo_t echo;
+
+    (void)state;
+    config.first_message_ms = 300;
+    fv_echo_start_with(&echo, &config, FV_ECHO_AT_ONCE);
+    fv_raw_client_t *client = fv_raw_open(fv_rpc_address(echo.rpc, 0));
+    fv_raw_call_t *stream = fv_raw_start(client, "/fovea.v1.Attention/Attend", 0);
+    fv_raw_call_t *watch = fv_raw_start(client, WATCH_PATH, 0);
+    fv_raw_send(watch, "", 0);
+    expect_watched(watch, 1);
+    for (size_t i = 0; i < FV_COUNT(k_paths); i++) {
+        calls[i] = fv_raw_start(client, k_paths[i], 0);
+    }
+    fv_raw_free(calls[0]); /* from the middle of those that wait */
+    for (size_t i = 1; i < FV_COUNT(k_paths); i++) {
+        expect_end(calls[i], GRPC_STATUS_DEADLINE_EXCEEDED,
+                   "none came in 300 ms (first_message_ms)");
+    }
+    fv_raw_send(stream, "x", 1); /* a stream may be silent, and a watch has its message */
+    size_t n = 0;
+    uint8_t *reply = fv_raw_receive(stream, &n);
+    assert_non_null(reply);
+    free(reply);
+    fv_rpc_set_serving(echo.rpc, false);
+    expect_watched(watch, 2);
+    fv_raw_free(stream);
+    fv_raw_free(watch);
+    fv_raw_close(client);
+    fv_echo_stop(&echo, 2000);
+}
+
 static bool holds(const uint8_t *bytes, size_t n_bytes, const char *text)
 {
     for (size_t i = 0; i + strlen(text) <= n_bytes; i++) {
@@ -211,6 +305,8 @@ int main(void)
     const char *seed = getenv("FV_SEED"); /* NOLINT(concurrency-mt-unsafe): one thread yet */
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_health),
+        cmocka_unit_test(test_health_has_its_own_limit),
+        cmocka_unit_test(test_a_call_without_its_message_ends),
         cmocka_unit_test(test_reflection),
         cmocka_unit_test(test_random_requests),
     };

@@ -93,6 +93,8 @@ static void test_defaults(void **state)
     assert_int_equal(c.session_idle_s, 0);
     assert_int_equal(c.batch_max, 4096);
     assert_int_equal(c.calls_max, 16384);
+    assert_int_equal(c.health_calls_max, 256);
+    assert_int_equal(c.first_message_ms, 60000);
     assert_int_equal(c.connections_max, 4096);
     assert_int_equal(c.metadata_max, 16384);
     assert_string_equal(c.tokens, "");
