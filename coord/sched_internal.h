@@ -1,5 +1,5 @@
 /*
- * sched_internal.h - the scheduler's state, shared by sched.c (commands) and sched_step.c (steps).
+ * sched_internal.h - the scheduler's state, shared by sched.c (commands), sched_step.c (steps) and their parts.
  */
 #ifndef FV_COORD_SCHED_INTERNAL_H
 #define FV_COORD_SCHED_INTERNAL_H
@@ -63,6 +63,20 @@ FV_MUST_CHECK fv_status_t fv_sched_reserve(fv_sched_t *sched, fv_request_t *requ
 void fv_sched_promise_piece(fv_sched_t *sched, const fv_request_t *request, uint32_t slot);
 /* sched_step.c: to the back of the queue. */
 void fv_sched_enqueue(fv_sched_t *sched, fv_request_t *request);
+
+/*
+ * sched_check.c: finds the items' sessions, the model and its spec, and checks all that does not depend on the sessions' lengths.
+ * Nothing is taken; the sessions count as used at formed_us. Repeated while the request waits: its sessions may go meanwhile.
+ * Errors: FV_ERR_NOT_FOUND, FV_ERR_INVALID_ARG, FV_ERR_EXHAUSTED (batch_max), each naming the field.
+ */
+FV_MUST_CHECK fv_status_t fv_sched_resolve(fv_sched_t *sched, fv_request_t *request);
+/*
+ * After fv_sched_resolve(), and when no step under way may change the lengths: what depends on them. ctl_items become those of
+ * the whole request. Errors: FV_ERR_OUT_OF_RANGE, FV_ERR_EXHAUSTED (session_tokens_max), FV_ERR_PRECONDITION.
+ */
+FV_MUST_CHECK fv_status_t fv_sched_check_items(const fv_sched_t *sched, fv_request_t *request);
+/* Bytes of a resolved request's answer: out and lse. */
+uint64_t fv_request_reply_bytes(const fv_request_t *request);
 
 /*
  * sched_piece.c: how many of the request's next tokens fit the allowance, which they are taken from; adds their cost.
