@@ -6,7 +6,9 @@
  */
 #include "coord/auth.h"
 
+#include "common/clock.h"
 #include "common/log.h"
+#include "coord/reload.h"
 
 #include <pthread.h>
 #include <stdlib.h>
@@ -37,6 +39,7 @@ struct fv_auth {
     pthread_mutex_t lock; /* guards what follows */
     fv_auth_table_t table;
     struct stat seen;            /* of the file that was read last */
+    fv_reload_t reload;          /* of a file that could not be read */
     time_t looked_s;             /* when it was looked at last */
     fv_principal_t **principals; /* [n_principals] every one ever named, ascending name */
     size_t n_principals;
@@ -231,10 +234,14 @@ static fv_status_t load(fv_auth_t *auth)
     return status;
 }
 
-static void reload(fv_auth_t *auth)
+/* is_new: it has changed, or somebody asked for it; else a retry. */
+static void reload(fv_auth_t *auth, bool is_new)
 {
-    if (load(auth) != FV_OK) {
-        fv_error("tokens: the last good file stays in force: %s", fv_error_context());
+    if (load(auth) == FV_OK) {
+        fv_reload_succeeded(&auth->reload);
+    } else {
+        (void)fv_reload_failed(&auth->reload, "tokens: the last good file stays in force", is_new,
+                               fv_clock_us());
     }
 }
 
@@ -254,8 +261,11 @@ static void look(fv_auth_t *auth, time_t now_s)
         return;
     }
     auth->looked_s = now_s;
-    if ((stat(auth->path, &now) == 0) && has_changed(&now, &auth->seen)) {
-        reload(auth);
+    if (stat(auth->path, &now) == 0) {
+        bool is_new = has_changed(&now, &auth->seen);
+        if (is_new || fv_reload_is_due(&auth->reload, fv_clock_us())) {
+            reload(auth, is_new);
+        }
     }
 }
 
@@ -324,7 +334,7 @@ void fv_auth_reload(fv_auth_t *auth)
 {
     if (auth->path != NULL) {
         (void)pthread_mutex_lock(&auth->lock);
-        reload(auth);
+        reload(auth, true);
         (void)pthread_mutex_unlock(&auth->lock);
     }
 }

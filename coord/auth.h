@@ -8,7 +8,8 @@
  * expires, ends the streams that it opened at their next message.
  *
  * Principals live as long as the fv_auth_t: sessions point to their owner. The file is looked at at most once a second, when
- * somebody asks, and read again when it has changed; a file that has become bad is reported, and the last good one stays.
+ * somebody asks, and read again when it has changed; a file that has become bad is reported once, tried again
+ * from time to time (reload.h), and the last good one stays.
  */
 #ifndef FV_COORD_AUTH_H
 #define FV_COORD_AUTH_H

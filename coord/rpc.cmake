@@ -12,7 +12,7 @@ add_custom_command(
     DEPENDS ${_rpc_proto_files} ${CMAKE_CURRENT_SOURCE_DIR}/rpc_embed.cmake VERBATIM)
 
 # Who may call: principals, tokens, quotas.
-fv_add_library(fv_auth HEADERS auth.h SOURCES auth.c auth_quota.c LIBS fv_common fv_secret
+fv_add_library(fv_auth HEADERS auth.h reload.h SOURCES auth.c auth_quota.c reload.c LIBS fv_common fv_secret
                PRIVATE_LIBS Threads::Threads)
 
 fv_add_library(fv_rpc HEADERS rpc.h rpc_internal.h rpc_pb.h

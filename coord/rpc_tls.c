@@ -4,9 +4,11 @@
  * gRPC asks for the certificate at every handshake (on its own threads); we look whether the files have changed, at the
  * cost of three stat(). What changed is taken only when certificate and key belong together, so a pair that is being
  * replaced file by file is taken when the second has arrived; until then, and for files gone bad, the last good pair
- * serves. Connections that stand are not touched. TLS 1.2 at least (gRPC's own default).
+ * serves; such files are tried again from time to time (reload.h). Connections that stand are not touched. TLS 1.2 at least (gRPC's own default).
  */
+#include "common/clock.h"
 #include "common/log.h"
+#include "coord/reload.h"
 #include "coord/rpc_internal.h"
 
 #include <grpc/grpc_security.h>
@@ -38,6 +40,7 @@ struct fv_tls {
     char path[N_FILES][FV_TLS_PATH_BYTES]; /* "": none */
     pthread_mutex_t lock;                  /* guards what follows */
     struct stat seen[N_FILES];
+    fv_reload_t reload;
     bool has_served;
 };
 
@@ -199,7 +202,9 @@ static grpc_ssl_certificate_config_reload_status fetch(void *arg,
     grpc_ssl_certificate_config_reload_status answer = GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_UNCHANGED;
 
     (void)pthread_mutex_lock(&tls->lock);
-    if (has_changed(tls) || !tls->has_served) {
+    int64_t now_us = fv_clock_us();
+    bool is_new = has_changed(tls);
+    if (is_new || !tls->has_served || fv_reload_is_due(&tls->reload, now_us)) {
         if (read_set(tls, &set) == FV_OK) {
             grpc_ssl_pem_key_cert_pair pair = {.private_key = set.text[FV_PEM_KEY],
                                                .cert_chain = set.text[FV_PEM_CERT]};
@@ -212,9 +217,11 @@ static grpc_ssl_certificate_config_reload_status fetch(void *arg,
                 fv_info("tls: new certificate from %s", tls->path[FV_PEM_CERT]);
             }
             tls->has_served = true;
+            fv_reload_succeeded(&tls->reload);
             free_set(&set);
         } else {
-            fv_error("tls: the last good certificate stays in force: %s", fv_error_context());
+            (void)fv_reload_failed(&tls->reload, "tls: the last good certificate stays in force",
+                                   is_new, now_us);
         }
     }
     (void)pthread_mutex_unlock(&tls->lock);

@@ -133,6 +133,23 @@ def test_a_new_certificate_is_taken(served, pki, tmp_path):
         assert (pki / key).read_text().splitlines()[1] not in log
 
 
+def test_a_certificate_that_could_not_be_read_is_tried_again(served, pki, tmp_path):
+    address, service = served()
+    pair = {part: (tmp_path / f"{part}.pem", (pki / f"renewed.{end}").read_bytes()) for part, end in
+            {"cert": "pem", "key": "key"}.items()}  # fmt: skip
+    for path, text in pair.values():
+        path.write_bytes(b"x" * len(text))
+    times = {path: path.stat() for path, _ in pair.values()}
+    for _ in range(3):
+        assert served_name(address, pki) == "server"
+    for path, text in pair.values():  # whole now, and nothing of the files' looks tells it
+        path.write_bytes(text)
+        os.utime(path, ns=(times[path].st_atime_ns, times[path].st_mtime_ns))
+        assert path.stat().st_mtime_ns == times[path].st_mtime_ns
+    assert eventually(lambda: served_name(address, pki) == "renewed")
+    assert service.output().count("last good certificate stays") == 1  # once, however many handshakes
+
+
 def start_once(*options: str) -> tuple[int, str]:
     """Exit code and log of a start; 0 as soon as it serves."""
     words = [os.environ["FOVEAD"], "--kv-memory", "1m", "--threads", "1", *options]

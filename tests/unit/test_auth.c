@@ -3,11 +3,15 @@
  */
 #include "common/log.h"
 #include "coord/auth.h"
+#include "coord/reload.h"
 #include "tests/support/test.h"
 
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #define SECOND_US 1000000
@@ -135,6 +139,73 @@ static void test_a_reload(void **state)
     fv_auth_destroy(auth);
 }
 
+/* Another text of the same length, time and inode: nothing tells that the file has changed. */
+static void rewrite_unseen(const char *line, const struct stat *before)
+{
+    const struct timespec times[2] = {before->st_atim, before->st_mtim};
+    struct stat now;
+
+    write_tokens(&line, 1);
+    assert_int_equal(utimensat(AT_FDCWD, g_path, times, 0), 0);
+    assert_int_equal(stat(g_path, &now), 0);
+    assert_int_equal(now.st_size, before->st_size);
+    assert_int_equal(now.st_ino, before->st_ino);
+    assert_int_equal(now.st_mtim.tv_nsec, before->st_mtim.tv_nsec);
+}
+
+static void test_a_failed_reload_is_tried_again(void **state)
+{
+    static const char *const k_good[] = {"alice user"};
+    static const char *const k_bad[] = {"alice nser requests=7"};
+    fv_auth_t *auth = NULL;
+    fv_grant_t *alice = NULL;
+    struct stat bad;
+
+    (void)state;
+    write_tokens(k_good, 1);
+    assert_int_equal(fv_auth_create(g_path, &auth), FV_OK);
+    assert_int_equal(check(auth, "Bearer token-0", &alice), FV_OK);
+    write_tokens(k_bad, 1);
+    assert_int_equal(stat(g_path, &bad), 0);
+    fv_auth_reload(auth); /* it cannot be read */
+    rewrite_unseen("alice user requests=7", &bad);
+    for (int i = 0; (i < 100) && (alice->principal->requests_max == 0); i++) {
+        assert_int_equal(fv_auth_recheck(auth, alice), FV_OK);
+        (void)nanosleep(&(struct timespec){.tv_nsec = 100000000}, NULL);
+    }
+    assert_int_equal(alice->principal->requests_max, 7);
+    fv_grant_unref(alice);
+    fv_auth_destroy(auth);
+}
+
+static void test_when_and_what_a_reload_tells(void **state)
+{
+    fv_reload_t r = {0};
+    int64_t now_us = 1000;
+
+    (void)state;
+    assert_false(fv_reload_is_due(&r, INT64_MAX)); /* nothing has failed */
+    assert_int_equal(fv_fail(FV_ERR_INVALID_ARG, "line 1"), FV_ERR_INVALID_ARG);
+    assert_true(fv_reload_failed(&r, "file", true, now_us));
+    for (int64_t wait_us = FV_RELOAD_FIRST_US; wait_us < FV_RELOAD_MAX_US; wait_us *= 2) {
+        assert_false(fv_reload_is_due(&r, now_us + wait_us - 1));
+        assert_true(fv_reload_is_due(&r, now_us + wait_us));
+        assert_false(fv_reload_failed(&r, "file", false, now_us)); /* told already */
+    }
+    for (int i = 0; i < 100; i++) { /* never rarer than that */
+        assert_false(fv_reload_is_due(&r, now_us + FV_RELOAD_MAX_US - 1));
+        assert_true(fv_reload_is_due(&r, now_us + FV_RELOAD_MAX_US));
+        assert_false(fv_reload_failed(&r, "file", false, now_us));
+    }
+    assert_int_equal(fv_fail(FV_ERR_INVALID_ARG, "line 2"), FV_ERR_INVALID_ARG);
+    assert_true(fv_reload_failed(&r, "file", false, now_us)); /* something else */
+    assert_true(fv_reload_failed(&r, "file", true, now_us));  /* a new file with the same fault */
+    assert_true(fv_reload_is_due(&r, now_us + FV_RELOAD_FIRST_US));
+    fv_reload_succeeded(&r);
+    assert_false(fv_reload_is_due(&r, INT64_MAX));
+    assert_true(fv_reload_failed(&r, "file", false, now_us));
+}
+
 static void test_requests_in_flight(void **state)
 {
     fv_principal_t p = {.name = "p", .requests_max = 2};
@@ -196,6 +267,8 @@ int main(void)
         cmocka_unit_test(test_nobody_is_asked_without_a_file),
         cmocka_unit_test(test_who_gets_in),
         cmocka_unit_test(test_a_reload),
+        cmocka_unit_test(test_a_failed_reload_is_tried_again),
+        cmocka_unit_test(test_when_and_what_a_reload_tells),
         cmocka_unit_test(test_requests_in_flight),
         cmocka_unit_test(test_bytes_a_second),
         cmocka_unit_test(test_sessions_and_kv),
