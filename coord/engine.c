@@ -125,6 +125,11 @@ fv_rpc_handlers_t fv_engine_handlers(fv_engine_t *engine)
                                .on_idle = fv_engine_on_idle};
 }
 
+int fv_engine_stop_signal(const fv_engine_t *engine)
+{
+    return engine->stop_signal;
+}
+
 /* ------------------------------------------------------------------ drain */
 
 void fv_engine_begin_drain(fv_engine_t *engine, uint32_t timeout_ms)
@@ -236,6 +241,7 @@ static void read_wakeups(fv_engine_t *engine, const struct pollfd *fds, int sign
             engine->drain_deadline_us = 0;
         } else {
             fv_info("signal %u: stopping", info.ssi_signo);
+            engine->stop_signal = (int)info.ssi_signo;
             fv_engine_begin_drain(engine, 0);
         }
         (void)pthread_mutex_unlock(&engine->turn);

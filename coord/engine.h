@@ -79,4 +79,7 @@ fv_rpc_handlers_t fv_engine_handlers(fv_engine_t *engine);
  */
 FV_MUST_CHECK fv_status_t fv_engine_run(fv_engine_t *engine, fv_rpc_t *rpc, int signal_fd);
 
+/* After fv_engine_run(): the signal that made it drain; 0: none did, the Drain call perhaps. */
+int fv_engine_stop_signal(const fv_engine_t *engine);
+
 #endif /* FV_COORD_ENGINE_H */

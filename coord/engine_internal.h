@@ -111,6 +111,7 @@ struct fv_engine {
     int64_t sweep_due_us;   /* when idle sessions are looked for again */
     fv_call_t *drain_call;  /* to be answered when drained */
     bool is_draining;
+    int stop_signal; /* that began it; 0: the Drain call */
     int64_t drain_deadline_us;
     uint64_t n_done_at_drain;
 

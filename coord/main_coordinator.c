@@ -17,6 +17,7 @@
 #include "coord/rpc.h"
 #include "coord/version.h"
 
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -102,7 +103,17 @@ static bool can_repair(const fv_process_t *p)
     return (p->config.spares > 0) && !has_gpu;
 }
 
-static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served)
+/*
+ * Whether the service was told to end, and not only its processes: mpirun passes a SIGTERM on when its own parent dies, or when
+ * a batch system takes the job away, and a service that comes back wants its sessions. Alone there is nobody between.
+ */
+static bool is_meant(const fv_process_t *p, int signal)
+{
+    return !p->has_mpi || (signal == 0) || (signal == SIGUSR1);
+}
+
+/* *out_has_served: the door was open. *out_is_over: and it has ended as it was told to, for good. */
+static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served, bool *out_is_over)
 {
     fv_engine_t *engine = NULL;
     fv_rpc_t *rpc = NULL;
@@ -134,6 +145,7 @@ static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served)
     };
 
     *out_has_served = false;
+    *out_is_over = false;
     FV_RETURN_IF_ERR(fv_engine_create(&config, &engine));
     fv_status_t recovered = fv_engine_recover(engine);
     if (recovered != FV_OK) {
@@ -153,6 +165,7 @@ static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served)
     print_banner(p, rpc);
     status = fv_engine_run(engine, rpc, signal_fd);
     fv_error_t error = fv_error_capture(status);
+    *out_is_over = (status == FV_OK) && is_meant(p, fv_engine_stop_signal(engine));
     fv_rpc_destroy(rpc);
     fv_engine_destroy(engine);
     return (status == FV_OK) ? FV_OK : fv_fail(status, "%s", error.text);
@@ -174,11 +187,15 @@ static fv_status_t open_tables(fv_process_t *p)
     return status;
 }
 
-/* After a clean end nobody asks for the sessions again, unless they were meant to stay; a start that failed leaves none. */
-static bool close_ledger(fv_process_t *p, bool has_served, bool is_clean)
+/*
+ * After an end that was meant nobody asks for the sessions again, unless they are to stay, or for those that no name leads to;
+ * a start that failed leaves none.
+ */
+static bool close_ledger(fv_process_t *p, bool has_served, bool is_over, bool is_clean)
 {
-    bool is_discarded = has_served ? (is_clean && (!p->config.store_keep || p->store.is_anonymous))
-                                   : fv_ledger_is_new(p->ledger);
+    bool is_discarded =
+        has_served ? ((is_over && !p->config.store_keep) || (is_clean && p->store.is_anonymous))
+                   : fv_ledger_is_new(p->ledger);
 
     if (is_discarded) {
         fv_ledger_remove(p->ledger);
@@ -194,12 +211,13 @@ static bool close_ledger(fv_process_t *p, bool has_served, bool is_clean)
 int fv_main_run_coordinator(fv_process_t *p, int signal_fd)
 {
     bool has_served = false;
+    bool is_over = false;
     fv_status_t status = open_tables(p);
 
     if (status == FV_OK) {
-        status = serve(p, signal_fd, &has_served);
+        status = serve(p, signal_fd, &has_served, &is_over);
     }
-    bool is_discarded = close_ledger(p, has_served, status == FV_OK);
+    bool is_discarded = close_ledger(p, has_served, is_over, status == FV_OK);
     fv_auth_destroy(p->auth);
     fv_heartbeat_stop(p->heartbeat); /* from here on nobody is missed */
     p->heartbeat = NULL;

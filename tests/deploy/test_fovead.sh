@@ -260,6 +260,23 @@ spare() { # SIGNAL DURABILITY
     nothing_left "spare"
 }
 
+# fovead-run is killed, and mpirun ends its ranks: that was not meant, and the sessions are there again. A stop is, and takes them away.
+killed_launcher() {
+    local model session
+    launched -n 2 || return
+    model=$("$fovea" --address "$address" models register --name killed --layers 1 --q-heads 2 --kv-heads 2 --head-dim 32) ||
+        fail "killed launcher: fovea models register"
+    session=$("$fovea" --address "$address" open "$model") || fail "killed launcher: fovea open"
+    kill -KILL "$job"
+    wait_job
+    nothing_left "killed launcher"
+    FV_STORE_DISCARD=false launched -n 2 || return
+    "$fovea" --address "$address" sessions | grep -q "$session" || fail "killed launcher: the session is gone"
+    kill -TERM "$job"
+    finish "killed launcher" 0
+    [[ -z $(find "$FV_STORE_DIR" -name '*.journal' 2>/dev/null) ]] || fail "killed launcher: a clean stop leaves the store"
+}
+
 # A request is under way when the signal comes: it is finished and answered before the service stops.
 running_request() { # SIGNAL
     local client
@@ -327,6 +344,7 @@ dead_rank_mid_step
 hung_rank
 stopped_rank
 stopped_coordinator
+killed_launcher
 spare KILL none
 spare KILL process
 spare STOP process
