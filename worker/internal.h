@@ -20,9 +20,10 @@ typedef struct fv_step_item {
     fv_session_t *session;
     fv_layer_kv_t *layer;
     fv_item_share_t share;
-    int32_t n_q_heads;    /* local query heads */
-    uint32_t first_entry; /* of the layer's table that this step may have changed */
-    bool failed;          /* its error is in item_errors; it goes on as the empty set */
+    int32_t n_q_heads;           /* local query heads */
+    uint32_t first_entry;        /* of the layer's table that this step may have changed */
+    size_t first_copy, n_copies; /* of the work's copies: its own */
+    bool failed;                 /* its error is in item_errors; it goes on as the empty set */
 } fv_step_item_t;
 
 /* How long the parts of a step took. */

@@ -298,6 +298,29 @@ fv_status_t fv_session_reserve(fv_session_t *session,
     return FV_OK;
 }
 
+void fv_session_share_again(fv_session_t *session,
+                            uint32_t layer,
+                            uint32_t entry,
+                            const fv_page_copy_t *copies,
+                            size_t n_copies,
+                            fv_kv_pool_t *pool)
+{
+    fv_layer_kv_t *l = &session->layers[layer];
+    size_t n = 0;
+
+    for (size_t h = 0; (n < n_copies) && (h < (size_t)session->n_heads); h++) {
+        fv_page_ref_t *page = &l->pages[h * l->stride + entry];
+
+        if (*page == copies[n].dst) { /* heads in order; some may not have been shared */
+            *page = copies[n].src;
+            fv_kv_pool_ref(pool, copies[n].src);
+            fv_kv_pool_unref(pool, copies[n].dst);
+            n++;
+        }
+    }
+    l->table_version += (n > 0U) ? 1U : 0U;
+}
+
 fv_status_t fv_session_set_entries(fv_session_t *session,
                                    uint32_t layer,
                                    uint32_t first,

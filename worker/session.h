@@ -93,6 +93,17 @@ FV_MUST_CHECK fv_status_t fv_session_reserve(fv_session_t *session,
                                              size_t *out_n_copies);
 
 /*
+ * Undoes what fv_session_reserve() did to entry `entry` of a layer, of which it wrote these copies: the shared pages are in the
+ * table again, the own ones are given back. Nobody may have let go of the shared ones meanwhile.
+ */
+void fv_session_share_again(fv_session_t *session,
+                            uint32_t layer,
+                            uint32_t entry,
+                            const fv_page_copy_t *copies,
+                            size_t n_copies,
+                            fv_kv_pool_t *pool);
+
+/*
  * An append at `position` is in: queries before it will not come any more, and the pages that only they could read are
  * given back. Cost: the pages that have died since the last call.
  */

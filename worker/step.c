@@ -266,6 +266,8 @@ static fv_status_t reserve_item(fv_worker_t *worker, fv_step_item_t *item)
                                         worker->pool,
                                         (fv_page_copy_t *)w->copies.data + w->n_copies, &n_copies));
     item->first_entry -= (n_copies > 0U) ? 1U : 0U;
+    item->first_copy = w->n_copies;
+    item->n_copies = n_copies;
     w->n_copies +=
         n_copies; /* stay even if the next fails: the table points to the copies already */
     fv_status_t status = add_appends(w, item);
@@ -398,7 +400,16 @@ static void note_item(fv_worker_t *worker, const fv_step_item_t *item, bool free
     fv_store_note_entries(worker, item->ctl->session_slot, item->session, &entries);
 }
 
-/* Lengths advance, or the reserved pages go back. */
+/* A step that is not done has changed nothing: its copies may not even have been made. */
+static void undo_item(fv_worker_t *worker, const fv_step_item_t *item)
+{
+    fv_session_share_again(item->session, item->ctl->layer, item->first_entry,
+                           (const fv_page_copy_t *)worker->work.copies.data + item->first_copy,
+                           item->n_copies, worker->pool);
+    fv_session_trim(item->session, item->ctl->layer, worker->pool);
+}
+
+/* Lengths advance, or the tables become as they were. */
 static fv_status_t settle(fv_worker_t *worker, const fv_error_t *item_errors, bool is_done)
 {
     fv_step_work_t *w = &worker->work;
@@ -410,7 +421,7 @@ static fv_status_t settle(fv_worker_t *worker, const fv_error_t *item_errors, bo
             continue;
         }
         if (!is_done) {
-            fv_session_trim(item->session, item->ctl->layer, worker->pool);
+            undo_item(worker, item);
             continue;
         }
         if (!item->failed) {

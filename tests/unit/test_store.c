@@ -2,7 +2,7 @@
  * test_store.c - a worker's sessions come back from its slot's files, whole or not at all.
  *
  * Goal:   what was committed answers with the same bits, in place and from a device's mirror; forks, cuts and freed pages are
- *         as they were; whatever is damaged or missing is refused, the rest is kept.
+ *         as they were, also where a step was given up in between; whatever is damaged or missing is refused, the rest is kept.
  * Method: a worker with a store runs a few steps and is left; another one opens its files, as after a death. Answers are
  *         compared bit by bit. Every byte of the journal is damaged once.
  */
@@ -83,13 +83,13 @@ static float value_of(uint32_t seed, size_t i)
 }
 
 /* n tokens at `position`; not an append: a query over what is there. */
-static void run(fv_worker_t *worker,
-                uint32_t slot,
-                uint32_t layer,
-                uint64_t position,
-                uint32_t n,
-                bool is_append,
-                float *out)
+static fv_status_t try_run(fv_worker_t *worker,
+                           uint32_t slot,
+                           uint32_t layer,
+                           uint64_t position,
+                           uint32_t n,
+                           bool is_append,
+                           float *out)
 {
     static float q[256 * HEADS * DIM], k[256 * HEADS * DIM], v[256 * HEADS * DIM];
     const fv_ctl_item_t item = {.session_slot = slot,
@@ -116,8 +116,19 @@ static void run(fv_worker_t *worker,
         k[i] = value_of(11U + slot, i + (size_t)position * HEADS * DIM);
         v[i] = value_of(21U + slot, i + (size_t)position * HEADS * DIM);
     }
-    assert_int_equal(fv_worker_step(worker, &item, &io, 1, &done, &error), FV_OK);
-    assert_int_equal(error.status, FV_OK);
+    fv_status_t status = fv_worker_step(worker, &item, &io, 1, &done, &error);
+    return (status == FV_OK) ? (fv_status_t)error.status : status;
+}
+
+static void run(fv_worker_t *worker,
+                uint32_t slot,
+                uint32_t layer,
+                uint64_t position,
+                uint32_t n,
+                bool is_append,
+                float *out)
+{
+    assert_int_equal(try_run(worker, slot, layer, position, n, is_append, out), FV_OK);
 }
 
 /* The last one is closed. */
@@ -170,7 +181,7 @@ static void query(fv_worker_t *worker, uint32_t slot, float out[LAYERS][HEADS * 
     }
 }
 
-static fv_status_t keep(fv_worker_t *worker, uint32_t slot, uint64_t missing)
+static fv_status_t keep_lengths(fv_worker_t *worker, uint32_t slot, const uint64_t lengths[LAYERS])
 {
     const fv_ctl_keep_t message = {
         .session_slot = slot, .n_layers = LAYERS, .placement = make_open(slot).placement};
@@ -178,9 +189,16 @@ static fv_status_t keep(fv_worker_t *worker, uint32_t slot, uint64_t missing)
     uint64_t floors[LAYERS];
 
     for (uint32_t i = 0; i < LAYERS; i++) {
-        layers[i].n_tokens = k_lengths[slot][i] + missing;
+        layers[i].n_tokens = lengths[i];
     }
     return fv_worker_keep(worker, &message, layers, floors);
+}
+
+static fv_status_t keep(fv_worker_t *worker, uint32_t slot, uint64_t missing)
+{
+    const uint64_t lengths[LAYERS] = {k_lengths[slot][0] + missing, k_lengths[slot][1] + missing};
+
+    return keep_lengths(worker, slot, lengths);
 }
 
 static void check_comes_back(void)
@@ -283,6 +301,102 @@ static void test_other_geometry_is_refused(void **state)
     fv_worker_destroy(worker);
 }
 
+/* ------------------------------------------------------------------ a step that was given up */
+
+static bool g_fails_copy, g_fails_attend;
+
+static fv_status_t copy_or_fail(fv_backend_t *b, const fv_page_copy_t *items, size_t n)
+{
+    return g_fails_copy ? fv_fail(FV_ERR_ABORTED, "given up")
+                        : fv_backend_cpu.copy_pages(b, items, n);
+}
+
+static fv_status_t attend_or_fail(fv_backend_t *b, const fv_attn_item_t *items, size_t n)
+{
+    return g_fails_attend ? fv_fail(FV_ERR_ABORTED, "given up")
+                          : fv_backend_cpu.attend(b, items, n);
+}
+
+/* Session 0 has 30 tokens of layer 0, session 1 is its fork: their one page is shared. */
+static fv_worker_t *make_fork(void)
+{
+    static float out[30 * HEADS * DIM];
+    const fv_ctl_model_t model = make_model();
+    const fv_ctl_open_t open0 = make_open(0);
+    const fv_ctl_fork_t fork1 = {.session_slot = 1, .parent_slot = 0, .at_position = UINT64_MAX};
+    fv_worker_t *worker = make_worker();
+
+    assert_int_equal(fv_worker_model(worker, &model), FV_OK);
+    assert_int_equal(fv_worker_open(worker, &open0), FV_OK);
+    run(worker, 0, 0, 0, 30, true, out);
+    assert_int_equal(fv_worker_fork(worker, &fork1), FV_OK);
+    return worker;
+}
+
+/* What a coordinator does when a rank was lost: the fork's append is given up, cut back, and comes again. */
+static void lose_a_rank(fv_worker_t *worker, bool fails_copy)
+{
+    const fv_ctl_truncate_t cut = {.session_slot = 1, .layer = 0, .position = 30};
+    static float out[HEADS * DIM];
+
+    g_fails_copy = fails_copy;
+    g_fails_attend = !fails_copy;
+    assert_int_equal(try_run(worker, 1, 0, 30, 1, true, out), FV_ERR_ABORTED);
+    g_fails_copy = false;
+    g_fails_attend = false;
+    fv_worker_renew(worker);
+    assert_int_equal(fv_worker_truncate(worker, &cut), FV_OK);
+}
+
+/* The fork of an undisturbed worker answers `want`; one whose step was given up does, too, before and after a death. */
+static void check_given_up(fv_kv_home_t home, bool fails_copy)
+{
+    static float out[HEADS * DIM], want[HEADS * DIM];
+    const uint64_t lengths[LAYERS] = {31, 0};
+    const fv_ctl_model_t model = make_model();
+
+    g_ops = fv_backend_cpu;
+    g_ops.kv_home = home;
+    g_ops.copy_pages = copy_or_fail;
+    g_ops.attend = attend_or_fail;
+    for (int is_disturbed = 0; is_disturbed < 2; is_disturbed++) {
+        fv_worker_t *worker = make_fork();
+        uint64_t n_pages = fv_worker_session_pages(worker, 1);
+        if (is_disturbed != 0) {
+            lose_a_rank(worker, fails_copy);
+            assert_int_equal(fv_worker_session_pages(worker, 1), n_pages);
+        }
+        run(worker, 1, 0, 30, 1, true, out);
+        run(worker, 0, 0, 30, 1, true, out); /* the parent goes on, elsewhere */
+        run(worker, 1, 0, 30, 1, false, out);
+        if (is_disturbed == 0) {
+            memcpy(want, out, sizeof(want));
+        }
+        assert_memory_equal(out, want, sizeof(want));
+        fv_worker_destroy(worker);
+        worker = make_worker();
+        assert_int_equal(fv_worker_model(worker, &model), FV_OK);
+        assert_int_equal(keep_lengths(worker, 0, lengths), FV_OK);
+        assert_int_equal(keep_lengths(worker, 1, lengths), FV_OK);
+        assert_int_equal(fv_worker_keep_end(worker), FV_OK);
+        run(worker, 1, 0, 30, 1, false, out);
+        assert_memory_equal(out, want, sizeof(want));
+        fv_worker_discard_store(worker);
+        fv_worker_destroy(worker);
+    }
+}
+
+static void test_a_given_up_step_leaves_a_fork_alone(void **state)
+{
+    (void)state;
+    check_given_up(FV_KV_HOST, false);
+    check_given_up(FV_KV_HOST, true);
+    check_given_up(FV_KV_DEVICE, false);
+    check_given_up(FV_KV_DEVICE, true);
+}
+
+/* ------------------------------------------------------------------ damage */
+
 static size_t read_file(const char *path, uint8_t *out, size_t cap)
 {
     FILE *file = fopen(path, "rb");
@@ -358,6 +472,7 @@ int main(void)
         cmocka_unit_test(test_comes_back_from_a_mirror),
         cmocka_unit_test(test_missing_pages_lose_the_sessions),
         cmocka_unit_test(test_other_geometry_is_refused),
+        cmocka_unit_test(test_a_given_up_step_leaves_a_fork_alone),
         cmocka_unit_test(test_damage_never_changes_an_answer),
     };
 
