@@ -91,6 +91,13 @@ FV_MUST_CHECK fv_status_t fv_principal_begin_request(fv_principal_t *principal,
                                                      uint64_t n_bytes,
                                                      int64_t now_us);
 void fv_principal_end_request(fv_principal_t *principal); /* thread: any */
+/* What comes in, served or refused, costs at least this of bytes_per_second: about what headers and frames take. */
+#define FV_REQUEST_BYTES_MIN 256
+/*
+ * A message of n_bytes that was no begun request: refused, or a small one. Its bytes have come in all the same, so they are paid
+ * for, up to some seconds' worth of debt: who floods has used his quota up, who errs can soon go on. Thread: rpc.
+ */
+void fv_principal_charge(fv_principal_t *principal, uint64_t n_bytes, int64_t now_us);
 
 /* Room for one more session. The turn is held. */
 FV_MUST_CHECK fv_status_t fv_principal_check_session(const fv_principal_t *principal);

@@ -5,7 +5,8 @@
 
 #include <inttypes.h>
 
-#define BURST_SECONDS 2 /* of bytes_per_second may come at once */
+#define BURST_SECONDS 2  /* of bytes_per_second may come at once */
+#define DEBT_SECONDS  10 /* the most that what was refused adds to a debt */
 
 bool fv_principal_is_admin(const fv_principal_t *principal)
 {
@@ -65,14 +66,35 @@ fv_status_t fv_principal_check_request(fv_principal_t *principal, int64_t now_us
     return FV_OK;
 }
 
+static int64_t cost(uint64_t n_bytes)
+{
+    return (n_bytes < FV_REQUEST_BYTES_MIN) ? FV_REQUEST_BYTES_MIN : (int64_t)n_bytes;
+}
+
 fv_status_t fv_principal_begin_request(fv_principal_t *principal, uint64_t n_bytes, int64_t now_us)
 {
     FV_RETURN_IF_ERR(fv_principal_check_request(principal, now_us));
     (void)atomic_fetch_add_explicit(&principal->n_requests, 1U, memory_order_relaxed);
     if (limit(&principal->bytes_per_second) > 0) {
-        principal->bucket_bytes -= (int64_t)n_bytes;
+        principal->bucket_bytes -= cost(n_bytes);
     }
     return FV_OK;
+}
+
+void fv_principal_charge(fv_principal_t *principal, uint64_t n_bytes, int64_t now_us)
+{
+    uint64_t rate = limit(&principal->bytes_per_second);
+    int64_t floor_bytes = -(int64_t)(rate * DEBT_SECONDS);
+
+    if (rate == 0) {
+        return;
+    }
+    fill_bucket(principal, rate, now_us);
+    if (principal->bucket_bytes - cost(n_bytes) > floor_bytes) {
+        principal->bucket_bytes -= cost(n_bytes);
+    } else if (principal->bucket_bytes > floor_bytes) { /* a served request may owe more */
+        principal->bucket_bytes = floor_bytes;
+    }
 }
 
 void fv_principal_end_request(fv_principal_t *principal)

@@ -279,6 +279,19 @@ static uint64_t count_pairs(const fv_attend_request_t *head,
     return n_pairs;
 }
 
+/* One more request of a caller, unless it is refused already. One that is refused is paid for as well: it has come in. */
+static fv_status_t
+begin_request(fv_principal_t *principal, fv_status_t scanned, uint64_t n_bytes, int64_t received_us)
+{
+    fv_status_t status =
+        (scanned != FV_OK) ? scanned : fv_principal_begin_request(principal, n_bytes, received_us);
+
+    if (status != FV_OK) {
+        fv_principal_charge(principal, n_bytes, received_us);
+    }
+    return status;
+}
+
 static void take_attend(fv_engine_t *engine,
                         fv_call_t *call,
                         fv_method_t method,
@@ -294,8 +307,8 @@ static void take_attend(fv_engine_t *engine,
     fv_job_layout_t l = {0};
     void *memory = NULL;
 
-    if ((status == FV_OK) && (principal != NULL)) {
-        status = fv_principal_begin_request(principal, span_bytes(spans, n_spans), received_us);
+    if (principal != NULL) {
+        status = begin_request(principal, status, span_bytes(spans, n_spans), received_us);
     }
     if (status == FV_OK) {
         l = layout_of(&head);

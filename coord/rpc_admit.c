@@ -109,7 +109,27 @@ fv_status_t fv_call_admit(fv_call_t *call)
     } else {
         log_refusal(calls, fv_error_context());
     }
+    if ((status != FV_OK) && (call->grant != NULL)) {
+        fv_principal_charge(call->grant->principal, 0, fv_clock_us());
+    }
     return status;
+}
+
+void fv_call_charge(const fv_call_t *call, int64_t now_us)
+{
+    const fv_span_list_t *list = &call->calls->spans;
+    int method = call->method->method;
+    uint64_t n_bytes = 0;
+
+    /* attention is charged where a request of it begins (coord/engine_inbox.c) */
+    if ((call->grant == NULL) || (call->method->access != FV_ACCESS_USER) ||
+        (method == FV_METHOD_ATTEND) || (method == FV_METHOD_ATTEND_ONCE)) {
+        return;
+    }
+    for (size_t i = 0; i < list->n_spans; i++) {
+        n_bytes += list->spans[i].n_bytes;
+    }
+    fv_principal_charge(call->grant->principal, n_bytes, now_us);
 }
 
 fv_status_t fv_call_recheck(const fv_call_t *call)

@@ -87,6 +87,8 @@ fv_call_t *fv_call_create(fv_calls_t *calls);
 void fv_call_start_close(fv_call_t *call);
 /* Whether it may be made at all, from its metadata. Errors: what to refuse it with. Thread: rpc. */
 FV_MUST_CHECK fv_status_t fv_call_admit(fv_call_t *call);
+/* Its message, the spans of which are at hand, is paid for by its principal. Thread: rpc. */
+void fv_call_charge(const fv_call_t *call, int64_t now_us);
 /* grpc.health.v1: has a limit of its own. */
 bool fv_call_is_health(const fv_call_t *call);
 /* Its first message is expected from now on; it has come, or the call is over (again: nothing). Thread: rpc. */

@@ -65,6 +65,7 @@ static void deliver(fv_call_t *call, grpc_byte_buffer *message)
         deliver_builtin(call);
     } else {
         call->was_delivered = true;
+        fv_call_charge(call, now_us);
         fv_fault_point(1);
         calls->handlers->on_message(calls->handlers->ctx, call, fv_call_method(call),
                                     calls->spans.spans, calls->spans.n_spans, now_us,

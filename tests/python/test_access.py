@@ -16,6 +16,7 @@ import pytest
 import fovea
 from access import RPCS, Tokens, all_methods, decode_step
 from conftest import Service
+from fovea._pb import attention_pb2 as pb
 from helpers import small_spec
 
 pytestmark = pytest.mark.fovead
@@ -302,3 +303,24 @@ def test_quota_of_bytes_a_second(guarded):
     wait_ms = int(refused[-1].split("try again in ")[1].split(" ")[0])
     assert 0 < wait_ms < 20000
     assert guarded.client("owner").open_session(model)
+
+
+def test_a_flood_of_refused_requests_is_bounded_by_bytes_a_second(guarded):
+    floods = {
+        "tiny": ("OpenSession", b"", grpc.StatusCode.INVALID_ARGUMENT, 8),
+        "nonsense": ("AttendOnce", b"\xff" * 1024, grpc.StatusCode.INVALID_ARGUMENT, 2),
+        "other": ("ForkSession", pb.ForkSessionRequest(session_id=NO_SESSION).SerializeToString(),
+                  grpc.StatusCode.NOT_FOUND, 8),
+    }  # fmt: skip
+    for name in floods:
+        guarded.tokens.add(name, bytes_per_second=1024)
+    guarded.start()
+    for name, (method, message, code, n_let_in) in floods.items():
+        call = guarded.client("none")._channel.unary_unary(f"/fovea.v1.Attention/{method}")
+        header = [("authorization", f"Bearer {guarded.tokens.of[name]}")]
+        answers = [
+            outcome(lambda c=call, m=message, h=header: c(m, metadata=h, timeout=10)) for _ in range(40)
+        ]
+        n = [given for given, _ in answers].index(grpc.StatusCode.RESOURCE_EXHAUSTED)
+        assert n_let_in <= n < 40 and all(given is code for given, _ in answers[:n]), name
+        assert "bytes_per_second" in answers[n][1], name

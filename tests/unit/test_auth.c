@@ -242,6 +242,37 @@ static void test_bytes_a_second(void **state)
     assert_int_equal(fv_principal_check_request(&p, now_us), FV_OK);
 }
 
+/* What is tiny, or refused, is not for nothing; and refusals alone lock nobody out for long. */
+static void test_refused_and_tiny_messages_cost(void **state)
+{
+    fv_principal_t p = {.name = "p", .bytes_per_second = 1024};
+    int64_t now_us = 5 * SECOND_US;
+    int n = 0;
+
+    (void)state;
+    while ((n < 1000) && (fv_principal_begin_request(&p, 0, now_us) == FV_OK)) {
+        n++;
+    }
+    assert_int_equal(n, 2 * 1024 / FV_REQUEST_BYTES_MIN);
+    now_us += 100 * SECOND_US;
+    for (n = 0; (n < 1000) && (fv_principal_check_request(&p, now_us) == FV_OK); n++) {
+        fv_principal_charge(&p, 1000, now_us);
+    }
+    assert_int_equal(n, 3);
+    for (n = 0; n < 1000; n++) {
+        fv_principal_charge(&p, 1U << 20U, now_us);
+    }
+    assert_int_equal(fv_principal_check_request(&p, now_us + 9 * SECOND_US), FV_ERR_EXHAUSTED);
+    assert_int_equal(fv_principal_check_request(&p, now_us + 11 * SECOND_US), FV_OK);
+    now_us += 1000 * SECOND_US;
+    assert_int_equal(fv_principal_begin_request(&p, 102400, now_us), FV_OK);
+    fv_principal_charge(&p, 1000, now_us); /* the debt of a served request is not forgiven */
+    assert_int_equal(fv_principal_check_request(&p, now_us + 90 * SECOND_US), FV_ERR_EXHAUSTED);
+    atomic_store(&p.bytes_per_second, 0);
+    fv_principal_charge(&p, UINT64_MAX, now_us);
+    assert_int_equal(fv_principal_check_request(&p, now_us), FV_OK);
+}
+
 static void test_sessions_and_kv(void **state)
 {
     fv_principal_t p = {.name = "p", .sessions_max = 2, .n_sessions = 1, .kv_bytes_max = 100};
@@ -271,6 +302,7 @@ int main(void)
         cmocka_unit_test(test_when_and_what_a_reload_tells),
         cmocka_unit_test(test_requests_in_flight),
         cmocka_unit_test(test_bytes_a_second),
+        cmocka_unit_test(test_refused_and_tiny_messages_cost),
         cmocka_unit_test(test_sessions_and_kv),
     };
     int fd = mkstemp(g_path);
