@@ -206,6 +206,36 @@ def test_tokens_come_and_go(guarded):
     assert guarded.client("admin").session_info(session.id).layer_tokens == [3]
 
 
+def test_a_token_that_is_removed_while_calls_are_open(guarded):
+    """Calls with good headers whose message comes when the token is gone; and one that only listens."""
+    guarded.start()
+    owner, late = guarded.client("owner"), threading.Event()
+    model = owner.register_model(SPEC)
+    header = [("authorization", f"Bearer {guarded.tokens.of['owner']}")]
+    opens = pb.OpenSessionRequest(model_id=model).SerializeToString()
+
+    def message() -> Iterator[bytes]:
+        late.wait(30)
+        yield opens
+
+    before = [
+        owner._channel.stream_stream("/fovea.v1.Attention/OpenSession")(
+            message(), metadata=header, timeout=30
+        )
+        for _ in range(3)
+    ]
+    watch = iter(owner.watch(0.1))
+    assert next(watch)
+    guarded.tokens.remove("owner")
+    code = grpc.StatusCode.UNAUTHENTICATED
+    assert eventually(lambda: outcome(owner.status)[0] is code)
+    late.set()
+    for call in before:
+        assert call.code() is code and "not valid any more" in call.details()
+    assert outcome(lambda: [None for _ in watch])[0] is code
+    assert list(guarded.client("admin").list_sessions()) == []  # nothing of it was done
+
+
 def test_a_token_expires(guarded):
     soon = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 4))
     guarded.tokens.add("soon", expires=soon)
