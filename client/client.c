@@ -189,7 +189,8 @@ fv_client_call(fovea_client_t *client, const fv_client_call_t *call, fovea_error
                              .n_pieces = (piece.n_bytes > 0) ? 1 : 0,
                              .deadline_us = fv_client_call_deadline(client, call->timeout_ms),
                              .on_reply = on_reply,
-                             .ctx = &copy};
+                             .ctx = &copy,
+                             .is_once = call->is_once};
     fovea_client_t once = *client;
     uint32_t n_tries = 0;
     once.retry_ms = call->is_single ? -1 : client->retry_ms;

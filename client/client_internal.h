@@ -18,7 +18,8 @@ struct fovea_client {
 };
 
 /*
- * One unary call, repeated while the service is unavailable: what is repeated is harmless, because appends are exactly-once.
+ * One unary call, repeated while the service is unavailable: what is repeated is harmless, because appends are exactly-once;
+ * with is_once it is repeated only while there is no connection that it could have left on.
  * *out_n_tries (may be NULL): how often it was made.
  */
 fovea_code_t fv_client_unary(const fovea_client_t *client,
@@ -54,6 +55,7 @@ typedef struct fv_client_call {
     fv_bytes_t *request; /* freed in any case */
     int64_t timeout_ms;
     bool is_single;   /* never repeated */
+    bool is_once;     /* repeated only if it was not sent: doing it twice is not doing it once */
     bool may_be_done; /* NOT_FOUND when repeated: the first time did it */
     fv_decode_fn_t decode;
     void *out;

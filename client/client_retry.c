@@ -5,6 +5,7 @@
 #include "common/clock.h"
 
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 #define FIRST_PAUSE_US 20000
@@ -27,6 +28,15 @@ static int64_t scattered(int64_t us, const void *client)
     return us / 2 + (int64_t)((x >> 33U) % (uint64_t)(us / 2));
 }
 
+/*
+ * gRPC's words where a call found no connection: nothing was sent. Other words, of another gRPC perhaps, mean that it may have
+ * been, which is the safe mistake.
+ */
+static bool is_unsent(const fovea_error_t *error)
+{
+    return strstr(error->message, "failed to connect to all addresses") == error->message;
+}
+
 fovea_code_t fv_client_unary(const fovea_client_t *client,
                              const fv_unary_call_t *unary,
                              uint32_t *out_n_tries,
@@ -35,7 +45,9 @@ fovea_code_t fv_client_unary(const fovea_client_t *client,
     int64_t end_us = fv_clock_us() + (int64_t)client->retry_ms * 1000;
     int64_t pause_us = FIRST_PAUSE_US;
     uint32_t n_tries = 0;
+    fovea_error_t own;
 
+    error = (error == NULL) ? &own : error;
     if (end_us > unary->deadline_us) {
         end_us = unary->deadline_us;
     }
@@ -45,7 +57,8 @@ fovea_code_t fv_client_unary(const fovea_client_t *client,
         if (out_n_tries != NULL) {
             *out_n_tries = n_tries;
         }
-        if ((code != FOVEA_UNAVAILABLE) || (fv_clock_us() + pause_us >= end_us)) {
+        if ((code != FOVEA_UNAVAILABLE) || (unary->is_once && !is_unsent(error)) ||
+            (fv_clock_us() + pause_us >= end_us)) {
             return code;
         }
         nap(scattered(pause_us, client));

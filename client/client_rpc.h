@@ -70,6 +70,7 @@ typedef struct fv_unary_call {
     int64_t deadline_us;
     fv_reply_fn_t on_reply;
     void *ctx;
+    bool is_once; /* made again (fv_client_unary()) only if nothing of it was sent */
 } fv_unary_call_t;
 
 /* One unary call. Returns when it is over and every piece's memory is free again. Thread: any. */

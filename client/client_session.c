@@ -212,6 +212,7 @@ fovea_code_t fovea_open_session(fovea_client_t *client,
                                               .encoded = status,
                                               .request = &request,
                                               .timeout_ms = timeout_ms,
+                                              .is_once = true,
                                               .decode = decode_open_response,
                                               .out = &session},
                           error);
@@ -244,6 +245,7 @@ fovea_code_t fovea_fork_session(fovea_client_t *client,
                                               .encoded = status,
                                               .request = &request,
                                               .timeout_ms = timeout_ms,
+                                              .is_once = true,
                                               .decode = decode_fork_response,
                                               .out = &forked},
                           error);
@@ -251,6 +253,27 @@ fovea_code_t fovea_fork_session(fovea_client_t *client,
         *out = fv_client_session_out(&forked);
     }
     return code;
+}
+
+/*
+ * Whether a truncate whose answer was lost has been done. If not, it is the caller's to repeat: what is longer than `position`
+ * may have been appended, and acknowledged, after it.
+ */
+static bool is_cut(fovea_client_t *client,
+                   const fovea_session_id_t *session,
+                   uint64_t position,
+                   int64_t timeout_ms)
+{
+    fovea_session_info_t info = {0};
+    fovea_error_t error;
+    uint64_t longest = 0;
+    bool is_known = fovea_get_session(client, session, timeout_ms, &info, &error) == FOVEA_OK;
+
+    for (uint32_t i = 0; i < info.n_layers; i++) {
+        longest = (info.layer_tokens[i] > longest) ? info.layer_tokens[i] : longest;
+    }
+    fovea_session_info_free(&info);
+    return is_known && (longest == position);
 }
 
 fovea_code_t fovea_truncate_session(fovea_client_t *client,
@@ -267,12 +290,18 @@ fovea_code_t fovea_truncate_session(fovea_client_t *client,
     fv_session_request_t wire = {
         .session = fv_client_session(session), .position = position, .has_position = true};
     fv_status_t status = fv_wire_truncate_request_encode(&wire, &request);
-    return fv_client_call(client,
-                          &(fv_client_call_t){.method = METHOD("TruncateSession"),
-                                              .encoded = status,
-                                              .request = &request,
-                                              .timeout_ms = timeout_ms},
-                          error);
+    fovea_code_t code = fv_client_call(client,
+                                       &(fv_client_call_t){.method = METHOD("TruncateSession"),
+                                                           .encoded = status,
+                                                           .request = &request,
+                                                           .timeout_ms = timeout_ms,
+                                                           .is_once = true},
+                                       error);
+    if ((code == FOVEA_UNAVAILABLE) && (client->retry_ms > 0) &&
+        is_cut(client, session, position, timeout_ms)) {
+        code = FOVEA_OK;
+    }
+    return code;
 }
 
 fovea_code_t fovea_close_session(fovea_client_t *client,

@@ -73,7 +73,8 @@ typedef enum fovea_code {
     FOVEA_OUT_OF_RANGE = 11, /* position beyond the session's length, which the text gives */
     FOVEA_UNIMPLEMENTED = 12,
     FOVEA_INTERNAL = 13,
-    FOVEA_UNAVAILABLE = 14, /* no connection, draining, or a rank was lost; a retry is safe */
+    FOVEA_UNAVAILABLE =
+        14, /* no connection, draining, or a rank was lost; an append's retry is safe */
     FOVEA_DATA_LOSS = 15,
     FOVEA_UNAUTHENTICATED = 16
 } fovea_code_t;
@@ -110,7 +111,8 @@ typedef struct fovea_options {
     const char *token; /* shown with every call; in clear text without TLS */
     const char *token_file; /* or a file whose first line it is */
     /* a call that finds the service unavailable (it restarts, say) is repeated, with longer and longer pauses, for so long and
-       within its own timeout, and a stream is opened again and sends what has no answer; 0 = 10000, -1 = never */
+       within its own timeout, and a stream is opened again and sends what has no answer; 0 = 10000, -1 = never. Open and fork
+       are repeated only while there is no connection at all: otherwise there may be a session already that nobody knows */
     int32_t retry_ms;
 } fovea_options_t;
 
@@ -295,7 +297,10 @@ FOVEA_API fovea_code_t fovea_fork_session(fovea_client_t *client,
                                           fovea_session_id_t *out,
                                           fovea_error_t *error);
 
-/* Every layer keeps its tokens [0, position) at most. Errors: NOT_FOUND, OUT_OF_RANGE. */
+/*
+ * Every layer keeps its tokens [0, position) at most. One whose answer is lost is not repeated, for what has been appended since
+ * would be cut: it succeeds when the session is as long as it should be. Errors: NOT_FOUND, OUT_OF_RANGE, UNAVAILABLE.
+ */
 FOVEA_API fovea_code_t fovea_truncate_session(fovea_client_t *client,
                                               const fovea_session_id_t *session,
                                               uint64_t position,

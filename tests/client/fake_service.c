@@ -107,7 +107,14 @@ static void on_message(void *ctx,
 
     if ((method != FV_METHOD_ATTEND) && (method != FV_METHOD_ATTEND_ONCE)) {
         fv_reply_piece_t piece = {"\xFF\xFF\xFF\xFF garbage", 12, NULL, NULL};
-        fv_call_reply(call, &piece, 1);
+        (void)pthread_mutex_lock(&f->lock);
+        f->n_others++;
+        (void)pthread_mutex_unlock(&f->lock);
+        if (f->mode == FV_FAKE_END_STREAM) {
+            fv_call_fail(call, 14, "going away");
+        } else {
+            fv_call_reply(call, &piece, 1);
+        }
         return;
     }
     if (fv_wire_attend_request_scan(spans, n_spans, &request, items, 16) != FV_OK) {

@@ -39,6 +39,7 @@ typedef struct fv_fake {
     pthread_mutex_t lock; /* guards what follows */
     fv_fake_held_t held[FV_FAKE_HELD_MAX];
     int n_held, n_requests;
+    int n_others;             /* calls that are no attend requests */
     fv_attend_request_t last; /* the last request as decoded */
     fv_attend_item_t last_items[16];
     int64_t last_left_us; /* its deadline - now; INT64_MAX = none */

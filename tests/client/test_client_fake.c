@@ -427,6 +427,50 @@ static void test_a_stream_is_opened_again(void **state)
     fovea_close(patient);
 }
 
+/* The answer is lost: what may have been done is not done again. Close is: it can be said twice. */
+static void test_what_must_not_be_done_twice(void **state)
+{
+    fv_rig_t *rig = *state;
+    const fovea_options_t options = {.retry_ms = 500};
+    fovea_client_t *client = NULL;
+    fovea_session_id_t session = {{1}};
+    fovea_error_t error;
+
+    ok(fovea_connect(rig->address, &options, &client, &error), &error);
+    rig->fake.mode = FV_FAKE_END_STREAM;
+    (void)fovea_open_session(client, "m", NULL, 0, &session, &error);
+    failed(&error, FOVEA_UNAVAILABLE, "going away");
+    assert_int_equal(rig->fake.n_others, 1);
+    (void)fovea_fork_session(client, &session, 1, 0, &session, &error);
+    failed(&error, FOVEA_UNAVAILABLE, "going away");
+    assert_int_equal(rig->fake.n_others, 2);
+    assert_int_equal(fovea_open_session(client, "m", NULL, 0, &session, NULL), FOVEA_UNAVAILABLE);
+    assert_int_equal(rig->fake.n_others, 3);
+    (void)fovea_close_session(client, &session, FOVEA_TIMEOUT_DEFAULT, &error);
+    failed(&error, FOVEA_UNAVAILABLE, "going away");
+    assert_true(rig->fake.n_others > 4);
+    fovea_close(client);
+}
+
+/* Nothing was sent yet: that can be tried again. */
+static void test_open_waits_for_a_service_that_is_away(void **state)
+{
+    fv_rig_t *rig = *state;
+    fovea_client_t *client = NULL;
+    fovea_session_id_t session;
+    fovea_error_t error;
+    pthread_t thread;
+
+    ok(fovea_connect(rig->address, NULL, &client, &error), &error);
+    fv_fake_stop(&rig->fake);
+    assert_int_equal(pthread_create(&thread, NULL, start_later, rig), 0);
+    (void)fovea_open_session(client, "m", NULL, 0, &session, &error);
+    failed(&error, FOVEA_INTERNAL, "cannot be decoded"); /* the new one answers so */
+    assert_int_equal(pthread_join(thread, NULL), 0);
+    assert_int_equal(rig->fake.n_others, 1);
+    fovea_close(client);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -441,6 +485,9 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_a_call_is_repeated_while_the_service_is_away, setup,
                                         teardown),
         cmocka_unit_test_setup_teardown(test_a_stream_is_opened_again, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_what_must_not_be_done_twice, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_open_waits_for_a_service_that_is_away, setup,
+                                        teardown),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -24,6 +24,8 @@ from fovea.stream import INFLIGHT_MAX, AttendStream
 
 MESSAGE_BYTES_MAX = 1 << 30
 RETRY_LIMIT = 10.0  # seconds
+# Twice is not once: a second session that nobody knows, or what was appended in between is cut.
+_ONCE = ("OpenSession", "ForkSession", "TruncateSession")
 
 _CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -62,7 +64,8 @@ def connect(
     credentials:        gRPC's own, instead of the four files.
     message_bytes_max:  of one message, either way; the service has a limit of its own.
     retry:              a call or stream that finds the service unavailable is repeated for so many seconds, with
-                        longer and longer pauses; 0 = never.
+                        longer and longer pauses; 0 = never. Opening, forking and truncating are repeated only while
+                        there is no connection at all.
     """
     sizes = {
         "grpc.max_send_message_length": message_bytes_max,
@@ -99,6 +102,11 @@ def _credentials(
         None if path is None else Path(path).read_bytes() for path in (ca_file, cert_file, key_file)
     )
     return grpc.ssl_channel_credentials(roots, key, chain)
+
+
+def _is_unsent(error: Unavailable) -> bool:
+    """gRPC found no connection. By its words: other ones mean "it may have been sent", the safe mistake."""
+    return error.message.startswith("failed to connect to all addresses")
 
 
 class Client:
@@ -167,10 +175,23 @@ class Client:
         return Session(self, self._call("ForkSession", request).session_id)
 
     def truncate_session(self, session: SessionLike, position: int) -> None:
-        self._call(
-            "TruncateSession",
-            pb.TruncateSessionRequest(session_id=session_id(session), position=position),
-        )
+        """Every layer keeps its tokens [0, position) at most.
+
+        If the answer is lost it is not repeated, for what has been appended since would be cut: Unavailable,
+        unless the session is as long as it should be.
+        """
+        request = pb.TruncateSessionRequest(session_id=session_id(session), position=position)
+        try:
+            self._call("TruncateSession", request)
+        except Unavailable:
+            if self._retry <= 0.0 or not self._is_cut(session, position):
+                raise
+
+    def _is_cut(self, session: SessionLike, position: int) -> bool:
+        try:
+            return max(self.session_info(session).layer_tokens) == position
+        except FoveaError:
+            return False
 
     def close_session(self, session: SessionLike) -> None:
         self._call("CloseSession", pb.CloseSessionRequest(session_id=session_id(session)))
@@ -274,9 +295,9 @@ class Client:
                 if has_failed and method == "CloseSession":
                     return None  # the first time, whose answer was lost, closed it
                 raise
-            except Unavailable:
+            except Unavailable as error:
                 has_failed = True
-                if not patience.pause():
+                if (method in _ONCE and not _is_unsent(error)) or not patience.pause():
                     raise
 
     def _call_once(self, method: str, request: Any, deadline: float | None) -> Any:

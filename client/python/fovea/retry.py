@@ -1,7 +1,7 @@
 """retry.py - how long, and how often, a call is repeated when the service cannot be reached.
 
 The service is unavailable for a moment when it repairs itself or is started again. Repeating is safe: appends
-are exactly-once, and the same request at the same position gets the same bits.
+are exactly-once, and the same request at the same position gets the same bits. (What is not safe to repeat: client._ONCE.)
 """
 
 from __future__ import annotations
