@@ -16,7 +16,7 @@
 #
 # Without PARTs: tests e2e bench. Every command is bounded, and all together by FV_RUN_SECONDS (560); a part that finds
 # no time left is reported as such. FV_KERNELS_GIB, FV_SERVICE_GIB: GPU memory to take there (0 = most of it);
-# FV_SERVICE_CASES: batch x context (1x131072 64x32768); FV_RUN_BACKEND=cpu FV_RUN_GPUS=2: a dry run without a GPU.
+# FV_SERVICE_CASES: batch x context (1x131072 64x32768); FV_SCALE_ONLY=mla: only what bench_scale has of it; FV_RUN_BACKEND=cpu FV_RUN_GPUS=2: a dry run without a GPU.
 # RESULTS_DIR gets table.txt and results.tar.gz (logs and figures), rewritten after every command.
 # Exit status: of the first command that failed; every part is run.
 set -uo pipefail
@@ -294,7 +294,7 @@ part_scale() {
         cat "$work/results/exchange-nccl-$n.log"
     fi
     run "scale-$n" 540 "$bundle/bench/scale/run_gpus.sh" "$n" "$bundle/bin/bench_scale" "$work/results/scale" \
-        --backend "$backend"
+        --backend "$backend" ${FV_SCALE_ONLY:+--only "$FV_SCALE_ONLY"}
     cat "$work/results/scale-$n.log"
 }
 

@@ -22,82 +22,151 @@
 #define SHARD 2048U /* the service's default */
 #define CHUNK 4096U /* of a prompt: its partial states fit the exchange's window */
 #define GQA   32, 8, 128
+#define MLA   128, 1, 512 /* and a RoPE key of 64 */
+
+/* s2_stride, latent */
+#define DENSE \
+    0,        \
+    {         \
+        0, 0  \
+    }
+#define S2_OF(n) \
+    (n),         \
+    {            \
+        0, 0     \
+    }
+#define WHOLE \
+    0,        \
+    {         \
+        64, 0 \
+    }
+#define SLICES(g) \
+    0,            \
+    {             \
+        64, (g)   \
+    }
 
 static const fv_scale_case_t k_time[] = {
     {"one 128k, context", "strong", GQA, 1, 128U * K, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0,
-     0},
-    {"one 128k, heads", "strong", GQA, 1, 128U * K, FV_SCALE_HEADS, FV_SCALE_STRONG, SHARD, 0, 0},
+     DENSE},
+    {"one 128k, heads", "strong", GQA, 1, 128U * K, FV_SCALE_HEADS, FV_SCALE_STRONG, SHARD, 0,
+     DENSE},
     {"one 512k, context", "strong", GQA, 1, 512U * K, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0,
-     0},
-    {"one 512k, heads", "strong", GQA, 1, 512U * K, FV_SCALE_HEADS, FV_SCALE_STRONG, SHARD, 0, 0},
-    {"one 2M, context", "strong", GQA, 1, 2U * MI, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0, 0},
-    {"one 4M, context", "strong", GQA, 1, 4U * MI, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0, 0},
-    {"64 x 32k, heads", "strong", GQA, 64, 32U * K, FV_SCALE_HEADS, FV_SCALE_STRONG, SHARD, 0, 0},
+     DENSE},
+    {"one 512k, heads", "strong", GQA, 1, 512U * K, FV_SCALE_HEADS, FV_SCALE_STRONG, SHARD, 0,
+     DENSE},
+    {"one 2M, context", "strong", GQA, 1, 2U * MI, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0,
+     DENSE},
+    {"one 4M, context", "strong", GQA, 1, 4U * MI, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0,
+     DENSE},
+    {"64 x 32k, heads", "strong", GQA, 64, 32U * K, FV_SCALE_HEADS, FV_SCALE_STRONG, SHARD, 0,
+     DENSE},
     {"64 x 32k, context", "strong", GQA, 64, 32U * K, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0,
-     0},
+     DENSE},
     {"128k a rank, context", "weak", GQA, 1, 128U * K, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS,
-     SHARD, 0, 0},
-    {"1M a rank, context", "weak", GQA, 1, MI, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, SHARD, 0, 0},
+     SHARD, 0, DENSE},
+    {"1M a rank, context", "weak", GQA, 1, MI, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, SHARD, 0,
+     DENSE},
     {"16 x 32k a rank, context", "weak", GQA, 16, 32U * K, FV_SCALE_CONTEXT, FV_SCALE_WEAK_ITEMS,
-     SHARD, 0, 0},
+     SHARD, 0, DENSE},
     {"16 x 32k a rank, heads", "weak", GQA, 16, 32U * K, FV_SCALE_HEADS, FV_SCALE_WEAK_ITEMS, SHARD,
-     0, 0},
+     0, DENSE},
     /* whole prompts in chunks; a chunk's queries visit the KV of every rank, partial states come back */
     {"prompt of 32k, context", "prefill", GQA, 1, 32U * K, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD,
-     CHUNK, 0},
+     CHUNK, DENSE},
     {"prompt of 128k, context", "prefill", GQA, 1, 128U * K, FV_SCALE_CONTEXT, FV_SCALE_STRONG,
-     SHARD, CHUNK, 0},
+     SHARD, CHUNK, DENSE},
     {"prompt of 128k, heads", "prefill", GQA, 1, 128U * K, FV_SCALE_HEADS, FV_SCALE_STRONG, SHARD,
-     CHUNK, 0},
+     CHUNK, DENSE},
     {"prompt of 512k, context", "prefill", GQA, 1, 512U * K, FV_SCALE_CONTEXT, FV_SCALE_STRONG,
-     SHARD, CHUNK, 0},
+     SHARD, CHUNK, DENSE},
     {"prompt of 512k, heads", "prefill", GQA, 1, 512U * K, FV_SCALE_HEADS, FV_SCALE_STRONG, SHARD,
-     CHUNK, 0},
+     CHUNK, DENSE},
     /* one session of a model of 32 layers, S2 of blocks of 64, 8 local, or dense as long as it fits */
-    {"one 1M, S2 of 16", "s2", GQA, 1, MI, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0, 16},
-    {"one 832k, dense", "s2", GQA, 1, 832U * K, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0, 0},
-    {"one 1M, dense", "s2", GQA, 1, MI, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0, 0},
-    {"one 1664k, dense", "s2", GQA, 1, 1664U * K, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0, 0},
+    {"one 1M, S2 of 16", "s2", GQA, 1, MI, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0, S2_OF(16)},
+    {"one 832k, dense", "s2", GQA, 1, 832U * K, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0, DENSE},
+    {"one 1M, dense", "s2", GQA, 1, MI, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0, DENSE},
+    {"one 1664k, dense", "s2", GQA, 1, 1664U * K, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0,
+     DENSE},
     /* 64 tokens a rank: next to nothing but the exchange and the merge */
     {"4 heads, batch 1", "exchange", 4, 1, 128, 1, 64, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, 64,
-     0, 0},
+     0, DENSE},
     {"8 heads, batch 1", "exchange", 8, 2, 128, 1, 64, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, 64,
-     0, 0},
+     0, DENSE},
     {"16 heads, batch 1", "exchange", 16, 4, 128, 1, 64, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, 64,
-     0, 0},
-    {"32 heads, batch 1", "exchange", GQA, 1, 64, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, 64, 0, 0},
-    {"32 heads, batch 2", "exchange", GQA, 2, 64, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, 64, 0, 0},
-    {"32 heads, batch 4", "exchange", GQA, 4, 64, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, 64, 0, 0},
-    {"32 heads, batch 8", "exchange", GQA, 8, 64, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, 64, 0, 0},
+     0, DENSE},
+    {"32 heads, batch 1", "exchange", GQA, 1, 64, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, 64, 0,
+     DENSE},
+    {"32 heads, batch 2", "exchange", GQA, 2, 64, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, 64, 0,
+     DENSE},
+    {"32 heads, batch 4", "exchange", GQA, 4, 64, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, 64, 0,
+     DENSE},
+    {"32 heads, batch 8", "exchange", GQA, 8, 64, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, 64, 0,
+     DENSE},
     {"32 heads, batch 16", "exchange", GQA, 16, 64, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, 64, 0,
-     0},
+     DENSE},
     {"32 heads, batch 32", "exchange", GQA, 32, 64, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, 64, 0,
-     0},
+     DENSE},
     {"32 heads, batch 64", "exchange", GQA, 64, 64, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, 64, 0,
-     0},
+     DENSE},
     {"32 heads, batch 128", "exchange", GQA, 128, 64, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, 64, 0,
-     0},
+     DENSE},
     {"32 heads, batch 256", "exchange", GQA, 256, 64, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, 64, 0,
-     0},
+     DENSE},
     {"32 heads, batch 512", "exchange", GQA, 512, 64, FV_SCALE_CONTEXT, FV_SCALE_WEAK_TOKENS, 64, 0,
-     0},
+     DENSE},
+    /* latents of a model of 61 layers, as many sessions as fit; slices are TPLA, an approximation */
+    {"mla 32k, heads", "mla", MLA, 0, 32U * K, FV_SCALE_HEADS, FV_SCALE_STRONG, SHARD, 0, WHOLE},
+    {"mla 32k, context", "mla", MLA, 0, 32U * K, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0,
+     WHOLE},
+    {"mla 32k, 2 slices", "mla", MLA, 0, 32U * K, FV_SCALE_SLICES, FV_SCALE_STRONG, SHARD, 0,
+     SLICES(2)},
+    {"mla 32k, 4 slices", "mla", MLA, 0, 32U * K, FV_SCALE_SLICES, FV_SCALE_STRONG, SHARD, 0,
+     SLICES(4)},
+    {"mla 32k, 8 slices", "mla", MLA, 0, 32U * K, FV_SCALE_SLICES, FV_SCALE_STRONG, SHARD, 0,
+     SLICES(8)},
+    {"mla 128k, heads", "mla", MLA, 0, 128U * K, FV_SCALE_HEADS, FV_SCALE_STRONG, SHARD, 0, WHOLE},
+    {"mla 128k, context", "mla", MLA, 0, 128U * K, FV_SCALE_CONTEXT, FV_SCALE_STRONG, SHARD, 0,
+     WHOLE},
+    {"mla 128k, 2 slices", "mla", MLA, 0, 128U * K, FV_SCALE_SLICES, FV_SCALE_STRONG, SHARD, 0,
+     SLICES(2)},
+    {"mla 128k, 4 slices", "mla", MLA, 0, 128U * K, FV_SCALE_SLICES, FV_SCALE_STRONG, SHARD, 0,
+     SLICES(4)},
+    {"mla 128k, 8 slices", "mla", MLA, 0, 128U * K, FV_SCALE_SLICES, FV_SCALE_STRONG, SHARD, 0,
+     SLICES(8)},
 };
 
 /* Filled by real prefill steps, odd sizes: contexts that do not reach every part, parts that end inside a page. */
 static const fv_scale_case_t k_check[] = {
-    {"context, 32/8 d 128", "check", GQA, 3, 1001, FV_SCALE_CONTEXT, FV_SCALE_STRONG, 64, 257, 0},
-    {"context, 8/8 d 64", "check", 8, 8, 64, 2, 700, FV_SCALE_CONTEXT, FV_SCALE_STRONG, 128, 99, 0},
+    {"context, 32/8 d 128", "check", GQA, 3, 1001, FV_SCALE_CONTEXT, FV_SCALE_STRONG, 64, 257,
+     DENSE},
+    {"context, 8/8 d 64", "check", 8, 8, 64, 2, 700, FV_SCALE_CONTEXT, FV_SCALE_STRONG, 128, 99,
+     DENSE},
     {"context, 16/1 d 256", "check", 16, 1, 256, 2, 333, FV_SCALE_CONTEXT, FV_SCALE_STRONG, 64, 64,
-     0},
+     DENSE},
     {"context, short, 32/8 d 80", "check", 32, 8, 80, 4, 70, FV_SCALE_CONTEXT, FV_SCALE_STRONG, 64,
-     9, 0},
-    {"heads, 32/8 d 128", "check", GQA, 3, 500, FV_SCALE_HEADS, FV_SCALE_STRONG, 64, 123, 0},
-    {"heads, 12/6 d 96", "check", 12, 6, 96, 2, 200, FV_SCALE_HEADS, FV_SCALE_STRONG, 64, 200, 0},
-    {"grid, 32/8 d 128", "check", GQA, 3, 900, FV_SCALE_GRID, FV_SCALE_STRONG, 64, 250, 0},
-    {"grid, 8/4 d 192", "check", 8, 4, 192, 2, 400, FV_SCALE_GRID, FV_SCALE_STRONG, 128, 77, 0},
+     9, DENSE},
+    {"heads, 32/8 d 128", "check", GQA, 3, 500, FV_SCALE_HEADS, FV_SCALE_STRONG, 64, 123, DENSE},
+    {"heads, 12/6 d 96", "check", 12, 6, 96, 2, 200, FV_SCALE_HEADS, FV_SCALE_STRONG, 64, 200,
+     DENSE},
+    {"grid, 32/8 d 128", "check", GQA, 3, 900, FV_SCALE_GRID, FV_SCALE_STRONG, 64, 250, DENSE},
+    {"grid, 8/4 d 192", "check", 8, 4, 192, 2, 400, FV_SCALE_GRID, FV_SCALE_STRONG, 128, 77, DENSE},
     {"context, S2, 32/8 d 128", "check", GQA, 2, 2500, FV_SCALE_CONTEXT, FV_SCALE_STRONG, 128, 300,
-     16},
-    {"grid, S2, 8/4 d 64", "check", 8, 4, 64, 2, 2100, FV_SCALE_GRID, FV_SCALE_STRONG, 64, 250, 8},
+     S2_OF(16)},
+    {"grid, S2, 8/4 d 64", "check", 8, 4, 64, 2, 2100, FV_SCALE_GRID, FV_SCALE_STRONG, 64, 250,
+     S2_OF(8)},
+    {"mla heads, 128 of 512 + 64", "check", MLA, 2, 230, FV_SCALE_HEADS, FV_SCALE_STRONG, 64, 133,
+     WHOLE},
+    {"mla context, 128 of 512 + 64", "check", MLA, 2, 520, FV_SCALE_CONTEXT, FV_SCALE_STRONG, 64,
+     170, WHOLE},
+    {"mla context, 16 of 192 + 64", "check", 16, 1, 192, 3, 300, FV_SCALE_CONTEXT, FV_SCALE_STRONG,
+     64, 77, WHOLE},
+    {"mla 2 slices, 128 of 512 + 64", "check", MLA, 2, 230, FV_SCALE_SLICES, FV_SCALE_STRONG, 64,
+     67, SLICES(2)},
+    {"mla 4 slices, 128 of 512 + 64", "check", MLA, 2, 230, FV_SCALE_SLICES, FV_SCALE_STRONG, 64,
+     67, SLICES(4)},
+    {"mla 8 slices, 128 of 512 + 64", "check", MLA, 2, 230, FV_SCALE_SLICES, FV_SCALE_STRONG, 64,
+     67, SLICES(8)},
 };
 
 /* ------------------------------------------------------------------ options */
@@ -195,6 +264,20 @@ static double one_rank_us(const fv_scale_result_t *results, size_t n, const fv_s
     return 0.0;
 }
 
+/* Tokens a second over those of the same context by heads, every rank with the whole latent, on as many ranks. */
+static double over_heads(const fv_scale_result_t *results, size_t n, const fv_scale_result_t *x)
+{
+    for (size_t i = 0; i < n; i++) {
+        const fv_scale_result_t *y = &results[i];
+
+        if ((strcmp(y->spec->table, "mla") == 0) && (y->spec->axis == FV_SCALE_HEADS) &&
+            (y->spec->n_tokens == x->spec->n_tokens) && (y->n_ranks == x->n_ranks)) {
+            return fv_scale_tokens_per_second(x) / fv_scale_tokens_per_second(y);
+        }
+    }
+    return 0.0;
+}
+
 /* 1, 2, 4 ... and N itself. */
 static int next_count(int p, int n_ranks)
 {
@@ -203,7 +286,29 @@ static int next_count(int p, int n_ranks)
 
 static bool fits_axis(const fv_scale_case_t *c, int p)
 {
-    return (c->axis != FV_SCALE_HEADS) || (c->n_kv_heads % p == 0) || (p % c->n_kv_heads == 0);
+    const int most = fv_scale_parts_max(c);
+
+    if ((p == 1) && (c->axis == FV_SCALE_CONTEXT) && (strcmp(c->table, "mla") == 0)) {
+        return false; /* by heads is the same there */
+    }
+    if (c->axis == FV_SCALE_SLICES) {
+        return p % fv_scale_groups(c) == 0;
+    }
+    return (c->axis != FV_SCALE_HEADS) || (most % p == 0) || (p % most == 0);
+}
+
+/* Times are known to rank 0. */
+static void
+compare_with_others(fv_scale_result_t *x, const fv_scale_result_t *results, size_t n_results)
+{
+    const double one = one_rank_us(results, n_results, x->spec);
+
+    if (strcmp(x->spec->table, "mla") == 0) { /* another batch on each count of ranks */
+        x->ratio = over_heads(results, n_results, x);
+        return;
+    }
+    x->ratio = (x->device.p50 > 0.0) ? (one / x->device.p50) : 0.0;
+    x->over_us = (one > 0.0) ? (x->device.p50 - one) : 0.0;
 }
 
 static void
@@ -218,11 +323,9 @@ run_case(fv_scale_rank_t *r, const fv_scale_case_t *c, fv_scale_result_t *result
             !fv_scale_case_run(r, c, p, &one_rank, result)) {
             continue;
         }
-        const double one = one_rank_us(results, *n + 1U, c);
-        result->ratio = (result->device.p50 > 0.0) ? (one / result->device.p50) : 0.0;
-        result->over_us = (one > 0.0) ? (result->device.p50 - one) : 0.0;
         (*n)++;
         if (r->rank == 0) {
+            compare_with_others(result, results, *n);
             fv_scale_print(result);
             fv_scale_write(r, results,
                            *n); /* every time: what is ended from outside keeps its figures */

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """plot.py - bench_scale's JSON as pictures.
 
-bench/scale/plot.py scale.json PREFIX        PREFIX-strong.svg, -weak.svg, -exchange.svg, and the same as .png
+bench/scale/plot.py scale.json PREFIX        PREFIX-strong.svg, -weak.svg, -exchange.svg, -mla.svg, and the same as .png
 """
 
 from __future__ import annotations
@@ -86,6 +86,35 @@ def exchange(data: dict[str, Any]) -> plt.Figure | None:
     return figure
 
 
+def latents(data: dict[str, Any]) -> plt.Figure | None:
+    """Tokens a second of each mode, with the largest batch that it has room for."""
+    cases = by_case(data["results"], "mla")
+    if not cases:
+        return None
+    figure, axes = plt.subplots(figsize=(7.5, 5))
+    for name, rows in cases.items():
+        ranks = [row["ranks"] for row in rows]
+        axes.plot(ranks, [row["tokens_per_second"] for row in rows], marker="o", label=name)
+        for row in rows:
+            axes.annotate(
+                f"{row['items']} x, {row['kv_bytes_per_token']:.0f} B",
+                (row["ranks"], row["tokens_per_second"]),
+                fontsize=6,
+                xytext=(4, 4),
+                textcoords="offset points",
+            )
+    axes.set_xticks(sorted({row["ranks"] for rows in cases.values() for row in rows}))
+    axes.set(
+        xlabel="ranks",
+        ylabel="tokens/s",
+        title="MLA, 128 heads, 61 layers: batch that fits, bytes a token and device",
+        ylim=(0, None),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
 def main() -> None:
     if len(sys.argv) != 3:
         sys.exit(__doc__)
@@ -97,6 +126,7 @@ def main() -> None:
         ),
         "weak": scaling(data, "weak", f"Weak scaling, a decode step ({where})", "time of one rank / time"),
         "exchange": exchange(data),
+        "mla": latents(data),
     }
     for name, figure in figures.items():
         for kind in ("svg", "png"):

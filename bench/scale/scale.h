@@ -22,6 +22,7 @@
 #define FV_SCALE_ITEMS_MAX   1024
 #define FV_SCALE_LAYERS_MAX  64
 #define FV_SCALE_S2_LAYERS   32 /* of the model of table "s2": all of them are there */
+#define FV_SCALE_MLA_LAYERS  61 /* of that of table "mla" (DeepSeek-V3): the batch is what fits */
 #define FV_SCALE_S2_LOCAL    8
 #define FV_SCALE_S2_FILL     65536U /* tokens that are put in before what no query will read is freed */
 #define FV_SCALE_STEPS_MAX   256
@@ -86,10 +87,10 @@ double fv_scale_read_rate_cuda(const fv_scale_rank_t *r);
 typedef struct fv_scale_data {
     const fv_model_spec_t *spec;
     fv_host_buffer_t memory;
-    uint16_t *k, *v; /* [POOL, Hkv, d] */
+    uint16_t *k, *v; /* [POOL, Hkv, d]; latents: k [POOL, latent + rope], no v */
     uint16_t *q;     /* [q_tokens, Hq, d], another place for each item */
     size_t q_tokens;
-    size_t kv_token_bytes, q_token_bytes;
+    size_t kv_token_bytes, v_token_bytes, q_token_bytes;
 } fv_scale_data_t;
 
 /* n_query_tokens: the longest chunk of queries. */
@@ -104,12 +105,16 @@ size_t fv_scale_token(uint32_t item, uint32_t layer, uint64_t t);
 /* First query of an item's step at `position`. */
 const uint16_t *fv_scale_query(const fv_scale_data_t *d, uint32_t item, uint64_t position);
 
-/* fp64: out[d] of query head `head` at `position`, which sees tokens [0, position]. */
+/*
+ * fp64: out[part->head_dim_v] of query head `head` at `position`, which sees tokens [0, position]. Of a slice of latents:
+ * the softmax of this slice's scores and the RoPE key's, whatever the others say (TPLA).
+ */
 void fv_scale_expected(const fv_scale_data_t *d,
                        uint32_t item,
                        uint32_t layer,
                        uint64_t position,
                        int32_t head,
+                       const fv_head_part_t *part,
                        double *out);
 
 /* ------------------------------------------------------------------ a case */
@@ -117,7 +122,8 @@ void fv_scale_expected(const fv_scale_data_t *d,
 typedef enum fv_scale_axis {
     FV_SCALE_HEADS,
     FV_SCALE_CONTEXT,
-    FV_SCALE_GRID
+    FV_SCALE_GRID,
+    FV_SCALE_SLICES /* of latents: a softmax each; ranks beyond the slices share one's heads */
 } fv_scale_axis_t;
 typedef enum fv_scale_grows {
     FV_SCALE_STRONG,
@@ -125,11 +131,16 @@ typedef enum fv_scale_grows {
     FV_SCALE_WEAK_ITEMS
 } fv_scale_grows_t;
 
+typedef struct fv_scale_latent {
+    int32_t rope_dim; /* 0: no latents; else head_dim is the latent's */
+    int32_t groups;   /* slices; 0: whole */
+} fv_scale_latent_t;
+
 typedef struct fv_scale_case {
     const char *name;
-    const char *table; /* "strong", "weak", "exchange", "prefill", "s2", "check" */
+    const char *table; /* "strong", "weak", "exchange", "prefill", "s2", "mla", "check" */
     int32_t n_q_heads, n_kv_heads, head_dim;
-    uint32_t n_items;
+    uint32_t n_items;  /* 0: as many as fit */
     uint64_t n_tokens; /* before the first step; weak: per rank */
     fv_scale_axis_t axis;
     fv_scale_grows_t grows;
@@ -137,7 +148,38 @@ typedef struct fv_scale_case {
     uint32_t
         chunk; /* 0: KV is put in place; else by real prefill steps of so many tokens, each verified; "prefill" times them */
     int32_t s2_stride; /* 0: dense; else all layers are S2 of blocks of 64, 8 local */
+    fv_scale_latent_t latent;
 } fv_scale_case_t;
+
+static inline bool fv_scale_is_latent(const fv_scale_case_t *c)
+{
+    return c->latent.rope_dim > 0;
+}
+
+static inline int32_t fv_scale_groups(const fv_scale_case_t *c)
+{
+    return (c->latent.groups > 0) ? c->latent.groups : 1;
+}
+
+/* One rank has an answer of its own, for the same batch, that others are compared with. */
+static inline bool fv_scale_has_one_rank(const fv_scale_case_t *c)
+{
+    return (c->grows == FV_SCALE_STRONG) && (c->n_items > 0U) && (c->axis != FV_SCALE_SLICES);
+}
+
+/* Head parts that there can be. */
+static inline int32_t fv_scale_parts_max(const fv_scale_case_t *c)
+{
+    return fv_scale_is_latent(c) ? (c->n_q_heads * fv_scale_groups(c)) : c->n_kv_heads;
+}
+
+/* Bytes of KV of a token of a layer on one rank that holds all of its heads, or its slice. */
+static inline double fv_scale_token_bytes(const fv_scale_case_t *c)
+{
+    return fv_scale_is_latent(c)
+               ? (2.0 * (double)(c->head_dim / fv_scale_groups(c) + c->latent.rope_dim))
+               : ((double)c->n_kv_heads * (double)c->head_dim * 4.0); /* K and V, bf16 */
+}
 
 /* Microseconds; of a step the slowest rank's. */
 typedef struct fv_scale_times {
@@ -156,7 +198,8 @@ typedef struct fv_scale_result {
     double difference; /* largest from the result of one rank, relative to the row's norm */
     fv_scale_times_t wall, device, compute, exchange;
     double floor_us;
-    double ratio;   /* one rank's device time / this one's; 0: one rank was not measured */
+    double ratio; /* one rank's device time / this one's; "mla": tokens a second / those by heads on
+                       as many ranks; 0: not measured */
     double over_us; /* this one's device time - one rank's */
 } fv_scale_result_t;
 
@@ -210,6 +253,8 @@ bool fv_scale_case_run(fv_scale_rank_t *r,
 
 /* ------------------------------------------------------------------ report (rank 0) */
 
+/* Of a model of as many layers as were there. */
+double fv_scale_tokens_per_second(const fv_scale_result_t *result);
 void fv_scale_print_machine(const fv_scale_rank_t *r);
 void fv_scale_print_head(const char *table);
 void fv_scale_print(const fv_scale_result_t *result);

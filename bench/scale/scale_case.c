@@ -47,11 +47,28 @@ static fv_scale_times_t times_of(double *values, uint32_t n, MPI_Comm comm)
 /* Of a layer, by the rank that holds most. */
 static double kept_tokens(const fv_scale_case_t *c, uint64_t n_tokens, int p)
 {
-    const double part = (double)n_tokens / (double)p;
+    /* the latent is there whole for any of its heads, or in slices, which token_bytes tells */
+    const bool is_cut = !fv_scale_is_latent(c) || (c->axis == FV_SCALE_CONTEXT);
+    const double part = (double)n_tokens / (is_cut ? (double)p : 1.0);
 
     return (c->s2_stride == 0) ? part
                                : fmin(part, part / (double)c->s2_stride +
                                                 (double)(FV_SCALE_S2_LOCAL + 2) * FV_PAGE_TOKENS);
+}
+
+/* Layers that are all there, whatever a step walks through; 0: as many as that takes. */
+static double model_layers(const fv_scale_case_t *c)
+{
+    return (strcmp(c->table, "s2") == 0)    ? (double)FV_SCALE_S2_LAYERS
+           : (strcmp(c->table, "mla") == 0) ? (double)FV_SCALE_MLA_LAYERS
+                                            : 0.0;
+}
+
+static uint32_t items_that_fit(const fv_scale_rank_t *r, double item_bytes)
+{
+    const double n = floor((double)r->arena_bytes * 0.98 / (item_bytes * 1.02));
+
+    return (uint32_t)fmin(fmax(n, 1.0), (double)FV_SCALE_ITEMS_MAX);
 }
 
 /* Tokens, items and layers; false: even one layer does not fit. */
@@ -61,8 +78,8 @@ choose_size(fv_scale_run_t *run, const fv_scale_rank_t *r, const fv_scale_case_t
     run->is_prefill = strcmp(c->table, "prefill") == 0;
     const uint32_t shrink = ((c->chunk > 0U) && !run->is_prefill) ? 1U : r->options->shrink;
     const bool is_tiny = strcmp(c->table, "exchange") == 0;
-    const double token_bytes =
-        (double)c->n_kv_heads * (double)c->head_dim * 4.0; /* K and V, bf16 */
+    const double token_bytes = fv_scale_token_bytes(c);
+    const double all_layers = model_layers(c);
 
     run->n_tokens =
         (is_tiny || (c->n_tokens / shrink < 64U)) ? c->n_tokens : (c->n_tokens / shrink);
@@ -77,22 +94,22 @@ choose_size(fv_scale_run_t *run, const fv_scale_rank_t *r, const fv_scale_case_t
         run->n_items *= (uint32_t)p;
     }
     /* each layer's steps take up to two pages more on one rank */
-    const double grown = (double)run->n_items * token_bytes * 2.0 * FV_PAGE_TOKENS;
-    const double rank_tokens = kept_tokens(c, run->n_tokens, p);
-    const double rank_bytes = (double)run->n_items * rank_tokens * token_bytes + grown;
+    const double item_bytes =
+        (kept_tokens(c, run->n_tokens, p) + 2.0 * FV_PAGE_TOKENS) * token_bytes;
+    run->n_items = (c->n_items == 0U) ? items_that_fit(r, item_bytes * all_layers) : run->n_items;
+    const double rank_bytes = (double)run->n_items * item_bytes;
     const double filling =
         (c->s2_stride > 0) ? ((double)FV_SCALE_S2_FILL * token_bytes / (double)p) : 0.0;
     const double fits = floor(((double)r->arena_bytes * 0.98 - filling) / (rank_bytes * 1.02));
     double n_layers = ceil((double)r->options->rotate_bytes / rank_bytes);
-    double rank_layers = 1.0;
+    const double rank_layers = fmax(all_layers, 1.0);
 
     if (is_tiny || (c->chunk > 0U)) {
         n_layers = run->is_prefill ? 3.0 : 2.0;
     }
     n_layers = fmin(fmin(n_layers, FV_SCALE_LAYERS_MAX), fits);
-    if (strcmp(c->table, "s2") == 0) {
-        rank_layers = FV_SCALE_S2_LAYERS;
-        n_layers = (fits >= rank_layers) ? rank_layers : 0.0;
+    if (all_layers > 0.0) {
+        n_layers = (fits >= all_layers) ? all_layers : 0.0;
     }
     run->n_layers = (uint32_t)fmax(n_layers, 0.0);
     if ((n_layers < 1.0) && (r->rank == 0)) {
@@ -212,7 +229,7 @@ bool fv_scale_case_run(fv_scale_rank_t *r,
         (void)fv_fail(FV_ERR_INVALID_ARG, "more than %d chunks", FV_SCALE_STEPS_MAX);
         fv_scale_die(c->name);
     }
-    run.one_rank = (c->grows == FV_SCALE_STRONG) ? *one_rank : NULL;
+    run.one_rank = fv_scale_has_one_rank(c) ? *one_rank : NULL;
     fv_scale_run_open(&run, r, c, p);
     (void)MPI_Comm_split(r->comm, (r->rank < p) ? 0 : MPI_UNDEFINED, r->rank, &comm);
     memset(out, 0, sizeof(*out));
@@ -220,7 +237,7 @@ bool fv_scale_case_run(fv_scale_rank_t *r,
         if (run.is_prefill) {
             fv_scale_prefill(&run, comm, out);
         } else {
-            take_part(&run, comm, (c->grows == FV_SCALE_STRONG) ? one_rank : &run.one_rank, out);
+            take_part(&run, comm, fv_scale_has_one_rank(c) ? one_rank : &run.one_rank, out);
         }
         (void)MPI_Comm_free(&comm);
     }
@@ -242,7 +259,7 @@ bool fv_scale_case_run(fv_scale_rank_t *r,
         fv_scale_run_close(&run);
         return true;
     }
-    if ((c->grows == FV_SCALE_STRONG) && (p == 1)) {
+    if (fv_scale_has_one_rank(c) && (p == 1)) {
         const size_t n_bytes =
             (size_t)run.n_items * (size_t)c->n_q_heads * (size_t)c->head_dim * sizeof(uint16_t);
 
@@ -250,7 +267,7 @@ bool fv_scale_case_run(fv_scale_rank_t *r,
             *one_rank = fv_scale_alloc(1, n_bytes);
         }
         (void)MPI_Bcast(*one_rank, (int)n_bytes, MPI_BYTE, 0, r->comm);
-    } else if ((c->grows != FV_SCALE_STRONG) && (p == 1)) {
+    } else if (!fv_scale_has_one_rank(c)) {
         free(run.one_rank);
     }
     fv_scale_run_close(&run);

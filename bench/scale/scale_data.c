@@ -11,6 +11,7 @@
 #include <string.h>
 
 #define QUERY_TOKENS 2048 /* a prime step through them gives every (item, position) its own */
+#define QUERY_BYTES  ((size_t)32 << 20) /* of them at most: 128 heads of 576 take 144 KB a token */
 
 static void fill(uint16_t *out, size_t n, fv_random_t *random)
 {
@@ -27,21 +28,26 @@ void fv_scale_data_open(fv_scale_data_t *d,
     fv_random_t random = {.state = 20261122};
     size_t kv_elems = (size_t)spec->n_kv_heads * (size_t)spec->head_dim_qk;
     size_t q_elems = (size_t)spec->n_q_heads * (size_t)spec->head_dim_qk;
+    size_t v_elems = (size_t)spec->n_kv_heads * (size_t)fv_model_v_dim_sent(spec);
     size_t n_q_tokens = QUERY_TOKENS;
 
     memset(d, 0, sizeof(*d));
+    while (n_q_tokens * q_elems * sizeof(uint16_t) > QUERY_BYTES) {
+        n_q_tokens /= 2U;
+    }
     d->spec = spec;
     d->q_tokens = n_q_tokens;
     d->kv_token_bytes = kv_elems * sizeof(uint16_t);
+    d->v_token_bytes = v_elems * sizeof(uint16_t);
     d->q_token_bytes = q_elems * sizeof(uint16_t);
     fv_scale_check(fv_host_buffer_reserve(&d->memory, r->backend, r->worker->backend,
-                                          2U * FV_SCALE_POOL * d->kv_token_bytes +
+                                          FV_SCALE_POOL * (d->kv_token_bytes + d->v_token_bytes) +
                                               (n_q_tokens + n_query_tokens) * d->q_token_bytes),
                    "data");
     d->k = d->memory.data;
     d->v = d->k + FV_SCALE_POOL * kv_elems;
-    d->q = d->v + FV_SCALE_POOL * kv_elems;
-    fill(d->k, 2U * FV_SCALE_POOL * kv_elems, &random);
+    d->q = d->v + FV_SCALE_POOL * v_elems;
+    fill(d->k, FV_SCALE_POOL * (kv_elems + v_elems), &random);
     fill(d->q, n_q_tokens * q_elems, &random);
     /* again behind it: queries of several tokens are read in one piece */
     for (size_t i = 0; i < n_query_tokens; i++) {
@@ -93,14 +99,30 @@ static uint64_t times_seen(const fv_model_spec_t *spec,
     return n;
 }
 
+static double dot(const uint16_t *a, const uint16_t *b, size_t n)
+{
+    double sum = 0.0;
+
+    for (size_t i = 0; i < n; i++) {
+        sum += (double)fv_bf16_to_f32(a[i]) * (double)fv_bf16_to_f32(b[i]);
+    }
+    return sum;
+}
+
 void fv_scale_expected(const fv_scale_data_t *d,
                        uint32_t item,
                        uint32_t layer,
                        uint64_t position,
                        int32_t head,
+                       const fv_head_part_t *part,
                        double *out)
 {
-    const size_t dim = (size_t)d->spec->head_dim_qk;
+    const size_t dim = (size_t)d->spec->head_dim_qk; /* of a row of the pool */
+    const size_t first = (size_t)part->latent_begin;
+    const size_t dv = (size_t)part->head_dim_v;
+    const size_t n_shared = (size_t)(part->head_dim_qk - part->head_dim_v); /* the RoPE key */
+    const bool is_latent = fv_model_is_latent(d->spec);
+    const uint16_t *values = is_latent ? d->k : d->v;
     const size_t kv_head = (size_t)(head / fv_model_group(d->spec));
     const uint16_t *q = fv_scale_query(d, item, position) + (size_t)head * dim;
     const uint64_t n_tokens = position + 1U;
@@ -112,15 +134,14 @@ void fv_scale_expected(const fv_scale_data_t *d,
     for (uint64_t t = 0; t < n_distinct; t++) {
         const size_t row =
             (fv_scale_token(item, layer, t) * (size_t)d->spec->n_kv_heads + kv_head) * dim;
-        double s = 0.0;
+        const size_t rope = dim - n_shared;
 
-        for (size_t i = 0; i < dim; i++) {
-            s += (double)fv_bf16_to_f32(q[i]) * (double)fv_bf16_to_f32(d->k[row + i]);
-        }
-        scores[t] = s * (double)d->spec->softmax_scale;
+        scores[t] =
+            (dot(q + first, d->k + row + first, dv) + dot(q + rope, d->k + row + rope, n_shared)) *
+            (double)d->spec->softmax_scale;
         highest = fmax(highest, scores[t]);
     }
-    memset(out, 0, dim * sizeof(*out));
+    memset(out, 0, dv * sizeof(*out));
     for (uint64_t t = 0; t < n_distinct; t++) {
         const size_t row =
             (fv_scale_token(item, layer, t) * (size_t)d->spec->n_kv_heads + kv_head) * dim;
@@ -128,11 +149,11 @@ void fv_scale_expected(const fv_scale_data_t *d,
         const double weight = (double)n_times * exp(scores[t] - highest);
 
         sum += weight;
-        for (size_t i = 0; i < dim; i++) {
-            out[i] += weight * (double)fv_bf16_to_f32(d->v[row + i]);
+        for (size_t i = 0; i < dv; i++) {
+            out[i] += weight * (double)fv_bf16_to_f32(values[row + first + i]);
         }
     }
-    for (size_t i = 0; i < dim; i++) {
+    for (size_t i = 0; i < dv; i++) {
         out[i] /= sum;
     }
 }

@@ -32,9 +32,13 @@ put_tokens(const fv_scale_run_t *run, uint32_t item, uint32_t layer, uint64_t be
                                .kv_end = end,
                                .n_tokens = (uint32_t)(end - begin),
                                .flags = FV_ITEM_APPEND};
-    const size_t head = (size_t)fv_placement_head_begin(&run->placement, run->model.n_kv_heads,
-                                                        run->r->rank / run->placement.n_ctx_parts) *
-                        (size_t)run->model.head_dim_qk;
+    const fv_head_part_t part = fv_placement_head_part(&run->placement, &run->model,
+                                                       run->r->rank / run->placement.n_ctx_parts);
+    const bool is_latent = fv_model_is_latent(&run->model);
+    const size_t head =
+        (size_t)part.head_begin * (size_t)run->model.head_dim_qk + (size_t)part.latent_begin;
+    const size_t rope_gap = /* of a row of the pool: from the slice's end to the RoPE key */
+        (size_t)(run->model.head_dim_v - part.latent_begin - part.head_dim_v) * sizeof(uint16_t);
     static fv_page_copy_t copies[FV_HEADS_MAX]; /* none is made: nothing is shared */
     size_t n_copies = 0;
     static fv_append_item_t appends[APPENDS_AT_ONCE];
@@ -58,14 +62,16 @@ put_tokens(const fv_scale_run_t *run, uint32_t item, uint32_t layer, uint64_t be
                 n_appends = 0;
             }
             appends[n_appends++] = (fv_append_item_t){.n_kv_heads = session->n_heads,
-                                                      .head_dim_qk = run->model.head_dim_qk,
-                                                      .head_dim_v = run->model.head_dim_v,
+                                                      .head_dim_qk = part.head_dim_qk,
+                                                      .head_dim_v = part.head_dim_v,
                                                       .src_dtype = FV_DTYPE_BF16,
                                                       .kv_dtype = FV_DTYPE_BF16,
+                                                      .v_in_k = is_latent,
+                                                      .rope_gap_bytes = is_latent ? rope_gap : 0U,
                                                       .k = run->data.k + at,
-                                                      .v = run->data.v + at,
+                                                      .v = is_latent ? NULL : (run->data.v + at),
                                                       .k_token_bytes = run->data.kv_token_bytes,
-                                                      .v_token_bytes = run->data.kv_token_bytes,
+                                                      .v_token_bytes = run->data.v_token_bytes,
                                                       .local_begin = tokens.local_begin + done,
                                                       .n_tokens = n,
                                                       .pages = kv->pages,

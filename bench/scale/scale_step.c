@@ -9,6 +9,7 @@
 #include <string.h>
 
 #define VERIFY_ROWS  96 /* of an item at most: evenly spread, all heads */
+#define VERIFY_MLA   24 /* such a row takes fp64 ten times as long */
 #define VERIFY_ITEMS 3
 #define TOLERANCE    6e-3 /* of a row's norm: bf16 results; as in bench_kernels_cuda */
 
@@ -25,7 +26,7 @@ static int head_parts(const fv_scale_case_t *c, int p)
     for (int h = 1; h <= p; h++) {
         const bool is_half = (c->axis == FV_SCALE_GRID) && (h > 1) && (h == p);
 
-        if ((p % h == 0) && (h <= c->n_kv_heads) && !is_half) {
+        if ((p % h == 0) && (h <= fv_scale_parts_max(c)) && !is_half) {
             parts = h;
         }
     }
@@ -55,6 +56,24 @@ static void place(fv_scale_run_t *run)
 
 /* ------------------------------------------------------------------ life */
 
+/* DeepSeek's scale: of 128 + 64 dims before they were absorbed. */
+static void describe_latents(fv_scale_run_t *run)
+{
+    const fv_scale_case_t *c = run->spec;
+    fv_model_spec_t *m = &run->model;
+
+    m->kind = FV_MODEL_LATENT;
+    m->latent_dim = c->head_dim;
+    m->rope_dim = c->latent.rope_dim;
+    m->n_kv_heads = 0;
+    m->head_dim_qk = 0;
+    m->head_dim_v = 0;
+    m->softmax_scale = 0.0721687836F;
+    if (c->axis == FV_SCALE_SLICES) {
+        m->sharding = (fv_sharding_t){.mode = FV_SHARDING_LATENT, .groups = c->latent.groups};
+    }
+}
+
 static void describe_model(fv_scale_run_t *run)
 {
     const fv_scale_case_t *c = run->spec;
@@ -76,6 +95,9 @@ static void describe_model(fv_scale_run_t *run)
                                                .vert_stride = c->s2_stride};
         memset(run->model.layer_policy, 1,
                FV_SCALE_LAYERS_MAX * sizeof(run->model.layer_policy[0]));
+    }
+    if (fv_scale_is_latent(c)) {
+        describe_latents(run);
     }
     fv_scale_check(fv_model_spec_check(&run->model), "model");
 }
@@ -150,10 +172,10 @@ bool fv_scale_step_prepare(fv_scale_run_t *run, uint32_t layer, uint32_t n_token
                                     .flags = FV_ITEM_CAUSAL | FV_ITEM_APPEND};
         const fv_step_io_t full = {.q = fv_scale_query(&run->data, i, position),
                                    .k = kv,
-                                   .v = kv + (size_t)n_tokens * kv_elems,
+                                   .v = kv + (size_t)n_tokens * kv_elems, /* latents: of no bytes */
                                    .q_token_bytes = run->data.q_token_bytes,
                                    .k_token_bytes = run->data.kv_token_bytes,
-                                   .v_token_bytes = run->data.kv_token_bytes};
+                                   .v_token_bytes = run->data.v_token_bytes};
         fv_item_share_t share;
 
         if (!fv_item_share(&run->model, &run->placement, &item, (uint32_t)run->r->rank, &share)) {
@@ -163,7 +185,9 @@ bool fv_scale_step_prepare(fv_scale_run_t *run, uint32_t layer, uint32_t n_token
             const size_t from = fv_scale_token(i, layer, position + t) * kv_elems;
 
             memcpy(kv + t * kv_elems, run->data.k + from, run->data.kv_token_bytes);
-            memcpy(kv + (n_tokens + t) * kv_elems, run->data.v + from, run->data.kv_token_bytes);
+            if (run->data.v_token_bytes > 0U) {
+                memcpy(kv + (n_tokens + t) * kv_elems, run->data.v + from, run->data.v_token_bytes);
+            }
         }
         in += fv_pack_input(&run->model, &run->placement, &item, (uint32_t)run->r->rank, &full, in);
         out_bytes += fv_share_out_bytes(&share);
@@ -198,16 +222,17 @@ static void verify_row(fv_scale_run_t *run,
                        const fv_ctl_item_t *item,
                        uint64_t t,
                        int32_t head,
+                       const fv_head_part_t *part,
                        const uint16_t *row)
 {
-    const size_t dim = (size_t)run->model.head_dim_v;
+    const size_t dim = (size_t)part->head_dim_v;
     const bool is_first = (layer == 0U) && (item->position + t == run->n_tokens);
-    double want[FV_HEAD_DIM_MAX];
+    double want[FV_DIM_V_MAX];
     double error = 0.0;
     double norm = 0.0;
     double difference = 0.0;
 
-    fv_scale_expected(&run->data, item->session_slot, layer, item->position + t, head, want);
+    fv_scale_expected(&run->data, item->session_slot, layer, item->position + t, head, part, want);
     const uint16_t *one =
         (is_first && (run->one_rank != NULL))
             ? run->one_rank +
@@ -249,24 +274,24 @@ static bool is_looked_at(const fv_scale_run_t *run, uint32_t item)
 void fv_scale_step_verify(fv_scale_run_t *run, uint32_t layer)
 {
     const uint8_t *out = run->out.data;
-    const int32_t group = fv_model_group(&run->model);
-    const size_t dim = (size_t)run->model.head_dim_v;
+    const uint64_t n_rows_most =
+        fv_model_is_latent(&run->model) ? (uint64_t)VERIFY_MLA : (uint64_t)VERIFY_ROWS;
 
     for (uint32_t i = 0; i < run->n_shares; i++) {
         fv_item_share_t share;
 
         (void)fv_item_share(&run->model, &run->placement, &run->items[i], (uint32_t)run->r->rank,
                             &share);
-        const uint64_t n_heads = (uint64_t)((share.part.head_end - share.part.head_begin) * group);
+        const uint64_t n_heads = (uint64_t)share.n_q_heads;
         const uint64_t n_rows = share.row_end - share.row_begin;
-        const uint64_t stride = (n_rows <= VERIFY_ROWS) ? 1U : ((n_rows / VERIFY_ROWS) | 1U);
+        const uint64_t stride = (n_rows <= n_rows_most) ? 1U : ((n_rows / n_rows_most) | 1U);
         for (uint64_t i_row = 0; (i_row < n_rows) && is_looked_at(run, run->item_of[i]);
              i_row += stride) {
             const uint64_t row = share.row_begin + i_row;
 
             verify_row(run, layer, &run->items[i], row / n_heads,
-                       share.part.head_begin * group + (int32_t)(row % n_heads),
-                       (const uint16_t *)(const void *)out + i_row * dim);
+                       share.part.q_head_begin + (int32_t)(row % n_heads), &share.part,
+                       (const uint16_t *)(const void *)out + i_row * (size_t)share.part.head_dim_v);
         }
         out += fv_share_out_bytes(&share);
     }
@@ -316,7 +341,6 @@ double fv_scale_kv_bytes(const fv_scale_run_t *run)
 
 double fv_scale_sent_bytes(const fv_scale_run_t *run)
 {
-    const size_t row_bytes = (size_t)run->model.head_dim_v * sizeof(float);
     double n_bytes = 0.0;
 
     for (uint32_t i = 0; i < run->n_shares; i++) {
@@ -326,7 +350,7 @@ double fv_scale_sent_bytes(const fv_scale_run_t *run)
                             &share);
         const uint64_t n_rows =
             (share.n_parts > 1) ? (share.n_rows - (share.row_end - share.row_begin)) : 0U;
-        n_bytes += (double)n_rows * (double)(row_bytes + sizeof(float));
+        n_bytes += (double)n_rows * (double)(share.part.head_dim_v + 1) * sizeof(float);
     }
     return fv_scale_max(run->r, n_bytes);
 }

@@ -1,7 +1,7 @@
 /*
  * test_exchange_cuda.c - partial states between the GPUs of one host.
  *
- * Goal:   several GPUs together equal the fp64 oracle whatever the placement, directly through windows, through windows
+ * Goal:   several GPUs together equal the fp64 oracle whatever the placement, of heads, S2, latents and slices, directly through windows, through windows
  *         too small for some messages, and through send and receive alone; the same step gives the same bits a thousand
  *         times, with nothing but the exchange to keep ranks in step; a peer that does not come ends a step in time.
  * Method: the worker rig, a GPU and an NCCL rank a thread (tests/support/worker_rig.h). Two GPUs at least, else skipped.
@@ -186,6 +186,31 @@ static void test_failed_items_send_the_empty_set(void **state)
     (void)state;
     live(0, false, SMALL_ARENA, seed * 11U);
     live(0, true, SMALL_ARENA, seed * 13U);
+}
+
+/*
+ * Latents by heads and by context, in two slices with a softmax each, and S2 layers, all in one life. On a CPU the same
+ * life is prop_worker's.
+ */
+static void live_latents_and_s2(bool is_collective, uint64_t life_seed)
+{
+    static fv_rig_t rig; /* large */
+    world_t world;
+
+    open_world(&world, 0, is_collective, 10000);
+    fv_rig_door_t door = door_of(&world);
+    fv_rig_create_through(&rig, world.n_ranks, ARENA_BYTES, &fv_backend_cuda, &door, life_seed);
+    fv_rig_latents_and_s2(&rig);
+    assert_true(rig.n_checked > 50U);
+    fv_rig_destroy(&rig);
+    close_world(&world);
+}
+
+static void test_latents_and_s2_equal_the_oracle(void **state)
+{
+    (void)state;
+    live_latents_and_s2(false, seed * 17U);
+    live_latents_and_s2(true, seed * 19U);
 }
 
 /* ------------------------------------------------------------------ the same bits, a thousand times */
@@ -392,6 +417,7 @@ int main(void)
         cmocka_unit_test(test_small_windows_equal_the_oracle),
         cmocka_unit_test(test_send_and_receive_equal_the_oracle),
         cmocka_unit_test(test_failed_items_send_the_empty_set),
+        cmocka_unit_test(test_latents_and_s2_equal_the_oracle),
         cmocka_unit_test(test_the_same_bits_every_time),
         cmocka_unit_test(test_a_silent_peer_ends_the_step),
         cmocka_unit_test(test_a_silent_peer_ends_a_collective_step),

@@ -11,12 +11,10 @@
 
 #define ARENA_BYTES ((size_t)24 << 20)
 
-#if defined(FV_PROP_CUDA) /* tests/worker.cmake: what that backend does, without latent attention */
+#if defined(FV_PROP_CUDA) /* tests/worker.cmake: what that backend does */
 #    define BACKEND (&fv_backend_cuda)
-#    define IS_CUDA true
 #else
 #    define BACKEND NULL
-#    define IS_CUDA false
 #endif
 #define WINDOW_FLAGS \
     (((size_t)2 << 20) - 65536U) /* too small for LL, large enough for every message */
@@ -81,7 +79,7 @@ static void one_latent(uint32_t n_ranks, int32_t groups, uint32_t n_per_slice, u
 {
     fv_rig_t rig;
 
-    fv_rig_create(&rig, n_ranks, ARENA_BYTES, NULL,
+    fv_rig_create(&rig, n_ranks, ARENA_BYTES, BACKEND,
                   seed * 31U + n_ranks * 100U + (uint32_t)groups * 10U + n_per_slice + n_ctx);
     for (uint32_t slot = 0; slot < 3U; slot++) {
         fv_model_spec_t spec = fv_rig_random_latent(&rig.random, groups);
@@ -116,9 +114,6 @@ static void test_latent_placements(void **state)
     static const uint32_t k_ranks[] = {1, 2, 3, 4, 8};
 
     (void)state;
-    if (IS_CUDA) {
-        skip();
-    }
     for (size_t i = 0; i < FV_COUNT(k_ranks); i++) {
         uint32_t n = k_ranks[i];
 
@@ -171,7 +166,7 @@ static void test_random_histories_equal_the_oracle(void **state)
         static fv_rig_t rig; /* large */
 
         fv_rig_create(&rig, ranks[i], ARENA_BYTES, BACKEND, seed * 1000U + i);
-        for (uint32_t m = 0; m < (IS_CUDA ? 3U : 4U); m++) {
+        for (uint32_t m = 0; m < 4U; m++) {
             fv_model_spec_t spec = (m < 3U) ? fv_rig_random_sparse_spec(&rig.random)
                                             : fv_rig_random_latent(&rig.random, 0);
 
@@ -256,6 +251,20 @@ static void test_windows_equal_the_oracle(void **state)
     live_through_windows(2, 2, WINDOW_FLAGS, (size_t)640 << 10, seed * 19U); /* empty sets */
 }
 
+/* The life of test_exchange_cuda, whose ranks are GPUs. */
+static void test_latents_and_s2_live_together(void **state)
+{
+    (void)state;
+    for (uint32_t n_ranks = 2; n_ranks <= 4U; n_ranks++) {
+        static fv_rig_t rig; /* large */
+
+        fv_rig_create(&rig, n_ranks, ARENA_BYTES, BACKEND, seed * 31U + n_ranks);
+        fv_rig_latents_and_s2(&rig);
+        assert_true(rig.n_checked > 50U);
+        fv_rig_destroy(&rig);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -265,6 +274,7 @@ int main(void)
         cmocka_unit_test(test_random_histories_equal_the_oracle),
         cmocka_unit_test(test_a_full_pool_refuses_items_alone),
         cmocka_unit_test(test_windows_equal_the_oracle),
+        cmocka_unit_test(test_latents_and_s2_live_together),
     };
 
 #if defined(FV_PROP_CUDA)

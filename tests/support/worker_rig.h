@@ -107,6 +107,12 @@ fv_status_t fv_rig_append(fv_rig_t *rig, uint32_t slot, uint32_t layer, uint32_t
 /* n_ops random operations: opens, forks, truncations, closes, and mostly steps (worker_rig_life.c). */
 void fv_rig_live(fv_rig_t *rig, int n_ops);
 
+/*
+ * A random life of four models on all ranks, at least two: 512 + 64 latents and random ones, whole; latents in two slices, a
+ * softmax each; S2. Each is opened over all ranks at first, prefilled and decoded. Every placement is one that CUDA ranks serve.
+ */
+void fv_rig_latents_and_s2(fv_rig_t *rig);
+
 /* Every rank holds exactly the pages that placements, lengths and policies say. */
 void fv_rig_check_pages(const fv_rig_t *rig);
 

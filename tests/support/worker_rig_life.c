@@ -30,10 +30,13 @@ static void random_open(fv_rig_t *rig)
 {
     fv_random_t *r = &rig->random;
     uint32_t model = (uint32_t)fv_random_int(r, 0, (int64_t)rig->n_models - 1);
-    int64_t n_kv_heads = rig->models[model].n_kv_heads;
-    int64_t hp_max = (n_kv_heads < (int64_t)rig->n_ranks) ? n_kv_heads : (int64_t)rig->n_ranks;
-    int64_t hp = fv_random_int(r, 1, hp_max);
-    int64_t cp = fv_random_int(r, 1, (int64_t)rig->n_ranks / hp);
+    const fv_model_spec_t *spec = &rig->models[model];
+    int64_t groups = fv_model_groups(spec); /* head parts are multiples of it */
+    int64_t n_heads = fv_model_is_latent(spec) ? spec->n_q_heads : spec->n_kv_heads;
+    int64_t n_places = (int64_t)rig->n_ranks / groups;
+    int64_t hp = groups * fv_random_int(r, 1, (n_heads < n_places) ? n_heads : n_places);
+    /* slices by context: not every backend serves them, so not at random */
+    int64_t cp = (groups > 1) ? 1 : fv_random_int(r, 1, (int64_t)rig->n_ranks / hp);
     uint32_t slot = 0;
 
     if (pick_slot(rig, &slot)) {
@@ -136,4 +139,50 @@ void fv_rig_live(fv_rig_t *rig, int n_ops)
             random_step(rig);
         }
     }
+}
+
+/* Slot s on all ranks: by context, by heads, in slices. */
+static void open_over_all(fv_rig_t *rig, uint32_t slot, uint32_t model)
+{
+    const fv_model_spec_t *spec = &rig->models[model];
+    const uint16_t n_ranks = (uint16_t)rig->n_ranks;
+    const bool is_slices = fv_model_groups(spec) > 1;
+    const bool is_heads =
+        fv_model_is_latent(spec) && (slot % 2U == 1U) && (spec->n_q_heads >= (int32_t)rig->n_ranks);
+
+    if (is_slices) {
+        fv_rig_open(rig, slot, model, 2, 1, 64);
+    } else if (is_heads) {
+        fv_rig_open(rig, slot, model, n_ranks, 1, 64);
+    } else {
+        fv_rig_open(rig, slot, model, 1, n_ranks, 64);
+    }
+}
+
+void fv_rig_latents_and_s2(fv_rig_t *rig)
+{
+    static const uint32_t k_sizes[] = {150, 1, 70, 1};
+    const fv_model_spec_t deepseek = {.name = "deepseek",
+                                      .n_layers = FV_RIG_LAYERS,
+                                      .n_q_heads = 16,
+                                      .kv_dtype = FV_DTYPE_BF16,
+                                      .softmax_scale = 0.07F,
+                                      .kind = FV_MODEL_LATENT,
+                                      .latent_dim = 512,
+                                      .rope_dim = 64,
+                                      .n_policies = 1};
+    const fv_model_spec_t specs[FV_RIG_MODELS] = {deepseek, fv_rig_random_latent(&rig->random, 0),
+                                                  fv_rig_random_latent(&rig->random, 2),
+                                                  fv_rig_random_sparse_spec(&rig->random)};
+
+    for (uint32_t m = 0; m < FV_RIG_MODELS; m++) {
+        (void)fv_rig_model(rig, &specs[m]);
+    }
+    for (uint32_t slot = 0; slot < 2U * FV_RIG_MODELS; slot++) {
+        open_over_all(rig, slot, slot / 2U);
+        for (uint32_t i = 0; i < sizeof(k_sizes) / sizeof(k_sizes[0]); i++) {
+            (void)fv_rig_append(rig, slot, i % 2U, k_sizes[i]);
+        }
+    }
+    fv_rig_live(rig, 60);
 }
