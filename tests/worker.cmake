@@ -14,7 +14,9 @@ if(FV_WITH_CUDA) # the same histories, each rank a backend of its own on the GPU
                 LIBS fv_worker Threads::Threads TIMEOUT 300)
     fv_add_test(test_cuda_worker_s2 gpu SOURCES property/prop_worker_s2.c ${_rig}
                 LIBS fv_worker Threads::Threads TIMEOUT 300)
-    foreach(_name test_cuda_worker test_cuda_worker_s2)
+    fv_add_test(test_cuda_worker_latent gpu SOURCES property/prop_worker_latent.c ${_rig}
+                LIBS fv_worker Threads::Threads TIMEOUT 300)
+    foreach(_name test_cuda_worker test_cuda_worker_s2 test_cuda_worker_latent)
         target_compile_definitions(${_name} PRIVATE FV_PROP_CUDA)
     endforeach()
 endif()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """plot.py - bench_scale's JSON as pictures.
 
-bench/scale/plot.py scale.json PREFIX        PREFIX-strong.svg, -weak.svg, -exchange.svg, -mla.svg, and the same as .png
+bench/scale/plot.py scale.json PREFIX     PREFIX-strong.svg, -weak.svg, -exchange.svg, -mla.svg; also as .png
 """
 
 from __future__ import annotations
