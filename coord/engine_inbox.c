@@ -149,10 +149,8 @@ fv_entry_t *fv_engine_take_inbox(fv_engine_t *engine)
 
 void fv_entry_release(fv_entry_t *entry)
 {
-    fv_principal_t *principal = fv_call_principal(entry->call);
-
-    if (entry->is_counted && (principal != NULL)) {
-        fv_principal_end_request(principal);
+    if (entry->is_counted) {
+        fv_call_end_request(entry->call);
     }
     fv_call_unref(entry->call);
     if (entry->is_abandoned) {

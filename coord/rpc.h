@@ -128,7 +128,7 @@ void fv_rpc_set_serving(fv_rpc_t *rpc, bool is_serving);
  * Refuses new calls (UNAVAILABLE), waits up to grace_ms for those under way, cancels the rest, joins the thread.
  * A stream ends (UNAVAILABLE) as soon as what it delivered is answered and sent. Health says NOT_SERVING.
  * Replies may still come from other threads until it returns, and are ignored. Then fv_rpc_destroy() frees
- * it; after that only fv_call_unref() may be called.
+ * it; after that only fv_call_unref() and fv_call_end_request() may be called.
  */
 void fv_rpc_stop(fv_rpc_t *rpc, uint32_t grace_ms);
 void fv_rpc_destroy(fv_rpc_t *rpc); /* NULL is fine */
@@ -143,6 +143,11 @@ fv_method_t fv_call_method(const fv_call_t *call);
 fv_principal_t *fv_call_principal(const fv_call_t *call);
 /* Whether the caller's token still holds. Errors: FV_ERR_UNAUTHENTICATED. */
 FV_MUST_CHECK fv_status_t fv_call_recheck(const fv_call_t *call);
+/*
+ * A request of the caller's that fv_principal_begin_request() let in is answered, or given up: it counts as in flight until what was
+ * replied so far has been sent (of a unary call: until it is over). Closed calls, and after fv_rpc_destroy(): at once.
+ */
+void fv_call_end_request(fv_call_t *call);
 /* A word for the handler's own use, 0 at first. */
 void *fv_call_user(const fv_call_t *call);
 void fv_call_set_user(fv_call_t *call, void *user);

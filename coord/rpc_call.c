@@ -54,10 +54,18 @@ fv_call_t *fv_call_create(fv_calls_t *calls)
     return call;
 }
 
+void fv_requests_end(fv_principal_t *principal, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        fv_principal_end_request(principal);
+    }
+}
+
 void fv_outgoing_drop(fv_outgoing_t *list)
 {
     while (list != NULL) {
         fv_outgoing_t *next = list->next;
+        fv_requests_end(list->principal, list->n_ends);
         grpc_byte_buffer_destroy(list->message);
         free(list);
         list = next;
@@ -207,7 +215,7 @@ void fv_call_reply(fv_call_t *call, const fv_reply_piece_t *pieces, size_t n_pie
         fv_call_fail(call, GRPC_STATUS_RESOURCE_EXHAUSTED, "reply: out of host memory");
         return;
     }
-    reply->next = NULL;
+    *reply = (fv_outgoing_t){.principal = fv_call_principal(call)};
     reply->message = fv_message_create(pieces, n_pieces);
     (void)pthread_mutex_lock(&call->lock);
     if (call->is_ending || atomic_load(&call->is_closed)) {
@@ -243,6 +251,30 @@ void fv_call_fail(fv_call_t *call, int32_t grpc_code, const char *message)
     fv_call_end(call, grpc_code, message);
     (void)pthread_mutex_unlock(&call->lock);
     fv_call_pump(call);
+}
+
+void fv_call_end_request(fv_call_t *call)
+{
+    fv_principal_t *principal = fv_call_principal(call);
+    bool ends_now = false;
+
+    if (principal == NULL) {
+        return;
+    }
+    (void)pthread_mutex_lock(&call->lock);
+    /* its reply was queued last, or lies further ahead; or is gone already */
+    fv_outgoing_t *unsent = (call->first != NULL) ? call->last : call->sending;
+    if (atomic_load(&call->is_closed)) {
+        ends_now = true;
+    } else if (call->method->kind == FV_CALL_UNARY) {
+        call->n_ends++;
+    } else if (unsent != NULL) {
+        unsent->n_ends++;
+    } else {
+        ends_now = true;
+    }
+    (void)pthread_mutex_unlock(&call->lock);
+    fv_requests_end(principal, ends_now ? 1U : 0U);
 }
 
 bool fv_call_is_closed(const fv_call_t *call)

@@ -36,6 +36,8 @@ typedef struct fv_tag {
 typedef struct fv_outgoing {
     struct fv_outgoing *next;
     grpc_byte_buffer *message;
+    fv_principal_t *principal; /* whose n_ends requests end with it */
+    uint32_t n_ends;
 } fv_outgoing_t;
 
 struct fv_call {
@@ -65,6 +67,7 @@ struct fv_call {
 
     pthread_mutex_t lock; /* guards what follows */
     uint32_t n_batches;
+    uint32_t n_ends;    /* requests of its principal that end with it */
     int32_t n_inflight; /* BIDI: delivered, not yet answered and sent */
     bool has_read;      /* a read was posted at least once */
     bool is_reading;
@@ -98,6 +101,8 @@ void fv_waiting_remove(fv_call_t *call);
 void fv_call_end(fv_call_t *call, int32_t code, const char *text);
 /* Starts whatever the state allows now. Thread: any; no lock held. */
 void fv_call_pump(fv_call_t *call);
+/* n requests in flight fewer. */
+void fv_requests_end(fv_principal_t *principal, uint32_t n);
 /* Frees a list of replies; their release callbacks run. No lock held. */
 void fv_outgoing_drop(fv_outgoing_t *list);
 

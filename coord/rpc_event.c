@@ -279,8 +279,11 @@ static void on_close(fv_call_t *call)
     atomic_store(&call->is_closed, true);
     call->n_batches--;
     fv_outgoing_t *unsent = call->first;
+    uint32_t n_ends = call->n_ends;
     call->first = NULL;
+    call->n_ends = 0;
     (void)pthread_mutex_unlock(&call->lock);
+    fv_requests_end(fv_call_principal(call), n_ends);
     fv_outgoing_drop(unsent);
     if (call->was_delivered) {
         calls->handlers->on_closed(calls->handlers->ctx, call);

@@ -354,3 +354,17 @@ def test_a_flood_of_refused_requests_is_bounded_by_bytes_a_second(guarded):
         n = [given for given, _ in answers].index(grpc.StatusCode.RESOURCE_EXHAUSTED)
         assert n_let_in <= n < 40 and all(given is code for given, _ in answers[:n]), name
         assert "bytes_per_second" in answers[n][1], name
+
+
+def test_one_request_after_the_other_is_never_two_in_flight(guarded):
+    """An answer that has come is sent: the next request finds its place free."""
+    guarded.tokens.add("small", requests=1)
+    guarded.start()
+    small = guarded.client("small")
+    session = small.open_session(small.register_model(SPEC))
+    q, k, v = decode_step(SPEC)
+    for i in range(300):
+        small.attend(0, [(session, i, 1)], q, k, v)
+    with small.stream() as stream:
+        for i in range(300, 600):
+            stream.submit(0, [(session, i, 1)], q, k, v).result(20)

@@ -55,6 +55,7 @@ static void answer(fv_echo_message_t *message)
     (void)pthread_cond_broadcast(&echo->changed);
     (void)pthread_mutex_unlock(&echo->lock);
     fv_call_reply(call, pieces, 2);
+    fv_call_end_request(call);
     fv_call_unref(call);
 }
 
@@ -106,6 +107,10 @@ static void on_message(void *ctx,
 
     for (size_t i = 0; i < n_spans; i++) {
         n_bytes += spans[i].n_bytes;
+    }
+    if (fv_call_principal(call) != NULL) {
+        assert_int_equal(fv_principal_begin_request(fv_call_principal(call), n_bytes, received_us),
+                         FV_OK);
     }
     fv_echo_message_t *message = malloc(sizeof(*message) + n_bytes);
     message->next = NULL;

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #define ONCE   "/fovea.v1.Attention/AttendOnce"
 #define ATTEND "/fovea.v1.Attention/Attend"
@@ -393,6 +394,56 @@ static void test_server_stream(void **state)
 
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
 
+/* The requests in flight of whoever calls, when they are `expected` within 20 s. */
+static void expect_requests(const fv_principal_t *principal, unsigned expected)
+{
+    for (int i = 0; (i < 2000) && (atomic_load(&principal->n_requests) != expected); i++) {
+        (void)nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
+    }
+    assert_int_equal(atomic_load(&principal->n_requests), expected);
+}
+
+/* A request is in flight until its reply has been sent, however long ago it was computed; or until its call is over. */
+static void test_requests_end_when_the_reply_is_sent(void **state)
+{
+    static const char *const k_methods[] = {"/fovea.v1.Attention/Attend",
+                                            "/fovea.v1.Attention/AttendOnce"};
+    const size_t n_bytes = 16U << 20U; /* more than flow control takes in while nobody reads */
+    fv_rpc_config_t config = fv_echo_config("127.0.0.1:0");
+    uint8_t *message = calloc(1, n_bytes);
+    fv_echo_t echo;
+
+    (void)state;
+    assert_int_equal(fv_auth_create(NULL, &config.auth), FV_OK);
+    const fv_principal_t *anyone = fv_auth_principal(config.auth, "anonymous");
+    fv_echo_start_with(&echo, &config, FV_ECHO_WORKER);
+    fv_raw_client_t *client = fv_raw_open(fv_rpc_address(echo.rpc, 0));
+    for (size_t i = 0; i < 2U * FV_COUNT(k_methods); i++) {
+        bool is_read = (i % 2U) == 0U;
+        int64_t n_before = fv_echo_read(&echo, &echo.n_answered);
+        fv_raw_call_t *call = fv_raw_start(client, k_methods[i / 2U], 0);
+        fv_raw_send(call, message, n_bytes);
+        assert_true(fv_raw_sent(call, RAW_WAIT_MS));
+        assert_true(fv_echo_wait(&echo, &echo.n_answered, n_before + 1));
+        (void)nanosleep(&(struct timespec){.tv_nsec = 200000000}, NULL);
+        assert_int_equal(atomic_load(&anyone->n_requests), 1);
+        if (is_read) {
+            size_t n = 0;
+            free(fv_raw_receive(call, &n));
+            assert_int_equal(n, n_bytes);
+            if (i < 2U) { /* the stream goes on; of a unary call the status comes as well */
+                expect_requests(anyone, 0);
+            }
+        }
+        fv_raw_free(call);
+        expect_requests(anyone, 0);
+    }
+    free(message);
+    fv_raw_close(client);
+    fv_echo_stop(&echo, 2000);
+    fv_auth_destroy(config.auth);
+}
+
 int main(void)
 {
     const char *seed = getenv("FV_SEED"); /* NOLINT(concurrency-mt-unsafe): one thread yet */
@@ -410,6 +461,7 @@ int main(void)
         TEST(test_fail_unary),
         TEST(test_fail_stream_after_queued),
         TEST(test_server_stream),
+        TEST(test_requests_end_when_the_reply_is_sent),
     };
 
     g_random = (seed != NULL) ? strtoull(seed, NULL, 10) : 20261122U;

@@ -109,6 +109,11 @@ fv_status_t fv_call_recheck(const fv_call_t *call)
     return FV_OK;
 }
 
+void fv_call_end_request(fv_call_t *call)
+{
+    assert_true(call->n_refs > 0);
+}
+
 fv_principal_t *fv_call_principal(const fv_call_t *call)
 {
     (void)call;
@@ -281,8 +286,11 @@ fv_link_send(fv_link_t *link, uint32_t rank, fv_ctl_type_t type, const void *bod
     return FV_OK;
 }
 
-fv_status_t fv_link_wait_kept(
-    fv_link_t *link, uint32_t rank, fv_ctl_done_t *out, uint64_t *floors, size_t n_layers)
+fv_status_t fv_link_wait_kept(fv_link_t *link,
+                              uint32_t rank,
+                              fv_ctl_done_t *out,
+                              uint64_t *floors,
+                              size_t n_layers)
 {
     (void)link;
     (void)rank;
