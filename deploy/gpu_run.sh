@@ -16,13 +16,14 @@
 #
 # Without PARTs: tests e2e bench. Every command is bounded, and all together by FV_RUN_SECONDS (560); a part that finds
 # no time left is reported as such. FV_KERNELS_GIB, FV_SERVICE_GIB: GPU memory to take there (0 = most of it);
-# FV_SERVICE_CASES: batch x context (1x131072 64x32768); FV_SCALE_ONLY=mla: only what bench_scale has of it; FV_RUN_BACKEND=cpu FV_RUN_GPUS=2: a dry run without a GPU.
+# FV_SERVICE_CASES: batch x context (1x131072 64x32768); FV_SCALE_ONLY=mla: only what bench_scale has of it;
+# FV_RUN_BACKEND=cpu FV_RUN_GPUS=2: a dry run without a GPU.
 # RESULTS_DIR gets table.txt and results.tar.gz (logs and figures), rewritten after every command.
 # Exit status: of the first command that failed; every part is run.
 set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-[[ $# -ge 1 ]] || { sed -n '2,21p' "$0" && exit 2; }
+[[ $# -ge 1 ]] || { sed -n '2,22p' "$0" && exit 2; }
 mkdir -p "$1" && results=$(cd "$1" && pwd)
 shift
 [[ $# -gt 0 ]] || set -- tests e2e bench
