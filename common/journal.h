@@ -8,7 +8,8 @@
  * of its body. A record whose body is damaged is reported with its key; one whose head is damaged is skipped, and the
  * gap in its key's numbers (`number`) tells on it when the key's next record comes.
  *
- * Keys are the owner's: a session slot, a model slot. A record with FV_JOURNAL_FIRST begins a key anew.
+ * Keys are the owner's: a session slot, a model slot. A record with FV_JOURNAL_FIRST begins a key anew, and where its numbers
+ * begin is the owner's, too: far from those of the key's use before, so that a gap across both is noticed.
  *
  * The file is locked (flock) while it is open: two writers never share one, and the lock goes with the process.
  * Rewriting (compaction) fills a new file beside it and renames it over the old one.
@@ -24,7 +25,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FV_JOURNAL_VERSION    1U
+#define FV_JOURNAL_VERSION    2U
 #define FV_JOURNAL_HEAD_BYTES 4096U
 #define FV_JOURNAL_BODY_MAX   (1U << 30)
 #define FV_JOURNAL_JOB_BYTES  64
@@ -37,7 +38,6 @@ typedef struct fv_journal_head {
     char job[FV_JOURNAL_JOB_BYTES];
     uint32_t slot, n_slots; /* of the job's worker slots, this one's */
     uint64_t kv_bytes;      /* of the pages beside it */
-    uint64_t store_id;      /* the same in all files of one store; random */
 } fv_journal_head_t;
 
 typedef struct fv_journal_record {
@@ -45,7 +45,7 @@ typedef struct fv_journal_record {
     uint32_t flags;
     uint32_t key;
     uint32_t n_bytes; /* of the body */
-    uint64_t number;  /* of the key's records: 1, 2, 3... */
+    uint64_t number;  /* of the key's records: one more each, from any number on */
     const void *body; /* 8-byte aligned */
 } fv_journal_record_t;
 
@@ -64,7 +64,7 @@ typedef fv_status_t (*fv_journal_visit_t)(void *arg, const fv_journal_record_t *
 typedef struct fv_journal fv_journal_t;
 
 /*
- * Opens `path`, or makes it with `head` (mode 0600). An existing one gives its own store_id. Waits at most wait_ms for another
+ * Opens `path`, or makes it with `head` (mode 0600). Waits at most wait_ms for another
  * process to let go of it.
  * Errors: FV_ERR_PRECONDITION naming what differs (job, slot, number of slots, layout, KV bytes) or that it is in use;
  *         FV_ERR_DATA_LOSS for a head that is damaged or of another version; FV_ERR_EXHAUSTED when the file system

@@ -41,6 +41,7 @@ static fv_status_t make_keep(const fv_session_t *session, bool is_exact, keep_t 
     }
     *message = (fv_ctl_keep_t){.session_slot = session->slot,
                                .model_slot = session->model_slot,
+                               .id = session->id,
                                .n_layers = (uint32_t)n_layers,
                                .is_exact = is_exact ? 1U : 0U,
                                .placement = session->placement};

@@ -131,7 +131,7 @@ fv_status_t fv_ledger_note_session(fv_ledger_t *ledger,
     const fv_journal_record_t record = {.type = (parent == NULL) ? FV_LEDGER_OPEN : FV_LEDGER_FORK,
                                         .flags = FV_JOURNAL_FIRST,
                                         .key = session->slot,
-                                        .number = 1,
+                                        .number = fv_session_id_first_number(&session->id),
                                         .body = &body,
                                         .n_bytes = sizeof(body)};
 
@@ -143,7 +143,7 @@ fv_status_t fv_ledger_note_session(fv_ledger_t *ledger,
         body.parent_slot = parent->slot;
         body.at_position = at_position;
     }
-    session->n_noted = 1;
+    session->last_noted = record.number;
     return commit_one(ledger, &record, SPARE_BYTES);
 }
 
@@ -152,7 +152,7 @@ fv_status_t fv_ledger_note_truncate(fv_ledger_t *ledger, fv_session_t *session, 
     const fv_ledger_truncate_t body = {.position = position};
     const fv_journal_record_t record = {.type = FV_LEDGER_TRUNCATE,
                                         .key = session->slot,
-                                        .number = session->n_noted + 1U,
+                                        .number = session->last_noted + 1U,
                                         .body = &body,
                                         .n_bytes = sizeof(body)};
 
@@ -160,14 +160,14 @@ fv_status_t fv_ledger_note_truncate(fv_ledger_t *ledger, fv_session_t *session, 
         return FV_OK;
     }
     FV_RETURN_IF_ERR(commit_one(ledger, &record, 0));
-    session->n_noted++;
+    session->last_noted++;
     return FV_OK;
 }
 
 fv_status_t fv_ledger_note_close(fv_ledger_t *ledger, const fv_session_t *session)
 {
     const fv_journal_record_t record = {
-        .type = FV_LEDGER_CLOSE, .key = session->slot, .number = session->n_noted + 1U};
+        .type = FV_LEDGER_CLOSE, .key = session->slot, .number = session->last_noted + 1U};
 
     return (ledger == NULL) ? FV_OK : commit_one(ledger, &record, 0);
 }
@@ -194,7 +194,7 @@ static void note_item(fv_ledger_t *ledger, const fv_request_t *request, uint32_t
                                      .layer = request->head.layer};
     const fv_journal_record_t record = {.type = FV_LEDGER_APPEND,
                                         .key = session->slot,
-                                        .number = ++session->n_noted,
+                                        .number = ++session->last_noted,
                                         .body = &body,
                                         .n_bytes = sizeof(body)};
 
@@ -239,7 +239,7 @@ static fv_status_t add_layer(fv_ledger_t *ledger, fv_session_t *session, uint32_
                                     .n_records = layer->n_records};
     const fv_journal_record_t record = {.type = FV_LEDGER_LAYER,
                                         .key = session->slot,
-                                        .number = ++session->n_rewritten,
+                                        .number = ++session->last_rewritten,
                                         .body = &body,
                                         .n_bytes = sizeof(body)};
 
@@ -252,12 +252,12 @@ static fv_status_t add_session(fv_ledger_t *ledger, fv_session_t *session)
     const fv_journal_record_t record = {.type = FV_LEDGER_OPEN,
                                         .flags = FV_JOURNAL_FIRST,
                                         .key = session->slot,
-                                        .number = 1,
+                                        .number = fv_session_id_first_number(&session->id),
                                         .body = &body,
                                         .n_bytes = sizeof(body)};
 
     fill_session(session, &body);
-    session->n_rewritten = 1;
+    session->last_rewritten = record.number;
     FV_RETURN_IF_ERR(add(ledger, &record, NULL, 0));
     for (uint32_t i = 0; i < (uint32_t)session->n_layers; i++) {
         if ((session->layers[i].n_tokens > 0) || (session->layers[i].floor > 0)) {
@@ -297,7 +297,7 @@ fv_status_t fv_ledger_rewrite(fv_ledger_t *ledger, const fv_sched_t *sched)
     }
     ledger->rewritten_bytes = fv_journal_bytes(ledger->journal);
     for (fv_session_t *s = first_session(sched); s != NULL; s = s->next) {
-        s->n_noted = s->n_rewritten; /* only now: the old numbers are past */
+        s->last_noted = s->last_rewritten; /* only now: the old numbers are past */
     }
     return FV_OK;
 }

@@ -85,7 +85,7 @@ make_session(player_t *p, uint32_t slot, const fv_ledger_session_t *from, fv_ses
     session->closes_with_stream = from->closes_with_stream != 0;
     session->created_unix_ms = from->created_unix_ms;
     session->placement = from->placement;
-    session->n_noted = 1;
+    session->last_noted = fv_session_id_first_number(&from->id);
     memcpy(session->reason, from->reason, sizeof(session->reason));
     if (from->owner[0] != '\0') {
         session->owner = p->owner(p->arg, from->owner);
@@ -189,10 +189,10 @@ static fv_status_t play_later(fv_session_t *session, const fv_journal_record_t *
     if (record->body == NULL) {
         return fv_fail(FV_ERR_DATA_LOSS, "a record is damaged");
     }
-    if (record->number != session->n_noted + 1U) {
+    if (record->number != session->last_noted + 1U) {
         return fv_fail(FV_ERR_DATA_LOSS, "a record is missing");
     }
-    session->n_noted++;
+    session->last_noted++;
     switch (record->type) {
     case FV_LEDGER_APPEND:
         return play_append(session, record);

@@ -295,8 +295,10 @@ fv_status_t fv_sched_open(fv_sched_t *sched,
     session->placement = placement;
     memcpy(session->reason, reason, sizeof(session->reason));
     account_opening(sched, session, request->max_tokens_hint);
-    *out_message = (fv_ctl_open_t){
-        .session_slot = session->slot, .model_slot = session->model_slot, .placement = placement};
+    *out_message = (fv_ctl_open_t){.session_slot = session->slot,
+                                   .model_slot = session->model_slot,
+                                   .id = session->id,
+                                   .placement = placement};
     return FV_OK;
 }
 
@@ -389,8 +391,10 @@ fv_status_t fv_sched_fork(fv_sched_t *sched,
             sched, child, cell,
             fv_session_cell_bytes(child, &sched->models[child->model_slot].spec, cell));
     }
-    *out_message = (fv_ctl_fork_t){
-        .session_slot = child->slot, .parent_slot = parent->slot, .at_position = at_position};
+    *out_message = (fv_ctl_fork_t){.session_slot = child->slot,
+                                   .parent_slot = parent->slot,
+                                   .at_position = at_position,
+                                   .id = child->id};
     *out_placement = child->placement;
     return FV_OK;
 }

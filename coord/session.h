@@ -71,8 +71,8 @@ typedef struct fv_session {
     char reason[FV_PLAN_REASON_BYTES];
     /* By cell: bytes of pages held, and what the planner was told (held, or what was expected at opening). */
     uint64_t held[FV_PLACEMENT_RANKS_MAX], accounted[FV_PLACEMENT_RANKS_MAX];
-    uint64_t n_noted, n_rewritten; /* records in the ledger */
-    bool is_lost;                  /* while it is loaded: a record is damaged */
+    uint64_t last_noted, last_rewritten; /* number of the last record in the ledger */
+    bool is_lost;                        /* while it is loaded: a record is damaged */
     int32_t n_layers;
     fv_layer_t layers[]; /* [n_layers] */
 } fv_session_t;

@@ -18,6 +18,7 @@
 #include "common/model.h"
 #include "common/status.h"
 #include "proto/placement.h"
+#include "proto/session_id.h"
 
 #include <stdint.h>
 
@@ -126,6 +127,7 @@ typedef struct fv_ctl_model {
 typedef struct fv_ctl_open {
     uint32_t session_slot;
     uint32_t model_slot;
+    fv_session_id_t id;
     fv_placement_t placement;
 } fv_ctl_open_t;
 
@@ -135,6 +137,7 @@ typedef struct fv_ctl_fork {
     uint32_t session_slot; /* of the new session */
     uint32_t parent_slot;
     uint64_t at_position;
+    fv_session_id_t id; /* of the new session */
 } fv_ctl_fork_t;
 
 typedef struct fv_ctl_truncate {
@@ -148,9 +151,10 @@ typedef struct fv_ctl_close {
     uint32_t reserved;
 } fv_ctl_close_t;
 
-/* A session as the coordinator has it. A worker's shard has as many tokens or more: those that were never acknowledged. */
+/* A session as the coordinator has it; what a worker has in its slot may be another's. A worker's shard has as many tokens or more: those that were never acknowledged. */
 typedef struct fv_ctl_keep {
     uint32_t session_slot, model_slot;
+    fv_session_id_t id;
     uint32_t n_layers;
     uint32_t
         is_exact; /* more tokens are no unfinished append: the coordinator may have lost something */
@@ -224,6 +228,7 @@ typedef struct fv_ctl_done {
 } fv_ctl_done_t;
 
 _Static_assert(sizeof(fv_ctl_header_t) == 24, "the header is part of the wire format");
+_Static_assert(sizeof(fv_ctl_keep_t) % 8 == 0, "layers follow it");
 _Static_assert(sizeof(fv_ctl_item_t) == 32, "the item is part of the wire format");
 
 #endif /* FV_PROTO_CONTROL_H */

@@ -1,7 +1,7 @@
 /*
  * ledger.h - what the coordinator's journal says (coord/ledger.h); also read by `fovea store`.
  *
- * Records of a session carry its slot as key. Bodies are plain data; texts end with NUL, unused bytes are 0.
+ * Records of a session carry its slot as key, and numbers from one of its own on (proto/session_id.h). Bodies are plain data; texts end with NUL, unused bytes are 0.
  */
 #ifndef FV_PROTO_LEDGER_H
 #define FV_PROTO_LEDGER_H

@@ -23,6 +23,7 @@
 
 #include "common/model.h"
 #include "common/status.h"
+#include "proto/session_id.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -44,10 +45,6 @@ typedef struct fv_bytes {
 } fv_bytes_t;
 
 void fv_bytes_free(fv_bytes_t *bytes); /* NULL data is fine; leaves it empty */
-
-typedef struct fv_session_id {
-    uint8_t bytes[16];
-} fv_session_id_t;
 
 bool fv_session_id_parse(const char *hex, size_t n_chars, fv_session_id_t *out);
 void fv_session_id_format(const fv_session_id_t *id, char out[FV_SESSION_ID_CHARS + 1]);

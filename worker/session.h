@@ -15,6 +15,7 @@
 #include "common/model.h"
 #include "common/status.h"
 #include "proto/placement.h"
+#include "proto/session_id.h"
 #include "worker/kv_pool.h"
 
 #include <stdbool.h>
@@ -52,8 +53,9 @@ typedef struct fv_session {
     int32_t n_heads;       /* local KV heads */
     fv_layer_kv_t *layers; /* [n_layers], NULL without a cell */
     /* store.h */
-    uint64_t n_records; /* in the journal */
-    uint64_t n_rewritten;
+    fv_session_id_t id;
+    uint64_t last_record; /* its number in the journal */
+    uint64_t last_rewritten;
     bool is_lost, is_kept; /* found in a store: damaged; wanted */
 } fv_session_t;
 

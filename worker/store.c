@@ -149,18 +149,25 @@ fv_status_t fv_store_note_model(fv_worker_t *worker, uint32_t slot, const fv_mod
     return (worker->store == NULL) ? FV_OK : commit_one(worker, &record, COMMAND_SPARE);
 }
 
+static fv_ctl_open_t open_body(uint32_t slot, const fv_session_t *session)
+{
+    return (fv_ctl_open_t){.session_slot = slot,
+                           .model_slot = session->model_slot,
+                           .id = session->id,
+                           .placement = session->placement};
+}
+
 fv_status_t fv_store_note_open(fv_worker_t *worker, uint32_t slot, fv_session_t *session)
 {
-    const fv_ctl_open_t body = {
-        .session_slot = slot, .model_slot = session->model_slot, .placement = session->placement};
+    const fv_ctl_open_t body = open_body(slot, session);
     const fv_journal_record_t record = {.type = FV_STORE_OPEN,
                                         .flags = FV_JOURNAL_FIRST,
                                         .key = slot,
-                                        .number = 1,
+                                        .number = fv_session_id_first_number(&session->id),
                                         .body = &body,
                                         .n_bytes = sizeof(body)};
 
-    session->n_records = 1;
+    session->last_record = record.number;
     return (worker->store == NULL) ? FV_OK : commit_one(worker, &record, COMMAND_SPARE);
 }
 
@@ -168,15 +175,16 @@ fv_status_t
 fv_store_note_fork(fv_worker_t *worker, const fv_ctl_fork_t *message, fv_session_t *child)
 {
     const fv_store_fork_t body = {.parent_slot = message->parent_slot,
-                                  .at_position = message->at_position};
+                                  .at_position = message->at_position,
+                                  .id = message->id};
     const fv_journal_record_t record = {.type = FV_STORE_FORK,
                                         .flags = FV_JOURNAL_FIRST,
                                         .key = message->session_slot,
-                                        .number = 1,
+                                        .number = fv_session_id_first_number(&child->id),
                                         .body = &body,
                                         .n_bytes = sizeof(body)};
 
-    child->n_records = 1;
+    child->last_record = record.number;
     return (worker->store == NULL) ? FV_OK : commit_one(worker, &record, COMMAND_SPARE);
 }
 
@@ -185,7 +193,7 @@ fv_store_note_truncate(fv_worker_t *worker, const fv_ctl_truncate_t *message, fv
 {
     const fv_journal_record_t record = {.type = FV_STORE_TRUNCATE,
                                         .key = message->session_slot,
-                                        .number = session->n_records + 1U,
+                                        .number = session->last_record + 1U,
                                         .body = message,
                                         .n_bytes = sizeof(*message)};
 
@@ -193,14 +201,14 @@ fv_store_note_truncate(fv_worker_t *worker, const fv_ctl_truncate_t *message, fv
         return FV_OK;
     }
     FV_RETURN_IF_ERR(commit_one(worker, &record, 0));
-    session->n_records++;
+    session->last_record++;
     return FV_OK;
 }
 
 fv_status_t fv_store_note_close(fv_worker_t *worker, uint32_t slot, fv_session_t *session)
 {
     const fv_journal_record_t record = {
-        .type = FV_STORE_CLOSE, .key = slot, .number = session->n_records + 1U};
+        .type = FV_STORE_CLOSE, .key = slot, .number = session->last_record + 1U};
 
     return (worker->store == NULL) ? FV_OK : commit_one(worker, &record, 0);
 }
@@ -267,7 +275,7 @@ void fv_store_note_entries(fv_worker_t *worker,
     const fv_layer_kv_t *layer = &session->layers[entries->layer];
     fv_journal_record_t record = {.type = FV_STORE_ENTRIES,
                                   .key = slot,
-                                  .number = session->n_records + 1U,
+                                  .number = session->last_record + 1U,
                                   .body = entries,
                                   .n_bytes = sizeof(*entries)};
 
@@ -276,7 +284,7 @@ void fv_store_note_entries(fv_worker_t *worker,
     }
     const fv_page_ref_t *refs = pack(worker, session, layer, entries->first, entries->n_entries);
     FV_ASSERT(refs != NULL); /* fv_store_reserve() made room for all of the step's */
-    session->n_records++;
+    session->last_record++;
     fv_journal_add(worker->store->journal, &record, refs,
                    (size_t)session->n_heads * entries->n_entries * sizeof(*refs));
 }
@@ -319,7 +327,7 @@ static fv_status_t add_layer(fv_worker_t *worker, uint32_t slot, fv_session_t *s
                                    .floor = layer->floor};
     const fv_journal_record_t record = {.type = FV_STORE_TABLE,
                                         .key = slot,
-                                        .number = ++session->n_rewritten,
+                                        .number = ++session->last_rewritten,
                                         .body = &body,
                                         .n_bytes = sizeof(body)};
     const fv_page_ref_t *refs = pack(worker, session, layer, 0, layer->n_pages);
@@ -331,16 +339,15 @@ static fv_status_t add_layer(fv_worker_t *worker, uint32_t slot, fv_session_t *s
 
 static fv_status_t add_session(fv_worker_t *worker, uint32_t slot, fv_session_t *session)
 {
-    const fv_ctl_open_t body = {
-        .session_slot = slot, .model_slot = session->model_slot, .placement = session->placement};
+    const fv_ctl_open_t body = open_body(slot, session);
     const fv_journal_record_t record = {.type = FV_STORE_OPEN,
                                         .flags = FV_JOURNAL_FIRST,
                                         .key = slot,
-                                        .number = 1,
+                                        .number = fv_session_id_first_number(&session->id),
                                         .body = &body,
                                         .n_bytes = sizeof(body)};
 
-    session->n_rewritten = 1;
+    session->last_rewritten = record.number;
     FV_RETURN_IF_ERR(add(worker->store, &record, NULL, 0));
     for (uint32_t i = 0; (session->layers != NULL) && (i < (uint32_t)session->model->spec.n_layers);
          i++) {
@@ -390,7 +397,7 @@ fv_status_t fv_store_rewrite(fv_worker_t *worker)
          i++) { /* only now: the old numbers are past */
         fv_session_t *session = fv_worker_session(worker, i);
         if (session != NULL) {
-            session->n_records = session->n_rewritten;
+            session->last_record = session->last_rewritten;
         }
     }
     return FV_OK;

@@ -9,11 +9,12 @@
  *
  * The journal says which page belongs where. A step adds a record for each layer that changed, and commits all of them with
  * one write and one store before it answers; commands commit one record each. Records of a session carry its slot and are
- * numbered, so that a damaged one is noticed, and the session, which can not be trusted then, is not served:
+ * numbered, from a number of the session's own on (proto/session_id.h), so that a damaged one is noticed, and the session, which
+ * can not be trusted then, is not served:
  *
  *   MODEL      key: 2^31 + model slot    the spec
- *   OPEN       key: session slot, first  model slot, placement
- *   FORK       first                     parent's slot, position: the parent's tables as they are then
+ *   OPEN       key: session slot, first  id, model slot, placement
+ *   FORK       first                     id, parent's slot, position: the parent's tables as they are then
  *   ENTRIES    layer, length, position, the layer's page table from an entry on; its policy then frees what it lets die
  *   TRUNCATE   layer or all, position
  *   CLOSE
@@ -50,6 +51,7 @@ enum {
 typedef struct fv_store_fork {
     uint32_t parent_slot, reserved;
     uint64_t at_position;
+    fv_session_id_t id; /* of the child */
 } fv_store_fork_t;
 
 typedef struct fv_store_entries {

@@ -41,7 +41,8 @@ static fv_status_t play_model(fv_worker_t *worker, const fv_journal_record_t *re
     return fv_worker_add_model(worker, slot, &spec);
 }
 
-static fv_status_t put(fv_worker_t *worker, uint32_t slot, fv_session_t *session)
+static fv_status_t
+put(fv_worker_t *worker, uint32_t slot, const fv_session_id_t *id, fv_session_t *session)
 {
     fv_status_t status = fv_worker_claim_slot(worker, slot);
 
@@ -49,7 +50,8 @@ static fv_status_t put(fv_worker_t *worker, uint32_t slot, fv_session_t *session
         fv_session_destroy(session, NULL);
         return status;
     }
-    session->n_records = 1;
+    session->id = *id;
+    session->last_record = fv_session_id_first_number(id);
     ((fv_session_t **)worker->sessions.data)[slot] = session;
     return FV_OK;
 }
@@ -70,7 +72,7 @@ static fv_status_t play_open(fv_worker_t *worker, const fv_journal_record_t *rec
     FV_RETURN_IF_ERR(fv_worker_check_placement(worker, &model->spec, &open.placement));
     FV_RETURN_IF_ERR(
         fv_session_create(model, open.model_slot, &open.placement, worker->config.rank, &session));
-    return put(worker, record->key, session);
+    return put(worker, record->key, &open.id, session);
 }
 
 static fv_status_t play_fork(fv_worker_t *worker, const fv_journal_record_t *record)
@@ -87,7 +89,7 @@ static fv_status_t play_fork(fv_worker_t *worker, const fv_journal_record_t *rec
         return fv_fail(FV_ERR_DATA_LOSS, "store: the parent of a fork is lost");
     }
     FV_RETURN_IF_ERR(fv_session_fork(parent, fork.at_position, NULL, &child));
-    return put(worker, record->key, child);
+    return put(worker, record->key, &fork.id, child);
 }
 
 static uint64_t pages_for(const fv_session_t *session, uint64_t n_tokens)
@@ -178,10 +180,10 @@ play_later(fv_worker_t *worker, fv_session_t *session, const fv_journal_record_t
     if (record->body == NULL) {
         return fv_fail(FV_ERR_DATA_LOSS, "store: a record is damaged");
     }
-    if (record->number != session->n_records + 1U) {
+    if (record->number != session->last_record + 1U) {
         return fv_fail(FV_ERR_DATA_LOSS, "store: a record is missing");
     }
-    session->n_records++;
+    session->last_record++;
     switch (record->type) {
     case FV_STORE_ENTRIES:
         return play_entries(worker, session, record);
@@ -341,6 +343,10 @@ find_candidate(const fv_worker_t *worker, const fv_ctl_keep_t *message, fv_sessi
     }
     if ((session == NULL) || !worker->store->is_attaching || session->is_kept) {
         return fv_fail(FV_ERR_DATA_LOSS, "the session is not in the store of slot %u",
+                       worker->store->place.slot);
+    }
+    if (!fv_session_id_is(&session->id, &message->id)) { /* the files are of another time */
+        return fv_fail(FV_ERR_DATA_LOSS, "slot %u of the store has another session in its place",
                        worker->store->place.slot);
     }
     if (session->is_lost || (session->model_slot != message->model_slot) ||

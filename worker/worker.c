@@ -413,6 +413,7 @@ fv_status_t fv_worker_open(fv_worker_t *worker, const fv_ctl_open_t *message)
     fv_session_t *session = NULL;
     FV_RETURN_IF_ERR(fv_session_create(model, message->model_slot, &message->placement,
                                        worker->config.rank, &session));
+    session->id = message->id;
     return settle_new(worker, slot, session, fv_store_note_open(worker, slot, session));
 }
 
@@ -435,6 +436,7 @@ fv_status_t fv_worker_fork(fv_worker_t *worker, const fv_ctl_fork_t *message)
     FV_RETURN_IF_ERR(fv_worker_claim_slot(worker, message->session_slot));
     fv_session_t *child = NULL;
     FV_RETURN_IF_ERR(fv_session_fork(parent, message->at_position, worker->pool, &child));
+    child->id = message->id;
     return settle_new(worker, message->session_slot, child,
                       fv_store_note_fork(worker, message, child));
 }

@@ -137,9 +137,20 @@ static const uint64_t k_lengths[N_SESSIONS + 1U][LAYERS] = {{150, 203},
                                                             {90, 40},
                                                             {100, 0}};
 
+static fv_session_id_t make_id(uint32_t number)
+{
+    fv_session_id_t id = {{0}};
+
+    for (size_t i = 0; i < sizeof(id.bytes); i++) {
+        id.bytes[i] = (uint8_t)(number * 31U + i * 7U + 1U);
+    }
+    return id;
+}
+
 static fv_ctl_open_t make_open(uint32_t slot)
 {
     return (fv_ctl_open_t){.session_slot = slot,
+                           .id = make_id(slot),
                            .placement = {.n_head_parts = 1, .n_ctx_parts = 1, .shard_tokens = 64}};
 }
 
@@ -151,7 +162,8 @@ static void play(fv_worker_t *worker)
     const fv_ctl_open_t open0 = make_open(0);
     const fv_ctl_open_t open2 = make_open(2);
     const fv_ctl_open_t open3 = make_open(3);
-    const fv_ctl_fork_t fork1 = {.session_slot = 1, .parent_slot = 0, .at_position = UINT64_MAX};
+    const fv_ctl_fork_t fork1 = {
+        .session_slot = 1, .id = make_id(1), .parent_slot = 0, .at_position = UINT64_MAX};
     const fv_ctl_truncate_t cut = {.session_slot = 2, .layer = 0, .position = 90};
     const fv_ctl_close_t close3 = {.session_slot = 3};
 
@@ -181,10 +193,11 @@ static void query(fv_worker_t *worker, uint32_t slot, float out[LAYERS][HEADS * 
     }
 }
 
-static fv_status_t keep_lengths(fv_worker_t *worker, uint32_t slot, const uint64_t lengths[LAYERS])
+static fv_status_t
+keep_as(fv_worker_t *worker, uint32_t slot, fv_session_id_t id, const uint64_t lengths[LAYERS])
 {
     const fv_ctl_keep_t message = {
-        .session_slot = slot, .n_layers = LAYERS, .placement = make_open(slot).placement};
+        .session_slot = slot, .id = id, .n_layers = LAYERS, .placement = make_open(slot).placement};
     fv_ctl_keep_layer_t layers[LAYERS];
     uint64_t floors[LAYERS];
 
@@ -192,6 +205,11 @@ static fv_status_t keep_lengths(fv_worker_t *worker, uint32_t slot, const uint64
         layers[i].n_tokens = lengths[i];
     }
     return fv_worker_keep(worker, &message, layers, floors);
+}
+
+static fv_status_t keep_lengths(fv_worker_t *worker, uint32_t slot, const uint64_t lengths[LAYERS])
+{
+    return keep_as(worker, slot, make_id(slot), lengths);
 }
 
 static fv_status_t keep(fv_worker_t *worker, uint32_t slot, uint64_t missing)
@@ -323,7 +341,8 @@ static fv_worker_t *make_fork(void)
     static float out[30 * HEADS * DIM];
     const fv_ctl_model_t model = make_model();
     const fv_ctl_open_t open0 = make_open(0);
-    const fv_ctl_fork_t fork1 = {.session_slot = 1, .parent_slot = 0, .at_position = UINT64_MAX};
+    const fv_ctl_fork_t fork1 = {
+        .session_slot = 1, .id = make_id(1), .parent_slot = 0, .at_position = UINT64_MAX};
     fv_worker_t *worker = make_worker();
 
     assert_int_equal(fv_worker_model(worker, &model), FV_OK);
@@ -393,6 +412,41 @@ static void test_a_given_up_step_leaves_a_fork_alone(void **state)
     check_given_up(FV_KV_HOST, true);
     check_given_up(FV_KV_DEVICE, false);
     check_given_up(FV_KV_DEVICE, true);
+}
+
+/* ------------------------------------------------------------------ another session's files */
+
+/* A slot's files of another time: the coordinator has given the session's slot to somebody else since. */
+static void test_another_sessions_tables_are_refused(void **state)
+{
+    static float out[30 * HEADS * DIM];
+    const uint64_t lengths[LAYERS] = {20, 0};
+    const fv_ctl_model_t model = make_model();
+    const fv_ctl_open_t open0 = make_open(0);
+    const fv_ctl_fork_t fork2 = {
+        .session_slot = 2, .id = make_id(2), .parent_slot = 0, .at_position = UINT64_MAX};
+
+    (void)state;
+    g_ops = fv_backend_cpu;
+    fv_worker_t *worker = make_worker();
+    assert_int_equal(fv_worker_model(worker, &model), FV_OK);
+    assert_int_equal(fv_worker_open(worker, &open0), FV_OK);
+    run(worker, 0, 0, 0, 30, true, out);
+    assert_int_equal(fv_worker_fork(worker, &fork2), FV_OK);
+    fv_worker_destroy(worker);
+    for (int round = 0; round < 2; round++) { /* the second time from a journal written anew */
+        worker = make_worker();
+        assert_int_equal(fv_worker_model(worker, &model), FV_OK);
+        assert_int_equal(keep_as(worker, 0, make_id(7), lengths), FV_ERR_DATA_LOSS);
+        assert_int_equal(keep_as(worker, 2, make_id(0), lengths), FV_ERR_DATA_LOSS);
+        assert_int_equal(keep_lengths(worker, 0, lengths), FV_OK);
+        assert_int_equal(keep_lengths(worker, 2, lengths), FV_OK);
+        assert_int_equal(fv_worker_keep_end(worker), FV_OK);
+        if (round == 1) {
+            fv_worker_discard_store(worker);
+        }
+        fv_worker_destroy(worker);
+    }
 }
 
 /* ------------------------------------------------------------------ damage */
@@ -473,6 +527,7 @@ int main(void)
         cmocka_unit_test(test_missing_pages_lose_the_sessions),
         cmocka_unit_test(test_other_geometry_is_refused),
         cmocka_unit_test(test_a_given_up_step_leaves_a_fork_alone),
+        cmocka_unit_test(test_another_sessions_tables_are_refused),
         cmocka_unit_test(test_damage_never_changes_an_answer),
     };
 
