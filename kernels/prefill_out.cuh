@@ -114,8 +114,9 @@ static __device__ __forceinline__ void fv_prefill_write(fv_prefill_state<SHAPE> 
         }
         if (is_there && ((threadIdx.x & 3U) == 0)) {
             fv_lean_write_lse(
-                target,
-                (l == 0.0F) ? -INFINITY : (state.m[side] * state.scale - SHAPE::P_BIAS + log2f(l)));
+                target, (l == 0.0F) ? -INFINITY
+                                    : __fadd_rn(fv_prefill_base<SHAPE>(state.m[side], state.scale),
+                                                log2f(l)));
         }
     }
 }

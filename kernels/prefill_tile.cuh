@@ -96,7 +96,18 @@ static __device__ __forceinline__ void fv_prefill_mask(float *sc,
     }
 }
 
-/* S becomes weights; m and l follow; alpha: what O must be multiplied by. */
+/*
+ * The exponent that weights are relative to, of a maximum before scaling. Rounded here, whatever surrounds it: fused
+ * with a difference it would not be the number that was taken off before, and a maximum that stays would multiply O and
+ * l by 2^(its rounding error) at every tile.
+ */
+template <typename SHAPE>
+static __device__ __forceinline__ float fv_prefill_base(float top, float scale)
+{
+    return SHAPE::IS_F16 ? fmaf(top, scale, -SHAPE::P_BIAS) : __fmul_rn(top, scale);
+}
+
+/* S becomes weights; m and l follow; alpha: what O must be multiplied by, 1 where the maximum stays. */
 template <typename SHAPE>
 static __device__ __forceinline__ void
 fv_prefill_softmax(float *sc, fv_prefill_state<SHAPE> &state, float alpha[2])
@@ -112,9 +123,9 @@ fv_prefill_softmax(float *sc, fv_prefill_state<SHAPE> &state, float alpha[2])
         }
         top = fmaxf(top, __shfl_xor_sync(0xffffffffU, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffU, top, 2));
-        const float base = (top == -INFINITY) ? 0.0F : (top * state.scale - SHAPE::P_BIAS);
+        const float base = (top == -INFINITY) ? 0.0F : fv_prefill_base<SHAPE>(top, state.scale);
 
-        alpha[side] = fv_exp2(state.m[side] * state.scale - SHAPE::P_BIAS - base);
+        alpha[side] = fv_exp2(__fsub_rn(fv_prefill_base<SHAPE>(state.m[side], state.scale), base));
         state.m[side] = top;
 #pragma unroll
         for (int n = 0; n < SHAPE::N_TOKENS / 8; n++) {

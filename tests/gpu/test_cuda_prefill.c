@@ -310,6 +310,27 @@ static void test_chunks(void **state)
     step_free(&step);
 }
 
+/*
+ * A thousand tiles in which the maximum rarely moves, with large logits: l and O must then be multiplied by exactly 1, or
+ * what a tile errs by grows with the context.
+ */
+static void test_long(void **state)
+{
+    fv_rng_t rng = {18};
+
+    (void)state;
+    for (int i = 0; i < 4; i++) {
+        const bool is_wide = i >= 2;
+        fv_attn_spec_t spec =
+            spec_of(is_wide ? 128 : 64, is_wide ? 128 : 64,
+                    (i % 2 == 0) ? FV_DTYPE_BF16 : FV_DTYPE_F16, 1, 65, quick(131072, 8192));
+
+        spec.n_kv_heads = 1;
+        spec.q_amplitude = 6.0F;
+        one(&spec, &rng, "long");
+    }
+}
+
 /* Partial states of each part of a sharded context, some parts empty, merge to the whole. */
 static void test_shards(void **state)
 {
@@ -426,6 +447,7 @@ int main(void)
         cmocka_unit_test(test_ragged),
         cmocka_unit_test(test_random),
         cmocka_unit_test(test_chunks),
+        cmocka_unit_test(test_long),
         cmocka_unit_test(test_shards),
         cmocka_unit_test(test_repeat),
         cmocka_unit_test(test_rule),
