@@ -280,13 +280,19 @@ fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *ite
     fv_lean_geometry_t last = {0};
 
     for (size_t i = 0; i < n_items; i++) {
-        const fv_lean_geometry_t g = item_geometry(&items[i]);
-
         FV_RETURN_IF_ERR(fv_cpu_check_attend(&items[i]));
         FV_RETURN_IF_ERR(fv_cuda_check_kv(items[i].kv_dtype));
         if (items[i].scores != NULL) {
             return fv_fail(FV_ERR_UNIMPLEMENTED, "cuda backend: scores: given some, expected none");
         }
+        if (items[i].v_in_k && (((items[i].q_head_bytes | items[i].rope_gap_bytes) % 16U) != 0)) {
+            return fv_fail(
+                FV_ERR_INVALID_ARG,
+                "cuda backend: q_head_bytes, rope_gap_bytes: given %llu, %llu, expected multiples of 16",
+                (unsigned long long)items[i].q_head_bytes,
+                (unsigned long long)items[i].rope_gap_bytes);
+        }
+        const fv_lean_geometry_t g = item_geometry(&items[i]);
         const fv_tile_list_t pages = fv_cuda_item_pages(&items[i]);
 
         /* the lean runs take more than the prefill kernel's blocks would */

@@ -281,10 +281,12 @@ static __global__ void __launch_bounds__(THREADS, 1)
     state_t *s = (state_t *)raw;
     float *q = (float *)(raw + (sizeof(state_t) + 127U) / 128U * 128U);
     const memory_t at = {s, q, q + ROWS * (uint32_t)p.head_dim_qk};
+
+    fv_wait_for_prior_launch(); /* shares, too, are what it brings */
+
     const fv_lean_share_t share = p.shares[blockIdx.x];
     fv_lean_walk_t walk = fv_lean_walk_begin(p, share);
 
-    fv_wait_for_prior_launch();
     while (walk.left > 0) {
         uint64_t slot = 0;
 

@@ -14,6 +14,8 @@
 #include <string.h>
 
 #define ROWS_MIN 64
+/* This kernel's tanh errs by 2^-22 of the cap, not of the score: fine for caps that cap, not for caps meant as none. */
+#define SOFTCAP_MAX 256.0F
 #define L2_BYTES \
     ((uint64_t)24 << 20) /* of K and V that are read together, at most: half of the L2 */
 /*
@@ -52,7 +54,8 @@ static int32_t rows_each(const fv_attn_item_t *item)
 
 static bool is_eligible(const fv_attn_item_t *item)
 {
-    return (item->io_dtype == item->kv_dtype) && !item->v_in_k && (item->softmax_scale > 0.0F) &&
+    return (item->logit_softcap <= SOFTCAP_MAX) && (item->io_dtype == item->kv_dtype) &&
+           !item->v_in_k && (item->softmax_scale > 0.0F) &&
            ((int64_t)item->n_tokens * rows_each(item) > ROWS_MIN) &&
            fv_prefill_cuda_has(item->kv_dtype, item->head_dim_qk, item->head_dim_v);
 }
