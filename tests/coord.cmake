@@ -12,7 +12,7 @@ fv_add_test(test_sched_s2 unit SOURCES unit/test_sched_s2.c support/sched_case.c
 fv_add_test(test_staging unit SOURCES unit/test_staging.c LIBS fv_coord Threads::Threads)
 fv_add_test(test_dispatch unit SOURCES unit/test_dispatch.c support/sched_case.c LIBS fv_coord)
 # It brings a door and a link of its own: the archive's are not linked.
-fv_add_test(test_engine unit SOURCES unit/test_engine.c support/sched_case.c LIBS fv_coord)
+fv_add_test(test_engine unit SOURCES unit/test_engine.c support/sched_case.c LIBS fv_coord TIMEOUT 180)
 fv_add_test(sim_sched sim SOURCES sim/sim_sched.c support/sched_case.c
             LIBS fv_coord fv_worker TIMEOUT 120)
 add_test(NAME test_fovead COMMAND ${PROJECT_SOURCE_DIR}/tests/deploy/test_fovead.sh
