@@ -239,6 +239,11 @@ fv_lean_tell_share(fv_lean_smem_t *s, fv_lean_ring_t *queue, const fv_lean_share
     if ((threadIdx.x & 31U) == 0) {
         fv_mbar_wait(&s->share_empty[queue->slot], queue->parity);
         s->share[queue->slot] = share;
+    }
+    if (FV_LEAN_TELLS > 1) {
+        __syncwarp();
+    }
+    if ((FV_LEAN_TELLS > 1) || ((threadIdx.x & 31U) == 0)) {
         fv_mbar_arrive(&s->share_full[queue->slot]);
     }
     fv_lean_ring_next(queue, FV_LEAN_QUEUE);

@@ -139,7 +139,7 @@ fv_lean_init(const fv_lean_launch_t &p, fv_lean_smem_t *s, uint32_t n_teams)
         fv_mbar_init(&s->empty[i], FV_LEAN_RELEASES);
     }
     for (int32_t i = 0; i < FV_LEAN_QUEUE; i++) {
-        fv_mbar_init(&s->share_full[i], 1);
+        fv_mbar_init(&s->share_full[i], FV_LEAN_TELLS);
         fv_mbar_init(&s->share_empty[i], FV_LEAN_RELEASES * n_teams);
     }
     fv_mbar_init_fence();

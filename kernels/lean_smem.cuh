@@ -118,12 +118,18 @@ static __device__ __forceinline__ void fv_lean_mark_copier(const fv_lean_launch_
 
 /*
  * A computing warp is done with a slot. One lane says so for all: __syncwarp() puts their reads before it. racecheck
- * does not follow that; FV_LEAN_ALL_ARRIVE makes every lane arrive itself, which it does (docs/gpu.md).
+ * does not follow that; FV_LEAN_ALL_ARRIVE makes every lane arrive itself, here and where a share is told. It dates an
+ * access by who has entered a barrier, too: a team that waits there early seems to write before others have read, so
+ * that such a barrier comes twice (docs/gpu.md). Neither changes what is ordered before what.
  */
 #if defined(FV_LEAN_ALL_ARRIVE)
 #    define FV_LEAN_RELEASES FV_LEAN_TEAM
+#    define FV_LEAN_TELLS    32
+#    define FV_LEAN_BARRIERS 2
 #else
 #    define FV_LEAN_RELEASES FV_LEAN_WARPS
+#    define FV_LEAN_TELLS    1
+#    define FV_LEAN_BARRIERS 1
 #endif
 
 static __device__ __forceinline__ void fv_lean_release(uint64_t *bar)
