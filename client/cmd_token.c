@@ -24,6 +24,7 @@ enum {
     OPT_KV_BYTES,
     OPT_REQUESTS,
     OPT_RATE,
+    OPT_MODELS,
     OPT_FILE,
 };
 
@@ -41,6 +42,7 @@ static const struct argp_option k_token_options[] = {
     {"kv-bytes", OPT_KV_BYTES, "BYTES", 0, "Quota: KV cache, e.g. 16g", 0},
     {"requests", OPT_REQUESTS, "N", 0, "Quota: requests in flight", 0},
     {"bytes-per-second", OPT_RATE, "BYTES", 0, "Quota: of request messages, e.g. 500m", 0},
+    {"models", OPT_MODELS, "N", 0, "Quota: models registered; default: 16", 0},
     {"file", OPT_FILE, "FILE", 0, "Append the line to FILE (made with mode 600)", 0},
     {0},
 };
@@ -92,6 +94,9 @@ static error_t parse_token(int key, char *arg, struct argp_state *state)
         return 0;
     case OPT_RATE:
         a->line.quota.bytes_per_second = quota(state, "--bytes-per-second", arg);
+        return 0;
+    case OPT_MODELS:
+        a->line.quota.models = quota(state, "--models", arg);
         return 0;
     case OPT_FILE:
         a->file = arg;

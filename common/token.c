@@ -122,6 +122,7 @@ static fv_status_t set_word(const char *word, fv_token_line_t *line, bool *has_h
         {"kv_bytes", true, offsetof(fv_quota_t, kv_bytes)},
         {"requests", false, offsetof(fv_quota_t, requests)},
         {"bytes_per_second", true, offsetof(fv_quota_t, bytes_per_second)},
+        {"models", false, offsetof(fv_quota_t, models)},
     };
     const char *equals = strchr(word, '=');
     size_t n = (equals == NULL) ? 0 : (size_t)(equals - word);
@@ -144,7 +145,7 @@ static fv_status_t set_word(const char *word, fv_token_line_t *line, bool *has_h
     }
     return fv_fail(FV_ERR_INVALID_ARG,
                    "a word that is none of sha256=, expires=, sessions=, kv_bytes=, requests=, "
-                   "bytes_per_second=");
+                   "bytes_per_second=, models=");
 }
 
 /* The next word at *at; false at the end, or when it is too long (*out is empty then). */
@@ -219,5 +220,6 @@ void fv_token_line_format(const fv_token_line_t *line, char out[FV_TOKEN_LINE_BY
     n = add_quota(out, n, "sessions", line->quota.sessions);
     n = add_quota(out, n, "kv_bytes", line->quota.kv_bytes);
     n = add_quota(out, n, "requests", line->quota.requests);
-    (void)add_quota(out, n, "bytes_per_second", line->quota.bytes_per_second);
+    n = add_quota(out, n, "bytes_per_second", line->quota.bytes_per_second);
+    (void)add_quota(out, n, "models", line->quota.models);
 }

@@ -5,7 +5,7 @@
  * begin with # apart:
  *
  *   NAME user|admin sha256=HEX [expires=2027-01-31|2027-01-31T12:00:00Z] [sessions=N] [kv_bytes=16g] [requests=N]
- *        [bytes_per_second=500m]
+ *        [bytes_per_second=500m] [models=N]
  *
  * NAME is the principal: sessions and quotas are its own. Several lines may give a principal several tokens (to replace one
  * while the other still works); role and quotas must then be the same in all of them. `fovea token` writes such lines.
@@ -33,8 +33,11 @@ typedef enum fv_role {
 
 const char *fv_role_str(fv_role_t role);
 
-/* 0 = no limit of its own. */
+#define FV_TOKEN_MODELS_DEFAULT 16 /* of the 64 that a service holds for everybody */
+
+/* 0 = no limit of its own; of models: FV_TOKEN_MODELS_DEFAULT. */
 typedef struct fv_quota {
+    uint64_t models;           /* that it was the first to register: they stay */
     uint64_t sessions;         /* open at once */
     uint64_t kv_bytes;         /* of the KV cache, in whole pages; a fork counts in full */
     uint64_t requests;         /* in flight at once */

@@ -119,6 +119,8 @@ static void set_limits(fv_principal_t *principal, const fv_token_line_t *line)
     atomic_store_explicit(&principal->sessions_max, line->quota.sessions, memory_order_relaxed);
     atomic_store_explicit(&principal->kv_bytes_max, line->quota.kv_bytes, memory_order_relaxed);
     atomic_store_explicit(&principal->requests_max, line->quota.requests, memory_order_relaxed);
+    uint64_t n_models = (line->quota.models == 0) ? FV_TOKEN_MODELS_DEFAULT : line->quota.models;
+    atomic_store_explicit(&principal->models_max, n_models, memory_order_relaxed);
     atomic_store_explicit(&principal->bytes_per_second, line->quota.bytes_per_second,
                           memory_order_relaxed);
 }

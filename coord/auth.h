@@ -28,9 +28,11 @@ typedef struct fv_principal {
     char name[FV_TOKEN_NAME_BYTES];
     /* as the file has them now; may change at any time (relaxed) */
     _Atomic(fv_role_t) role;
-    _Atomic(uint64_t) sessions_max, kv_bytes_max, requests_max, bytes_per_second; /* 0 = no limit */
+    _Atomic(uint64_t) sessions_max, kv_bytes_max, requests_max, bytes_per_second,
+        models_max; /* 0 = no limit */
     /* used; the engine's turn guards them */
     uint64_t n_sessions;
+    uint64_t n_models;         /* registered by it first, since the service's start */
     uint64_t kv_bytes;         /* committed */
     uint64_t kv_bytes_pending; /* of requests in the step that runs */
     atomic_uint n_requests;    /* in flight */
@@ -101,6 +103,8 @@ void fv_principal_charge(fv_principal_t *principal, uint64_t n_bytes, int64_t no
 
 /* Room for one more session. The turn is held. */
 FV_MUST_CHECK fv_status_t fv_principal_check_session(const fv_principal_t *principal);
+/* Room for one more model that nobody has registered yet. The turn is held. */
+FV_MUST_CHECK fv_status_t fv_principal_check_model(const fv_principal_t *principal);
 /* Room for n_bytes more of KV, besides what is committed and pending. The turn is held. */
 FV_MUST_CHECK fv_status_t fv_principal_check_kv(const fv_principal_t *principal, uint64_t n_bytes);
 

@@ -117,6 +117,19 @@ fv_status_t fv_principal_check_session(const fv_principal_t *principal)
     return FV_OK;
 }
 
+fv_status_t fv_principal_check_model(const fv_principal_t *principal)
+{
+    uint64_t models_max = limit(&principal->models_max);
+
+    if ((models_max > 0) && (principal->n_models >= models_max)) {
+        return fv_fail(FV_ERR_EXHAUSTED,
+                       "quota of %s: %" PRIu64 " models registered of %" PRIu64
+                       " allowed (models); use one that is registered",
+                       principal->name, principal->n_models, models_max);
+    }
+    return FV_OK;
+}
+
 fv_status_t fv_principal_check_kv(const fv_principal_t *principal, uint64_t n_bytes)
 {
     uint64_t kv_bytes_max = limit(&principal->kv_bytes_max);

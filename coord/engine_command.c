@@ -189,7 +189,8 @@ static fv_status_t do_register(fv_engine_t *engine, const fv_entry_t *entry)
     memset(&spec, 0, sizeof(spec));
     fv_status_t status = fv_wire_register_request_decode(message_of(entry), &spec);
     if (status == FV_OK) {
-        status = fv_sched_register(engine->sched, &spec, &response, &is_new, &message);
+        status = fv_sched_register(engine->sched, &spec, fv_call_principal(entry->call), &response,
+                                   &is_new, &message);
     }
     if ((status == FV_OK) && is_new) {
         fv_info("model %s \"%s\": %d layers, %d/%d heads, d %d/%d, %s cache", response.model_id,

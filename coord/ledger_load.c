@@ -44,7 +44,7 @@ static fv_status_t play_model(player_t *p, const fv_journal_record_t *record)
         return bad("a model");
     }
     memcpy(&spec, record->body, sizeof(spec));
-    return fv_sched_register(p->sched, &spec, &response, &is_new, &message);
+    return fv_sched_register(p->sched, &spec, NULL, &response, &is_new, &message);
 }
 
 static bool is_placement(const player_t *p, const fv_model_spec_t *spec, const fv_placement_t *at)

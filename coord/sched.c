@@ -128,6 +128,7 @@ static fv_status_t check_pages(const fv_sched_t *sched, const fv_model_spec_t *s
 
 fv_status_t fv_sched_register(fv_sched_t *sched,
                               fv_model_spec_t *spec,
+                              fv_principal_t *owner,
                               fv_register_response_t *out,
                               bool *out_is_new,
                               fv_ctl_model_t *out_message)
@@ -150,6 +151,9 @@ fv_status_t fv_sched_register(fv_sched_t *sched,
         *out_is_new = false;
         return FV_OK;
     }
+    if (owner != NULL) {
+        FV_RETURN_IF_ERR(fv_principal_check_model(owner));
+    }
     if (sched->n_models == FV_MODELS_MAX) {
         return fv_fail(FV_ERR_EXHAUSTED, "models: %u are registered, the most this service holds",
                        sched->n_models);
@@ -159,6 +163,9 @@ fv_status_t fv_sched_register(fv_sched_t *sched,
     model->spec = *spec;
     *out_message = (fv_ctl_model_t){.model_slot = sched->n_models, .spec = *spec};
     sched->n_models++;
+    if (owner != NULL) {
+        owner->n_models++;
+    }
     *out = response;
     *out_is_new = true;
     return FV_OK;

@@ -146,12 +146,13 @@ const fv_ctl_memory_t *fv_sched_rank(const fv_sched_t *sched, uint32_t rank);
 /* ------------------------------------------------------------------ commands */
 
 /*
- * `spec` as decoded; it is checked. *out_message is to be sent to every rank iff *out_is_new.
- * Errors: as fv_model_spec_check; FV_ERR_EXHAUSTED at FV_MODELS_MAX, or when a rank's memory is too small for slabs that
+ * `spec` as decoded; it is checked. A new model counts in the quota of `owner` (NULL: in nobody's). *out_message is to be sent to every rank iff *out_is_new.
+ * Errors: as fv_model_spec_check; FV_ERR_EXHAUSTED at FV_MODELS_MAX, for the quota, or when a rank's memory is too small for slabs that
  * hold one of the model's pages; FV_ERR_UNIMPLEMENTED for LATENT when a rank serves none.
  */
 FV_MUST_CHECK fv_status_t fv_sched_register(fv_sched_t *sched,
                                             fv_model_spec_t *spec,
+                                            fv_principal_t *owner,
                                             fv_register_response_t *out,
                                             bool *out_is_new,
                                             fv_ctl_model_t *out_message);

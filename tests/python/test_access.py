@@ -368,3 +368,31 @@ def test_one_request_after_the_other_is_never_two_in_flight(guarded):
     with small.stream() as stream:
         for i in range(300, 600):
             stream.submit(0, [(session, i, 1)], q, k, v).result(20)
+
+
+def test_quota_of_models(guarded):
+    guarded.tokens.add("small", models=2)
+    guarded.start()
+    small, owner, admin = (guarded.client(name) for name in ("small", "owner", "admin"))
+
+    def spec(name: str) -> fovea.ModelSpec:
+        return small_spec(name=name, n_layers=1, n_q_heads=2, n_kv_heads=1, head_dim_qk=16)
+
+    def refused(client: fovea.Client, name: str, numbers: str) -> None:
+        with pytest.raises(fovea.ResourceExhausted, match=numbers + r" allowed \(models\)"):
+            client.register_model(spec(name))
+
+    assert small.register_model(spec("a")) != small.register_model(spec("b"))
+    refused(small, "c", "quota of small: 2 models registered of 2")
+    assert owner.register_model(spec("c"))
+    assert small.open_session(small.register_model(spec("c")))  # it is there, whoever brought it
+    assert small.register_model(spec("a"))
+    for i in range(15):
+        owner.register_model(spec(f"owner {i}"))
+    refused(owner, "one more", "quota of owner: 16 models registered of 16")
+    guarded.tokens.remove("small")
+    guarded.tokens.write(guarded.tokens.path.read_text().replace("owner user", "owner user models=17"))
+    assert eventually(
+        lambda: outcome(lambda: owner.register_model(spec("one more")))[0] is grpc.StatusCode.OK
+    )
+    assert admin.register_model(spec("d"))

@@ -31,14 +31,25 @@ def tool(*words: object, env: dict[str, str] | None = None) -> tuple[int, str, s
 
 def test_a_token_and_its_line(tmp_path):
     code, out, _ = tool(
-        "token", "alice", "--role", "admin", "--kv-bytes", "16g", "--sessions", 5, "--expires", "2099-01-02"
+        "token",
+        "alice",
+        "--role",
+        "admin",
+        "--kv-bytes",
+        "16g",
+        "--sessions",
+        5,
+        "--models",
+        3,
+        "--expires",
+        "2099-01-02",
     )
     token, line = out.splitlines()
     assert code == 0 and token.startswith("fv_") and len(token) == 67
     words = line.split()
     assert words[:2] == ["alice", "admin"]
     assert words[2] == f"sha256={hashlib.sha256(token.encode()).hexdigest()}"
-    assert words[3:] == ["expires=2099-01-02T00:00:00Z", "sessions=5", f"kv_bytes={16 << 30}"]
+    assert words[3:] == ["expires=2099-01-02T00:00:00Z", "sessions=5", f"kv_bytes={16 << 30}", "models=3"]
 
     file = tmp_path / "tokens"
     tokens = [tool("token", name, "--file", file)[1].strip() for name in ("bob", "carol")]
@@ -61,6 +72,7 @@ def test_a_token_and_its_line(tmp_path):
         ["a", "--role", "root"],
         ["a", "--expires", "soon"],
         ["a", "--sessions", "0"],
+        ["a", "--models", "0"],
         ["a", "--days", "-1"],
     ],
 )

@@ -717,8 +717,8 @@ static void begin(story_t *s, uint64_t seed)
         } else if (i >= 3) {
             make_latent(s, &s->specs[i], i == 4);
         }
-        assert_int_equal(fv_sched_register(s->sched, &s->specs[i], &response, &is_new, &message),
-                         FV_OK);
+        assert_int_equal(
+            fv_sched_register(s->sched, &s->specs[i], NULL, &response, &is_new, &message), FV_OK);
         memcpy(s->model_ids[i], response.model_id, FV_MODEL_ID_BYTES);
         for (uint32_t r = 0; r < s->n_ranks; r++) {
             assert_int_equal(fv_worker_model(s->workers[r], &message), FV_OK);

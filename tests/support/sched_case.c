@@ -62,7 +62,7 @@ void fv_case_register(fv_sched_t *sched, fv_model_spec_t *spec, char out_id[FV_M
     static fv_ctl_model_t message;
     bool is_new = false;
 
-    assert_int_equal(fv_sched_register(sched, spec, &response, &is_new, &message), FV_OK);
+    assert_int_equal(fv_sched_register(sched, spec, NULL, &response, &is_new, &message), FV_OK);
     memcpy(out_id, response.model_id, FV_MODEL_ID_BYTES);
 }
 

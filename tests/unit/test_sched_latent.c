@@ -37,7 +37,7 @@ try_register(fv_sched_t *sched, fv_model_spec_t spec, fv_register_response_t *ou
     static fv_ctl_model_t message; /* large */
     bool is_new = false;
 
-    return fv_sched_register(sched, &spec, out, &is_new, &message);
+    return fv_sched_register(sched, &spec, NULL, out, &is_new, &message);
 }
 
 static void test_ranks_without_latents_refuse_the_kind(void **state)

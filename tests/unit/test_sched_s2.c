@@ -87,12 +87,12 @@ static void test_warnings_of_a_model(void **state)
     bool is_new = false;
     fixture_t *f = *state;
 
-    assert_int_equal(fv_sched_register(f->sched, &spec, &response, &is_new, &message), FV_OK);
+    assert_int_equal(fv_sched_register(f->sched, &spec, NULL, &response, &is_new, &message), FV_OK);
     assert_int_equal(response.n_warnings, 1);
     assert_text(response.warnings[0],
                 "S2 in 1 layers (layer 0 the first): no head reads 6 of every 8");
     spec.policies[1].num_dense_heads = 1; /* which reads them all */
-    assert_int_equal(fv_sched_register(f->sched, &spec, &response, &is_new, &message), FV_OK);
+    assert_int_equal(fv_sched_register(f->sched, &spec, NULL, &response, &is_new, &message), FV_OK);
     assert_int_equal(response.n_warnings, 0);
 }
 

@@ -156,7 +156,8 @@ static void test_what_is_written_reads_back(void **state)
             (fv_quota_t){.sessions = fv_random_below(&r, 3) * fv_random_below(&r, 1000),
                          .kv_bytes = fv_random_below(&r, 2) * (fv_random_wide(&r) >> 4U),
                          .requests = fv_random_below(&r, 2) * fv_random_below(&r, 1000),
-                         .bytes_per_second = fv_random_below(&r, 2) * (fv_random_wide(&r) >> 4U)};
+                         .bytes_per_second = fv_random_below(&r, 2) * (fv_random_wide(&r) >> 4U),
+                         .models = fv_random_below(&r, 2) * (fv_random_wide(&r) >> 4U)};
         fv_token_line_format(&line, text);
         assert_int_equal(fv_token_line_parse(text, &back), FV_OK);
         assert_string_equal(back.name, line.name);
