@@ -121,7 +121,7 @@ fv_status_t fv_journal_inspect(const char *path,
                                bool *out_is_locked)
 {
     uint64_t committed = 0;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
 
     if (fd < 0) {
         return fv_fail((errno == ENOENT) ? FV_ERR_NOT_FOUND : FV_ERR_SYSTEM, "%s: errno %d", path,

@@ -72,20 +72,24 @@ fv_status_t fv_store_place_make(const char *dir,
     return FV_OK;
 }
 
-/* A folder of ours that nobody else writes to. */
+/* A folder of ours that nobody else writes to, nor has put a link in the place of. */
 static fv_status_t make_dir(const char *path)
 {
-    struct stat info;
+    struct stat info = {0};
 
     if ((mkdir(path, 0700) != 0) && (errno != EEXIST)) {
         return fv_fail(FV_ERR_SYSTEM,
                        "store_dir: cannot make %s: %s; name another one, or set durability to none",
                        path, strerror(errno));
     }
-    if ((stat(path, &info) != 0) || !S_ISDIR(info.st_mode) || (info.st_uid != geteuid()) ||
+    if (lstat(path, &info) != 0) {
+        return fv_fail(FV_ERR_SYSTEM, "store_dir: %s: %s", path, strerror(errno));
+    }
+    if (!S_ISDIR(info.st_mode) || (info.st_uid != geteuid()) ||
         ((info.st_mode & (S_IWGRP | S_IWOTH)) != 0)) {
-        return fv_fail(FV_ERR_PERMISSION,
-                       "store_dir: %s, expected a folder that this user alone may write to", path);
+        return fv_fail(
+            FV_ERR_PERMISSION,
+            "store_dir: %s, expected a folder (no link) that this user alone may write to", path);
     }
     return FV_OK;
 }
@@ -96,12 +100,14 @@ fv_status_t fv_store_prepare(const fv_store_place_t *place)
 
     (void)snprintf(base, sizeof(base), "%s", place->dir);
     *strrchr(base, '/') = '\0';
-    for (int i = 0; (i < PREPARE_TRIES) && (access(place->dir, F_OK) != 0); i++) {
-        (void)mkdir(base, 0700); /* another service may take it away again while it is empty */
-        (void)mkdir(place->dir, 0700);
+    fv_status_t status = FV_ERR_SYSTEM;
+    for (int i = 0; (i < PREPARE_TRIES) && (status == FV_ERR_SYSTEM); i++) {
+        status = make_dir(base); /* another service may take it away again while it is empty */
+        if (status == FV_OK) {
+            status = make_dir(place->dir);
+        }
     }
-    FV_RETURN_IF_ERR(make_dir(base));
-    return make_dir(place->dir);
+    return status;
 }
 
 void fv_store_path(const fv_store_place_t *place,
@@ -223,7 +229,7 @@ static bool each_file(const char *job_dir, bool (*use)(const char *path))
     DIR *files = opendir(job_dir);
 
     if (files == NULL) {
-        return true;
+        return errno == ENOENT;
     }
     /* NOLINTNEXTLINE(concurrency-mt-unsafe): a DIR of our own */
     for (struct dirent *e = readdir(files); is_fine && (e != NULL); e = readdir(files)) {
@@ -236,21 +242,88 @@ static bool each_file(const char *job_dir, bool (*use)(const char *path))
     return is_fine;
 }
 
-static bool is_free(const char *path)
+/* A slot's files belong to whoever has its journal locked: slot-0002.kv goes by slot-0002.journal. */
+static bool lock_path(const char *path, char out[FV_STORE_PATH_BYTES])
 {
-    int fd = ends_with(path, JOURNAL_END) ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+    const char *name = strrchr(path, '/');
+    int n_dir = (name == NULL) ? 0 : (int)(name + 1 - path);
+    int n_stem = (int)strcspn(path + n_dir, ".");
+
+    return snprintf(out, FV_STORE_PATH_BYTES, "%.*s" JOURNAL_END, n_dir + n_stem, path) <
+           FV_STORE_PATH_BYTES;
+}
+
+/*
+ * The lock of a file's journal, which is made for it where there is none: a service that begins meanwhile has to wait. -1:
+ * a process has it; or one may have it, for it can not be looked at.
+ */
+static int lock_of(const char *path, char journal[FV_STORE_PATH_BYTES])
+{
+    struct stat held;
+    struct stat named;
+    int fd = lock_path(path, journal)
+                 ? open(journal, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0600)
+                 : -1;
 
     if (fd < 0) {
-        return true;
+        return -1;
     }
-    bool is_ours = flock(fd, LOCK_EX | LOCK_NB) == 0;
+    if ((fstat(fd, &held) != 0) || !S_ISREG(held.st_mode) || (flock(fd, LOCK_EX | LOCK_NB) != 0) ||
+        (stat(journal, &named) != 0) || (held.st_ino != named.st_ino) ||
+        (held.st_dev != named.st_dev)) {
+        (void)close(fd);
+        return -1;
+    }
+    return fd;
+}
+
+/* What was made for the lock goes with it. */
+static void unlock(int fd, const char *journal)
+{
+    struct stat info;
+
+    if ((fstat(fd, &info) == 0) && (info.st_size == 0)) {
+        (void)unlink(journal);
+    }
+    (void)close(fd);
+}
+
+/* Only what is not there is nobody's for certain; that it can not be opened says nothing. */
+static bool is_free(const char *path)
+{
+    char journal[FV_STORE_PATH_BYTES];
+    struct stat held;
+
+    if (!lock_path(path, journal)) {
+        return false;
+    }
+    int fd = open(journal, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0) {
+        return errno == ENOENT;
+    }
+    bool is_ours =
+        (fstat(fd, &held) == 0) && S_ISREG(held.st_mode) && (flock(fd, LOCK_EX | LOCK_NB) == 0);
     (void)close(fd);
     return is_ours;
 }
 
-static bool delete_file(const char *path)
+/* False: it is used, or could not be deleted (errno). */
+static bool delete_free(const char *path)
 {
-    return (unlink(path) == 0) || (errno == ENOENT);
+    char journal[FV_STORE_PATH_BYTES];
+    struct stat info;
+
+    if ((lstat(path, &info) != 0) && (errno == ENOENT)) {
+        return true;
+    }
+    int fd = lock_of(path, journal);
+    if (fd < 0) {
+        errno = EBUSY;
+        return false;
+    }
+    bool is_gone = (unlink(path) == 0) || (errno == ENOENT);
+    unlock(fd, journal);
+    return is_gone;
 }
 
 bool fv_store_is_used(const char *job_dir)
@@ -263,7 +336,7 @@ fv_status_t fv_store_delete(const char *job_dir)
     if (fv_store_is_used(job_dir)) {
         return fv_fail(FV_ERR_PRECONDITION, "%s is in use by a running service", job_dir);
     }
-    if (!each_file(job_dir, delete_file) || ((rmdir(job_dir) != 0) && (errno != ENOENT))) {
+    if (!each_file(job_dir, delete_free) || ((rmdir(job_dir) != 0) && (errno != ENOENT))) {
         return fv_fail(FV_ERR_SYSTEM, "%s: %s", job_dir, strerror(errno));
     }
     return FV_OK;
@@ -271,23 +344,23 @@ fv_status_t fv_store_delete(const char *job_dir)
 
 fv_status_t fv_store_delete_file(const char *path)
 {
-    if (!is_free(path)) {
-        return fv_fail(FV_ERR_PRECONDITION, "%s is in use by a running service", path);
+    if (delete_free(path)) {
+        return FV_OK;
     }
-    return delete_file(path) ? FV_OK : fv_fail(FV_ERR_SYSTEM, "%s: %s", path, strerror(errno));
+    return (errno == EBUSY)
+               ? fv_fail(FV_ERR_PRECONDITION, "%s is in use by a running service", path)
+               : fv_fail(FV_ERR_SYSTEM, "%s: %s", path, strerror(errno));
 }
 
-static bool delete_free(const char *path)
+static bool clear_one(const char *path)
 {
-    if (is_free(path)) {
-        (void)delete_file(path);
-    }
+    (void)delete_free(path);
     return true;
 }
 
 void fv_store_clear(const fv_store_place_t *place)
 {
-    (void)each_file(place->dir, delete_free);
+    (void)each_file(place->dir, clear_one);
 }
 
 /* Not one that just begins, and holds no lock yet. */

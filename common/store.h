@@ -44,7 +44,10 @@ FV_MUST_CHECK fv_status_t fv_store_place_make(const char *dir,
                                               uint32_t slot,
                                               uint32_t n_slots,
                                               fv_store_place_t *out);
-/* Makes the folders (0700). Errors: FV_ERR_SYSTEM naming the folder; FV_ERR_PERMISSION when it is another user's. */
+/*
+ * Makes the folders (0700); before anything below them is looked at. Errors: FV_ERR_SYSTEM naming the folder;
+ * FV_ERR_PERMISSION when it is another user's, or a link.
+ */
 FV_MUST_CHECK fv_status_t fv_store_prepare(const fv_store_place_t *place);
 void fv_store_path(const fv_store_place_t *place,
                    fv_store_file_t file,
@@ -87,13 +90,16 @@ FV_MUST_CHECK fv_status_t fv_segment_ensure(fv_segment_t *segment, size_t end);
 /* One job below `dir` ("" = the default). Return false to stop. */
 typedef bool (*fv_store_visit_t)(void *arg, const char *dir, const char *job);
 FV_MUST_CHECK fv_status_t fv_store_each(const char *dir, fv_store_visit_t visit, void *arg);
-/* Whether a process has one of the job's files open. */
+/* Whether a process has one of the job's files open, or may have: they can not be looked at. */
 bool fv_store_is_used(const char *job_dir);
 /* Deletes a job's files. Errors: FV_ERR_PRECONDITION when it is used; FV_ERR_SYSTEM. */
 FV_MUST_CHECK fv_status_t fv_store_delete(const char *job_dir);
 /* Deletes all files of the place's job whose slots no process has: of a job that ends, or of an older one. */
 void fv_store_clear(const fv_store_place_t *place);
-/* Deletes one file of a store, if it is there. Errors: FV_ERR_PRECONDITION when a process uses it; FV_ERR_SYSTEM. */
+/*
+ * Deletes one file of a store, if it is there, holding the lock of its slot. Errors: FV_ERR_PRECONDITION when a process uses the
+ * slot, the caller's own included; FV_ERR_SYSTEM.
+ */
 FV_MUST_CHECK fv_status_t fv_store_delete_file(const char *path);
 /* Deletes jobs without a lasting name (FV_STORE_ANONYMOUS...) that no process uses; how many. */
 uint32_t fv_store_sweep(const char *dir);

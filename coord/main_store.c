@@ -58,11 +58,11 @@ fv_status_t fv_main_store_open(const fv_config_t *config,
     if (store.is_on) {
         store.is_anonymous = strncmp(job, FV_STORE_ANONYMOUS, strlen(FV_STORE_ANONYMOUS)) == 0;
         FV_RETURN_IF_ERR(fv_store_place_make(config->store_dir, job, rank, n_ranks, &store.place));
+        FV_RETURN_IF_ERR(fv_store_prepare(&store.place)); /* from here on it is known to be ours */
         uint32_t n_swept = fv_store_sweep(config->store_dir);
         if (n_swept > 0) {
             fv_info("durability: %u stores that nobody could find again are swept", n_swept);
         }
-        FV_RETURN_IF_ERR(fv_store_prepare(&store.place));
         if (config->store_discard) {
             FV_RETURN_IF_ERR(discard_old(&store.place));
         }

@@ -8,9 +8,11 @@
 #include "worker/internal.h"
 #include "worker/mirror.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define ARENA_SLACK   FV_KV_ARENA_SLACK
 #define COMMAND_SPARE ((size_t)64 << 10) /* left for commands that give memory back */
@@ -37,6 +39,14 @@ open_journal(fv_store_t *store, const char *path, const fv_journal_head_t *head,
     return fv_journal_open(path, head, wait_ms, &store->journal, out_is_new);
 }
 
+/* The slot is ours. */
+static fv_status_t drop_pages(const char *path)
+{
+    return ((unlink(path) == 0) || (errno == ENOENT))
+               ? FV_OK
+               : fv_fail(FV_ERR_SYSTEM, "%s: %s", path, strerror(errno));
+}
+
 static fv_status_t open_files(fv_store_t *store, const fv_worker_config_t *config)
 {
     const fv_store_place_t *place = &store->place;
@@ -57,7 +67,7 @@ static fv_status_t open_files(fv_store_t *store, const fv_worker_config_t *confi
     if (has_pages) {
         fv_store_path(place, FV_STORE_PAGES, path);
         if (is_new) { /* pages that no table names */
-            FV_RETURN_IF_ERR(fv_store_delete_file(path));
+            FV_RETURN_IF_ERR(drop_pages(path));
         }
         FV_RETURN_IF_ERR(fv_segment_open(path, config->backend_config.kv_arena_bytes, ARENA_SLACK,
                                          &store->pages, &is_new_pages));

@@ -217,6 +217,8 @@ def main() -> int:
     parser.add_argument("--durability", default="process", help="of the service")
     parser.add_argument("options", nargs="*", help="of fovead-run")
     args = parser.parse_args()
+    if not any(args.only in name for name, *_ in faults(random.Random(args.seed), args.runs)):
+        parser.error(f'--only: given "{args.only}", expected a part of a fault that is among {args.runs} runs')
     rng = random.Random(args.seed)
     options = ["--restarts", "5", *args.options]
     options += ["--durability", args.durability]
