@@ -226,8 +226,8 @@ fv_status_t fv_engine_recover(fv_engine_t *engine)
     if (ledger == NULL) {
         return FV_OK;
     }
-    FV_RETURN_IF_ERR(
-        fv_ledger_load(ledger, engine->sched, owner_of, engine->config.auth, &has_holes));
+    FV_RETURN_IF_ERR(fv_ledger_load(ledger, engine->sched, owner_of, engine->config.auth,
+                                    engine->lost, &has_holes));
     for (fv_session_t *s = fv_session_after(fv_sched_sessions(engine->sched), 0); s != NULL;
          s = s->next) {
         s->used_us = fv_clock_us();

@@ -249,12 +249,18 @@ void fv_engine_explain_loss(const fv_engine_t *engine,
         (error->status == FV_ERR_NOT_FOUND) ? fv_lost_find(engine->lost, id) : NULL;
     char hex[FV_SESSION_ID_CHARS + 1];
 
-    if ((lost != NULL) && fv_principal_may_see(who, lost->owner)) {
-        fv_session_id_format(id, hex);
-        *error = fv_error_capture(fv_fail(
-            FV_ERR_DATA_LOSS, "session_id: session %s was lost with rank %u; open another one", hex,
-            lost->rank));
+    if ((lost == NULL) || !fv_principal_may_see(who, lost->owner)) {
+        return;
     }
+    fv_session_id_format(id, hex);
+    *error = fv_error_capture(
+        (lost->rank == FV_LOST_RECORDS)
+            ? fv_fail(FV_ERR_DATA_LOSS,
+                      "session_id: session %s was lost: its records are damaged; open another one",
+                      hex)
+            : fv_fail(FV_ERR_DATA_LOSS,
+                      "session_id: session %s was lost with rank %u; open another one", hex,
+                      lost->rank));
 }
 
 /* ------------------------------------------------------------------ all of it */

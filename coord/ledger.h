@@ -12,6 +12,7 @@
 
 #include "common/status.h"
 #include "common/store.h"
+#include "coord/lost.h"
 #include "coord/sched.h"
 
 #include <stdbool.h>
@@ -21,18 +22,20 @@ typedef struct fv_ledger fv_ledger_t;
 
 /* Errors: as fv_journal_open(). A damaged head: the file is set aside (.damaged), and nothing is known. */
 FV_MUST_CHECK fv_status_t fv_ledger_open(const fv_store_place_t *place, fv_ledger_t **out);
-bool fv_ledger_is_new(const fv_ledger_t *ledger); /* nothing was in it when it was opened; NULL: false */
+bool fv_ledger_is_new(
+    const fv_ledger_t *ledger);             /* nothing was in it when it was opened; NULL: false */
 void fv_ledger_close(fv_ledger_t *ledger);  /* NULL is fine */
 void fv_ledger_remove(fv_ledger_t *ledger); /* and its file goes */
 
 /*
  * Plays what is there into an empty core. owner(arg, name) gives the principal of a name. Sessions whose records are damaged
- * are left out, and said so. *out_has_holes: of some records nobody knows whose they were.
+ * are left out, said so, and added to `lost` - unless nothing says any more whose they were. *out_has_holes: of some records nobody knows whose they were.
  */
 FV_MUST_CHECK fv_status_t fv_ledger_load(fv_ledger_t *ledger,
                                          fv_sched_t *sched,
                                          fv_principal_t *(*owner)(void *arg, const char *name),
                                          void *arg,
+                                         fv_lost_t *lost,
                                          bool *out_has_holes);
 
 FV_MUST_CHECK fv_status_t fv_ledger_note_model(fv_ledger_t *ledger,

@@ -10,13 +10,21 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Whom a damaged opening concerns; forgotten when the slot is free again. */
+typedef struct loss {
+    bool is_set;
+    fv_session_id_t id;
+    fv_principal_t *owner;
+} loss_t;
+
 typedef struct player {
     fv_sched_t *sched;
     fv_principal_t *(*owner)(void *arg, const char *name);
     void *arg;
     fv_session_t **by_slot; /* [sessions_max] */
+    loss_t *losses;         /* [sessions_max] of sessions that could not be made */
     uint32_t n_slots;
-    uint32_t n_lost;
+    fv_lost_t *lost;
 } player_t;
 
 static fv_status_t bad(const char *what)
@@ -24,8 +32,12 @@ static fv_status_t bad(const char *what)
     return fv_fail(FV_ERR_DATA_LOSS, "a record of %s can not be so", what);
 }
 
+/* Nothing is in the slot, nor was lost there. */
 static void drop(player_t *p, uint32_t slot)
 {
+    if (slot < p->n_slots) {
+        p->losses[slot].is_set = false;
+    }
     if ((slot < p->n_slots) && (p->by_slot[slot] != NULL)) {
         fv_session_remove(p->sched->sessions, p->by_slot[slot]);
         p->by_slot[slot] = NULL;
@@ -94,28 +106,42 @@ make_session(player_t *p, uint32_t slot, const fv_ledger_session_t *from, fv_ses
     return FV_OK;
 }
 
-static fv_status_t play_session(player_t *p, const fv_journal_record_t *record)
+static fv_status_t
+begin_session(player_t *p, const fv_journal_record_t *record, const fv_ledger_session_t *from)
 {
-    fv_ledger_session_t from;
     fv_session_t *session = NULL;
     fv_session_t *parent = NULL;
 
-    if (record->n_bytes != sizeof(from)) {
-        return bad("opening");
-    }
-    memcpy(&from, record->body, sizeof(from));
     if (record->type == FV_LEDGER_FORK) {
-        parent = (from.parent_slot < p->n_slots) ? p->by_slot[from.parent_slot] : NULL;
-        if ((parent == NULL) || parent->is_lost || (parent->model_slot != from.model_slot)) {
+        parent = (from->parent_slot < p->n_slots) ? p->by_slot[from->parent_slot] : NULL;
+        if ((parent == NULL) || parent->is_lost || (parent->model_slot != from->model_slot)) {
             return fv_fail(FV_ERR_DATA_LOSS, "the parent of a fork is lost");
         }
     }
-    FV_RETURN_IF_ERR(make_session(p, record->key, &from, &session));
+    FV_RETURN_IF_ERR(make_session(p, record->key, from, &session));
     for (int32_t i = 0; (parent != NULL) && (i < session->n_layers); i++) {
         parent->is_forked = true;
-        FV_RETURN_IF_ERR(fv_layer_fork(&parent->layers[i], from.at_position, &session->layers[i]));
+        FV_RETURN_IF_ERR(fv_layer_fork(&parent->layers[i], from->at_position, &session->layers[i]));
     }
     return FV_OK;
+}
+
+static fv_status_t play_session(player_t *p, const fv_journal_record_t *record)
+{
+    fv_ledger_session_t from;
+
+    if ((record->n_bytes != sizeof(from)) || (record->key >= p->n_slots)) {
+        return bad("opening");
+    }
+    memcpy(&from, record->body, sizeof(from));
+    fv_status_t status = begin_session(p, record, &from);
+    bool is_owned =
+        (from.owner[0] != '\0') && (memchr(from.owner, '\0', sizeof(from.owner)) != NULL);
+    if (status != FV_OK) { /* whose it was can be told */
+        p->losses[record->key] = (loss_t){
+            .is_set = true, .id = from.id, .owner = is_owned ? p->owner(p->arg, from.owner) : NULL};
+    }
+    return status;
 }
 
 static fv_status_t play_append(fv_session_t *session, const fv_journal_record_t *record)
@@ -232,7 +258,7 @@ static fv_status_t play(void *arg, const fv_journal_record_t *record)
 
     if ((record->flags & FV_JOURNAL_FIRST) != 0U) {
         status = play_first(p, record);
-    } else if ((session != NULL) && (record->type == FV_LEDGER_CLOSE)) {
+    } else if (record->type == FV_LEDGER_CLOSE) {
         drop(p, record->key); /* whatever else was wrong with it */
     } else if ((session != NULL) && !session->is_lost) {
         status = play_later(session, record);
@@ -248,19 +274,34 @@ static fv_status_t play(void *arg, const fv_journal_record_t *record)
     return FV_OK;
 }
 
+/* Whoever asks for it is told so. */
+static void lose(player_t *p, uint32_t slot, const fv_session_id_t *id, fv_principal_t *owner)
+{
+    const fv_lost_session_t lost = {.id = *id, .owner = owner, .rank = FV_LOST_RECORDS};
+    char hex[FV_SESSION_ID_CHARS + 1];
+
+    drop(p, slot);
+    fv_session_id_format(&lost.id, hex);
+    fv_error("durability: session %s is lost: its records are damaged", hex);
+    fv_lost_add(p->lost, &lost);
+}
+
 /* Sessions whose records are damaged go; of the others a shared last page may be shared with anybody. */
 static void finish(player_t *p)
 {
     for (uint32_t slot = 0; slot < p->n_slots; slot++) {
         fv_session_t *session = p->by_slot[slot];
+        const loss_t loss = p->losses[slot];
+        if ((session == NULL) && loss.is_set &&
+            (fv_session_find(p->sched->sessions, &loss.id) == NULL)) {
+            lose(p, slot, &loss.id, loss.owner);
+        }
         if (session == NULL) {
             continue;
         }
         if (session->is_lost) {
-            char hex[FV_SESSION_ID_CHARS + 1];
-            fv_session_id_format(&session->id, hex);
-            fv_error("durability: session %s is lost: its records are damaged", hex);
-            drop(p, slot);
+            const fv_session_id_t id = session->id;
+            lose(p, slot, &id, session->owner);
             continue;
         }
         for (int32_t i = 0; i < session->n_layers; i++) {
@@ -275,14 +316,21 @@ fv_status_t fv_ledger_load(fv_ledger_t *ledger,
                            fv_sched_t *sched,
                            fv_principal_t *(*owner)(void *arg, const char *name),
                            void *arg,
+                           fv_lost_t *lost,
                            bool *out_has_holes)
 {
-    player_t p = {
-        .sched = sched, .owner = owner, .arg = arg, .n_slots = sched->config.sessions_max};
+    player_t p = {.sched = sched,
+                  .owner = owner,
+                  .arg = arg,
+                  .lost = lost,
+                  .n_slots = sched->config.sessions_max};
     fv_journal_report_t report = {0};
 
     p.by_slot = calloc((size_t)p.n_slots + 1U, sizeof(fv_session_t *));
-    if (p.by_slot == NULL) {
+    p.losses = calloc((size_t)p.n_slots + 1U, sizeof(*p.losses));
+    if ((p.by_slot == NULL) || (p.losses == NULL)) {
+        free(p.by_slot);
+        free(p.losses);
         return fv_fail(FV_ERR_NO_MEMORY, "%u sessions", p.n_slots);
     }
     fv_status_t status = fv_journal_read(ledger->journal, play, &p, &report);
@@ -290,6 +338,7 @@ fv_status_t fv_ledger_load(fv_ledger_t *ledger,
         finish(&p);
     }
     free(p.by_slot);
+    free(p.losses);
     if ((report.n_damaged > 0) || (report.n_holes > 0) || (report.tail_bytes > 0)) {
         fv_warn("durability: coordinator: %llu damaged records, %llu holes, %llu bytes at the end",
                 (unsigned long long)report.n_damaged, (unsigned long long)report.n_holes,

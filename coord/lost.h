@@ -12,6 +12,8 @@
 #include <stdint.h>
 
 #define FV_LOST_MAX 65536U
+#define FV_LOST_RECORDS \
+    UINT32_MAX /* no rank: its records in the coordinator's journal are damaged */
 
 typedef struct fv_lost fv_lost_t;
 
@@ -19,7 +21,7 @@ typedef struct fv_lost fv_lost_t;
 typedef struct fv_lost_session {
     fv_session_id_t id;
     const fv_principal_t *owner;
-    uint32_t rank; /* with which it was lost */
+    uint32_t rank; /* with which it was lost; or FV_LOST_RECORDS */
 } fv_lost_session_t;
 
 FV_MUST_CHECK fv_status_t fv_lost_create(fv_lost_t **out);

@@ -9,6 +9,7 @@ fv_add_test(test_sched unit SOURCES unit/test_sched.c support/sched_case.c LIBS 
 fv_add_test(test_sched_pieces unit SOURCES unit/test_sched_pieces.c support/sched_case.c LIBS fv_coord)
 fv_add_test(test_sched_latent unit SOURCES unit/test_sched_latent.c support/sched_case.c LIBS fv_coord)
 fv_add_test(test_sched_s2 unit SOURCES unit/test_sched_s2.c support/sched_case.c LIBS fv_coord)
+fv_add_test(test_ledger unit SOURCES unit/test_ledger.c support/sched_case.c support/journal_file.c LIBS fv_coord)
 fv_add_test(test_staging unit SOURCES unit/test_staging.c LIBS fv_coord Threads::Threads)
 fv_add_test(test_dispatch unit SOURCES unit/test_dispatch.c support/sched_case.c LIBS fv_coord)
 # It brings a door and a link of its own: the archive's are not linked.
