@@ -184,5 +184,5 @@ void fv_rig_latents_and_s2(fv_rig_t *rig)
             (void)fv_rig_append(rig, slot, i % 2U, k_sizes[i]);
         }
     }
-    fv_rig_live(rig, 60);
+    fv_rig_live(rig, 40);
 }
