@@ -91,6 +91,9 @@ void fv_store_close(fv_store_t *store); /* NULL is fine; after the backend */
 /* Reads what is there: models, and sessions as candidates (fv_worker_keep()). */
 FV_MUST_CHECK fv_status_t fv_store_load(fv_worker_t *worker);
 
+/* While sessions are candidates: a model that is not kept, and its sessions, are as if they had not been found. */
+void fv_store_forget_model(fv_worker_t *worker, uint32_t slot);
+
 /* ------------------------------------------------------------------ commands, before they change anything */
 
 FV_MUST_CHECK fv_status_t fv_store_note_model(fv_worker_t *worker,

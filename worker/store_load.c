@@ -390,6 +390,18 @@ fv_status_t fv_worker_keep(fv_worker_t *worker,
 
 /* ------------------------------------------------------------------ the end of it */
 
+void fv_store_forget_model(fv_worker_t *worker, uint32_t slot)
+{
+    for (uint32_t i = 0; i < worker->n_session_slots; i++) {
+        const fv_session_t *session = fv_worker_session(worker, i);
+        if ((session != NULL) && (session->model_slot == slot)) {
+            drop(worker, i);
+        }
+    }
+    free(worker->models[slot]);
+    worker->models[slot] = NULL;
+}
+
 /* Every page once: its tag goes with it. */
 static fv_status_t add_page(fv_worker_t *worker,
                             const fv_session_t *session,
@@ -468,8 +480,7 @@ fv_status_t fv_worker_keep_end(fv_worker_t *worker)
     }
     for (uint32_t i = 0; i < FV_MODELS_MAX; i++) {
         if ((worker->models[i] != NULL) && !worker->models[i]->is_kept) {
-            free(worker->models[i]);
-            worker->models[i] = NULL;
+            fv_store_forget_model(worker, i);
         }
     }
     fv_kv_pool_adopt_end(worker->pool);

@@ -305,13 +305,18 @@ fv_status_t fv_worker_add_model(fv_worker_t *worker, uint32_t slot, const fv_mod
     return FV_OK;
 }
 
-/* A model that the store has, too: the same, or of a store that the coordinator knows nothing of. */
+/* A model that the store has, too: it is kept, or it is of files of another time, and goes with its sessions. */
 static bool keep_model(fv_worker_t *worker, const fv_ctl_model_t *message)
 {
     fv_worker_model_t *model = worker->models[message->model_slot];
 
-    if ((model == NULL) || (worker->store == NULL) || !worker->store->is_attaching ||
-        !fv_model_spec_equal(&model->spec, &message->spec)) {
+    if ((model == NULL) || (worker->store == NULL) || !worker->store->is_attaching) {
+        return false;
+    }
+    if (!fv_model_spec_equal(&model->spec, &message->spec)) {
+        if (!model->is_kept) {
+            fv_store_forget_model(worker, message->model_slot);
+        }
         return false;
     }
     model->is_kept = true;

@@ -6,6 +6,7 @@
  * Method: a worker with a store runs a few steps and is left; another one opens its files, as after a death. Answers are
  *         compared bit by bit. Every fifth byte of the journal is damaged once.
  */
+#include "tests/support/journal_file.h"
 #include "tests/support/test.h"
 #include "worker/worker.h"
 
@@ -449,26 +450,44 @@ static void test_another_sessions_tables_are_refused(void **state)
     }
 }
 
+/* Files of another time have another model in the slot: they give nothing, and stop nobody. */
+static void test_another_model_is_forgotten(void **state)
+{
+    static float out[30 * HEADS * DIM], want[HEADS * DIM];
+    const uint64_t lengths[LAYERS] = {30, 0};
+    const fv_ctl_model_t model = make_model();
+    const fv_ctl_open_t open0 = make_open(0);
+    fv_ctl_model_t other = model;
+
+    (void)state;
+    g_ops = fv_backend_cpu;
+    other.spec.head_dim_qk = 2 * DIM;
+    other.spec.head_dim_v = 2 * DIM;
+    assert_int_equal(fv_model_spec_check(&other.spec), FV_OK);
+    fv_worker_t *worker = make_worker();
+    assert_int_equal(fv_worker_model(worker, &other), FV_OK);
+    assert_int_equal(fv_worker_open(worker, &open0), FV_OK);
+    fv_worker_destroy(worker);
+    for (int round = 0; round < 2; round++) {
+        worker = make_worker();
+        assert_int_equal(fv_worker_model(worker, &model), FV_OK);
+        assert_int_equal(fv_worker_model(worker, &other), FV_ERR_PROTOCOL); /* it has one now */
+        assert_int_equal(keep_lengths(worker, 0, lengths), (round == 0) ? FV_ERR_DATA_LOSS : FV_OK);
+        assert_int_equal(fv_worker_keep_end(worker), FV_OK);
+        if (round == 0) {
+            assert_int_equal(fv_worker_open(worker, &open0), FV_OK);
+            run(worker, 0, 0, 0, 30, true, out);
+            run(worker, 0, 0, 29, 1, false, want);
+        } else {
+            run(worker, 0, 0, 29, 1, false, out);
+            assert_memory_equal(out, want, sizeof(want));
+            fv_worker_discard_store(worker);
+        }
+        fv_worker_destroy(worker);
+    }
+}
+
 /* ------------------------------------------------------------------ damage */
-
-static size_t read_file(const char *path, uint8_t *out, size_t cap)
-{
-    FILE *file = fopen(path, "rb");
-
-    assert_non_null(file);
-    size_t n = fread(out, 1, cap, file);
-    (void)fclose(file);
-    return n;
-}
-
-static void write_file(const char *path, const uint8_t *data, size_t n)
-{
-    FILE *file = fopen(path, "wb");
-
-    assert_non_null(file);
-    assert_int_equal(fwrite(data, 1, n, file), n);
-    assert_int_equal(fclose(file), 0);
-}
 
 /* Whatever a damaged journal still gives is right: the same bits, or the session is refused. */
 static void test_damage_never_changes_an_answer(void **state)
@@ -489,10 +508,10 @@ static void test_damage_never_changes_an_answer(void **state)
     }
     fv_worker_destroy(worker);
     fv_store_path(&g_place, FV_STORE_TABLES, path);
-    size_t n_bytes = read_file(path, journal, sizeof(journal));
+    size_t n_bytes = fv_read_file(path, journal, sizeof(journal));
     for (size_t at = FV_JOURNAL_HEAD_BYTES; at < n_bytes; at += 5U) {
         journal[at] ^= (uint8_t)(1U << (at % 8U));
-        write_file(path, journal, n_bytes);
+        fv_write_file(path, journal, n_bytes);
         journal[at] ^= (uint8_t)(1U << (at % 8U));
         worker = make_worker();
         bool is_kept[N_SESSIONS];
@@ -528,6 +547,7 @@ int main(void)
         cmocka_unit_test(test_other_geometry_is_refused),
         cmocka_unit_test(test_a_given_up_step_leaves_a_fork_alone),
         cmocka_unit_test(test_another_sessions_tables_are_refused),
+        cmocka_unit_test(test_another_model_is_forgotten),
         cmocka_unit_test(test_damage_never_changes_an_answer),
     };
 
