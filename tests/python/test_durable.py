@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import struct
 import subprocess
 import tempfile
 import threading
@@ -243,3 +244,38 @@ def test_all_processes_are_killed_at_random_moments(folder: Path) -> None:
     assert different == []
     assert service.stop() == 0
     assert not service.store.exists(), sorted(service.store.rglob("*"))  # a clean stop leaves nothing
+
+
+def _records(journal: bytearray) -> list[tuple[int, int]]:
+    """Type and place of the body of each record of a journal (common/journal_format.h)."""
+    found: list[tuple[int, int]] = []
+    at = 4096
+    while journal[at : at + 4] == b"FREC":
+        kind, _, _, n_bytes = struct.unpack_from("<HHII", journal, at + 4)
+        found.append((kind, at + 32))
+        at += 32 + (n_bytes + 7) // 8 * 8
+    return found
+
+
+def test_a_session_with_damaged_records_answers_data_loss(folder: Path) -> None:
+    service = Killable(folder)
+    play = runner(service.start(), None)
+    for i in range(2):
+        play.open()
+        play.append(i)
+    service.kill()
+    [path] = service.store.rglob("coordinator.journal")
+    journal = bytearray(path.read_bytes())
+    appends = [at for kind, at in _records(journal) if kind == 4]  # FV_LEDGER_APPEND
+    assert len(appends) == 2
+    journal[appends[0]] ^= 1
+    path.write_bytes(journal)
+    play.client = service.start()
+    lost, kept = play.sessions
+    for _ in range(2):
+        with pytest.raises(fovea.FoveaError, match="was lost: its records are damaged") as caught:
+            play.client.session_info(lost)
+        assert caught.value.code.name == "DATA_LOSS"
+    assert list(play.client.session_info(kept).layer_tokens) == play.lengths[1]
+    play.append(1)
+    assert service.stop() == 0
