@@ -175,6 +175,7 @@ static void refuse_entries(fv_entry_t *entry, const char *why)
         fv_status_t status = fv_fail(FV_ERR_UNAVAILABLE, "%s", why);
         if ((entry->method == FV_METHOD_ATTEND) || (entry->method == FV_METHOD_ATTEND_ONCE)) {
             fv_job_t *job = (fv_job_t *)(void *)entry;
+            fv_entry_end_request(entry);
             fv_reply_refused(entry->call, entry->method, job->request.head.request_id, status);
             fv_job_release(job);
         } else {

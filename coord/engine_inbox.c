@@ -147,11 +147,17 @@ fv_entry_t *fv_engine_take_inbox(fv_engine_t *engine)
     return oldest;
 }
 
-void fv_entry_release(fv_entry_t *entry)
+void fv_entry_end_request(fv_entry_t *entry)
 {
     if (entry->is_counted) {
+        entry->is_counted = false;
         fv_call_end_request(entry->call);
     }
+}
+
+void fv_entry_release(fv_entry_t *entry)
+{
+    fv_entry_end_request(entry);
     fv_call_unref(entry->call);
     if (entry->is_abandoned) {
         fv_staging_abandon(entry);

@@ -165,6 +165,8 @@ bool fv_engine_wants_idle(void *ctx);
 void fv_engine_on_idle(void *ctx);
 void fv_engine_on_closed(void *ctx, fv_call_t *call);
 fv_entry_t *fv_engine_take_inbox(fv_engine_t *engine); /* oldest first, NULL when empty */
+/* It is about to be answered; nothing the second time. */
+void fv_entry_end_request(fv_entry_t *entry);
 void fv_entry_release(fv_entry_t *entry);
 void fv_job_release(fv_job_t *job);
 static inline fv_job_t *fv_job_of(fv_request_t *request)

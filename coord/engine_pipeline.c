@@ -51,6 +51,7 @@ static void take_job(fv_engine_t *engine, fv_entry_t *entry)
     fv_job_t *job = (fv_job_t *)(void *)entry;
 
     if (engine->is_draining) {
+        fv_entry_end_request(entry);
         fv_reply_refused(entry->call, entry->method, job->request.head.request_id,
                          fv_fail(FV_ERR_UNAVAILABLE, "the service is draining"));
         fv_job_release(job);

@@ -103,6 +103,7 @@ void fv_reply_job(fv_engine_t *engine, fv_job_t *job, int64_t now_us)
     fv_request_t *request = &job->request;
 
     job->timings.total_us = clamp_us(now_us - request->received_us);
+    fv_entry_end_request(&job->entry);
     if (request->error.status == FV_OK) {
         engine->n_done++;
         reply_results(job);

@@ -144,8 +144,9 @@ fv_principal_t *fv_call_principal(const fv_call_t *call);
 /* Whether the caller's token still holds. Errors: FV_ERR_UNAUTHENTICATED. */
 FV_MUST_CHECK fv_status_t fv_call_recheck(const fv_call_t *call);
 /*
- * A request of the caller's that fv_principal_begin_request() let in is answered, or given up: it counts as in flight until what was
- * replied so far has been sent (of a unary call: until it is over). Closed calls, and after fv_rpc_destroy(): at once.
+ * A request of the caller's that fv_principal_begin_request() let in is about to be answered, or is given up: it counts as in flight
+ * until the next reply to the call is gRPC's to send, which takes one at a time (of a unary call: until it is over). Before the reply, because the caller's next
+ * request may come in before fv_call_reply() returns. Closed calls, and after fv_rpc_destroy(): at once.
  */
 void fv_call_end_request(fv_call_t *call);
 /* A word for the handler's own use, 0 at first. */

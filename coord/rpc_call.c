@@ -154,6 +154,9 @@ static bool take_send(fv_call_t *call, fv_send_t *out)
         grpc_op *op = &out->ops[out->n_ops++];
         call->first = head->next;
         call->sending = head;
+        /* not when gRPC says that it is sent: the caller may have it, and send the next request, before that */
+        fv_requests_end(call->sending->principal, call->sending->n_ends);
+        call->sending->n_ends = 0;
         op->op = GRPC_OP_SEND_MESSAGE;
         /* more follows at once: let the transport write them together */
         op->flags = (head->next != NULL) ? GRPC_WRITE_BUFFER_HINT : 0U;
@@ -233,6 +236,10 @@ void fv_call_reply(fv_call_t *call, const fv_reply_piece_t *pieces, size_t n_pie
             call->last->next = reply;
         }
         call->last = reply;
+        if (call->method->kind == FV_CALL_BIDI) { /* else with the call */
+            reply->n_ends = call->n_ends;
+            call->n_ends = 0;
+        }
     }
     (void)pthread_mutex_unlock(&call->lock);
     fv_outgoing_drop(dropped);
@@ -262,16 +269,10 @@ void fv_call_end_request(fv_call_t *call)
         return;
     }
     (void)pthread_mutex_lock(&call->lock);
-    /* its reply was queued last, or lies further ahead; or is gone already */
-    fv_outgoing_t *unsent = (call->first != NULL) ? call->last : call->sending;
     if (atomic_load(&call->is_closed)) {
         ends_now = true;
-    } else if (call->method->kind == FV_CALL_UNARY) {
-        call->n_ends++;
-    } else if (unsent != NULL) {
-        unsent->n_ends++;
     } else {
-        ends_now = true;
+        call->n_ends++;
     }
     (void)pthread_mutex_unlock(&call->lock);
     fv_requests_end(principal, ends_now ? 1U : 0U);

@@ -67,7 +67,7 @@ struct fv_call {
 
     pthread_mutex_t lock; /* guards what follows */
     uint32_t n_batches;
-    uint32_t n_ends;    /* requests of its principal that end with it */
+    uint32_t n_ends; /* requests of its principal that end with the next reply, or with the call */
     int32_t n_inflight; /* BIDI: delivered, not yet answered and sent */
     bool has_read;      /* a read was posted at least once */
     bool is_reading;

@@ -54,8 +54,8 @@ static void answer(fv_echo_message_t *message)
     }
     (void)pthread_cond_broadcast(&echo->changed);
     (void)pthread_mutex_unlock(&echo->lock);
-    fv_call_reply(call, pieces, 2);
     fv_call_end_request(call);
+    fv_call_reply(call, pieces, 2);
     fv_call_unref(call);
 }
 

@@ -423,9 +423,12 @@ static void test_requests_end_when_the_reply_is_sent(void **state)
         fv_raw_client_t *client = fv_raw_open(fv_rpc_address(echo.rpc, 0));
         int64_t n_before = fv_echo_read(&echo, &echo.n_answered);
         fv_raw_call_t *call = fv_raw_start(client, k_methods[i / 2U], 0);
-        fv_raw_send(call, message, n_bytes);
-        assert_true(fv_raw_sent(call, RAW_WAIT_MS));
-        assert_true(fv_echo_wait(&echo, &echo.n_answered, n_before + 1));
+        size_t n_requests = (i < 2U) ? 2 : 1; /* of a stream's replies one is gRPC's */
+        for (size_t j = 0; j < n_requests; j++) {
+            fv_raw_send(call, message, n_bytes);
+            assert_true(fv_raw_sent(call, RAW_WAIT_MS));
+        }
+        assert_true(fv_echo_wait(&echo, &echo.n_answered, n_before + (int64_t)n_requests));
         (void)nanosleep(&(struct timespec){.tv_nsec = 200000000}, NULL);
         assert_int_equal(atomic_load(&anyone->n_requests), 1);
         if (is_read) {
