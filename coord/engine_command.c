@@ -192,6 +192,12 @@ static fv_status_t do_register(fv_engine_t *engine, const fv_entry_t *entry)
         status = fv_sched_register(engine->sched, &spec, fv_call_principal(entry->call), &response,
                                    &is_new, &message);
     }
+    if ((status == FV_OK) && is_new) { /* before any rank knows it */
+        status = fv_ledger_reserve_command(engine->config.ledger);
+        if (status != FV_OK) {
+            fv_sched_unregister_last(engine->sched, fv_call_principal(entry->call));
+        }
+    }
     if ((status == FV_OK) && is_new) {
         fv_info("model %s \"%s\": %d layers, %d/%d heads, d %d/%d, %s cache", response.model_id,
                 spec.name, spec.n_layers, spec.n_q_heads, spec.n_kv_heads, spec.head_dim_qk,
@@ -348,10 +354,15 @@ static fv_status_t do_truncate(fv_engine_t *engine, const fv_entry_t *entry)
     fv_ctl_truncate_t message = {0};
     fv_placement_t placement;
     fv_error_t refusal = {0};
+    bool is_cut = false;
 
     fv_status_t status = fv_wire_truncate_request_decode(message_of(entry), &request);
     if (status == FV_OK) {
         status = visible_session(engine, entry, &request.session, &session);
+    }
+    if (status == FV_OK) {
+        is_cut = request.position < fv_session_tokens(session);
+        status = fv_ledger_reserve_command(is_cut ? engine->config.ledger : NULL);
     }
     if (status == FV_OK) {
         status = fv_sched_truncate(engine->sched, &request.session, request.position, &message,
@@ -361,7 +372,8 @@ static fv_status_t do_truncate(fv_engine_t *engine, const fv_entry_t *entry)
         fv_reply_error(entry->call, status);
         return FV_OK;
     }
-    FV_RETURN_IF_ERR(fv_ledger_note_truncate(engine->config.ledger, session, request.position));
+    FV_RETURN_IF_ERR(
+        fv_ledger_note_truncate(is_cut ? engine->config.ledger : NULL, session, request.position));
     FV_RETURN_IF_ERR(fv_engine_broadcast(engine, &placement, FV_CTL_TRUNCATE, &message,
                                          sizeof(message), &refusal));
     if (refusal.status != FV_OK) {
@@ -384,7 +396,12 @@ static fv_status_t do_close(fv_engine_t *engine, const fv_entry_t *entry)
         fv_reply_error(entry->call, status);
         return FV_OK;
     }
-    FV_RETURN_IF_ERR(fv_engine_close_session(engine, &request.session));
+    status = fv_engine_close_session(engine, &request.session);
+    if (status == FV_ERR_EXHAUSTED) { /* nothing has changed */
+        fv_reply_error(entry->call, status);
+        return FV_OK;
+    }
+    FV_RETURN_IF_ERR(status);
     answer_empty(entry->call);
     return FV_OK;
 }

@@ -35,7 +35,9 @@ fv_status_t fv_engine_prepare(fv_request_t *request)
     job->out_bytes =
         n_rows * (size_t)fv_request_out_dim(request) * fv_dtype_bytes(request->head.dtype);
     job->lse_bytes = request->head.want_lse ? (n_rows * sizeof(float)) : 0U;
-    FV_RETURN_IF_ERR(fv_ledger_reserve(job->ledger)); /* nothing that runs may fail to be noted */
+    if (request->head.append) { /* nothing that runs may fail to be noted */
+        FV_RETURN_IF_ERR(fv_ledger_reserve(job->ledger));
+    }
     FV_RETURN_IF_ERR(fv_staging_take(job->staging, job->out_bytes, false, &out));
     job->tensors.out = out;
     if (job->lse_bytes > 0) {

@@ -80,11 +80,17 @@ void fv_ledger_remove(fv_ledger_t *ledger)
 
 /* ------------------------------------------------------------------ single records */
 
-static fv_status_t commit_one(fv_ledger_t *ledger, const fv_journal_record_t *record, size_t spare)
+static fv_status_t commit_one(fv_ledger_t *ledger, const fv_journal_record_t *record, size_t left)
 {
-    FV_RETURN_IF_ERR(fv_journal_reserve(ledger->journal, fv_journal_size(record->n_bytes) + spare));
+    FV_RETURN_IF_ERR(fv_journal_reserve(ledger->journal, fv_journal_size(record->n_bytes) + left));
     fv_journal_add(ledger->journal, record, NULL, 0);
     return fv_journal_commit(ledger->journal);
+}
+
+/* What giving back takes, of every session that is open, and then some. */
+static size_t spare(const fv_ledger_t *ledger)
+{
+    return SPARE_BYTES + (size_t)ledger->n_open * fv_journal_size(0);
 }
 
 static fv_journal_record_t model_record(uint32_t slot, const fv_model_spec_t *spec)
@@ -101,7 +107,7 @@ fv_status_t fv_ledger_note_model(fv_ledger_t *ledger, uint32_t slot, const fv_mo
 {
     const fv_journal_record_t record = model_record(slot, spec);
 
-    return (ledger == NULL) ? FV_OK : commit_one(ledger, &record, SPARE_BYTES);
+    return (ledger == NULL) ? FV_OK : commit_one(ledger, &record, spare(ledger));
 }
 
 static void fill_session(const fv_session_t *session, fv_ledger_session_t *out)
@@ -144,7 +150,17 @@ fv_status_t fv_ledger_note_session(fv_ledger_t *ledger,
         body.at_position = at_position;
     }
     session->last_noted = record.number;
-    return commit_one(ledger, &record, SPARE_BYTES);
+    FV_RETURN_IF_ERR(commit_one(ledger, &record, spare(ledger) + fv_journal_size(0)));
+    ledger->n_open++;
+    return FV_OK;
+}
+
+fv_status_t fv_ledger_reserve_command(fv_ledger_t *ledger)
+{
+    return (ledger == NULL)
+               ? FV_OK
+               : fv_journal_reserve(ledger->journal,
+                                    fv_journal_size(sizeof(fv_model_spec_t)) + spare(ledger));
 }
 
 fv_status_t fv_ledger_note_truncate(fv_ledger_t *ledger, fv_session_t *session, uint64_t position)
@@ -159,7 +175,7 @@ fv_status_t fv_ledger_note_truncate(fv_ledger_t *ledger, fv_session_t *session, 
     if (ledger == NULL) {
         return FV_OK;
     }
-    FV_RETURN_IF_ERR(commit_one(ledger, &record, 0));
+    FV_RETURN_IF_ERR(commit_one(ledger, &record, spare(ledger)));
     session->last_noted++;
     return FV_OK;
 }
@@ -169,7 +185,12 @@ fv_status_t fv_ledger_note_close(fv_ledger_t *ledger, const fv_session_t *sessio
     const fv_journal_record_t record = {
         .type = FV_LEDGER_CLOSE, .key = session->slot, .number = session->last_noted + 1U};
 
-    return (ledger == NULL) ? FV_OK : commit_one(ledger, &record, 0);
+    if (ledger == NULL) {
+        return FV_OK;
+    }
+    FV_RETURN_IF_ERR(commit_one(ledger, &record, 0));
+    ledger->n_open -= (ledger->n_open > 0U) ? 1U : 0U;
+    return FV_OK;
 }
 
 /* ------------------------------------------------------------------ steps */
@@ -182,7 +203,7 @@ fv_status_t fv_ledger_reserve(fv_ledger_t *ledger)
                ? FV_OK
                : fv_journal_reserve(ledger->journal,
                                     n_items * fv_journal_size(sizeof(fv_ledger_append_t)) +
-                                        SPARE_BYTES);
+                                        spare(ledger));
 }
 
 static void note_item(fv_ledger_t *ledger, const fv_request_t *request, uint32_t i)
@@ -206,17 +227,21 @@ fv_status_t fv_ledger_note_step(fv_ledger_t *ledger, const fv_step_plan_t *plan)
     if (ledger == NULL) {
         return FV_OK;
     }
-    FV_RETURN_IF_ERR(fv_ledger_reserve(ledger)); /* there since they were admitted */
+    uint32_t n = 0;
     for (const fv_request_t *r = plan->joined; r != NULL; r = r->next) {
         for (uint32_t i = 0;
              (r->error.status == FV_OK) && fv_request_is_last_piece(r) && (i < r->head.n_items);
              i++) {
-            if ((r->ctl_items[i].flags & FV_ITEM_APPEND) != 0) {
-                note_item(ledger, r, i);
+            if ((r->ctl_items[i].flags & FV_ITEM_APPEND) == 0) {
+                continue;
             }
+            if (n++ == 0) { /* there since they were admitted */
+                FV_RETURN_IF_ERR(fv_ledger_reserve(ledger));
+            }
+            note_item(ledger, r, i);
         }
     }
-    return fv_journal_commit(ledger->journal);
+    return (n == 0) ? FV_OK : fv_journal_commit(ledger->journal);
 }
 
 /* ------------------------------------------------------------------ writing anew */
@@ -281,7 +306,8 @@ static fv_status_t add_all(fv_ledger_t *ledger, const fv_sched_t *sched)
     for (fv_session_t *s = first_session(sched); s != NULL; s = s->next) {
         FV_RETURN_IF_ERR(add_session(ledger, s));
     }
-    return FV_OK;
+    size_t n_open = fv_session_table_count(fv_sched_sessions(sched));
+    return fv_journal_reserve(ledger->journal, SPARE_BYTES + n_open * fv_journal_size(0));
 }
 
 fv_status_t fv_ledger_rewrite(fv_ledger_t *ledger, const fv_sched_t *sched)
@@ -296,6 +322,7 @@ fv_status_t fv_ledger_rewrite(fv_ledger_t *ledger, const fv_sched_t *sched)
         return status;
     }
     ledger->rewritten_bytes = fv_journal_bytes(ledger->journal);
+    ledger->n_open = fv_session_table_count(fv_sched_sessions(sched));
     for (fv_session_t *s = first_session(sched); s != NULL; s = s->next) {
         s->last_noted = s->last_rewritten; /* only now: the old numbers are past */
     }

@@ -51,6 +51,8 @@ FV_MUST_CHECK fv_status_t fv_ledger_note_truncate(fv_ledger_t *ledger,
                                                   uint64_t position);
 FV_MUST_CHECK fv_status_t fv_ledger_note_close(fv_ledger_t *ledger, const fv_session_t *session);
 
+/* Room for a model or a truncate: noting one can not fail for want of it. Errors: FV_ERR_EXHAUSTED. */
+FV_MUST_CHECK fv_status_t fv_ledger_reserve_command(fv_ledger_t *ledger);
 /* Room for the appends of all steps that may be under way: fv_ledger_note_step() can not fail for want of it. */
 FV_MUST_CHECK fv_status_t fv_ledger_reserve(fv_ledger_t *ledger);
 /* The appends of a step that ran: before they are committed in the core, and before anybody is answered. */

@@ -12,7 +12,8 @@ struct fv_ledger {
     fv_store_place_t place;
     fv_journal_t *journal;
     uint64_t rewritten_bytes;
-    bool is_new; /* nothing was in it when it was opened */
+    uint32_t n_open; /* sessions: each can be closed, even if the file system is full */
+    bool is_new;     /* nothing was in it when it was opened */
 };
 
 _Static_assert(FV_PLAN_REASON_BYTES == FV_LEDGER_REASON_BYTES, "a session's reason fits");

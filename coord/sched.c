@@ -171,6 +171,14 @@ fv_status_t fv_sched_register(fv_sched_t *sched,
     return FV_OK;
 }
 
+void fv_sched_unregister_last(fv_sched_t *sched, fv_principal_t *owner)
+{
+    sched->n_models--;
+    if (owner != NULL) {
+        owner->n_models--;
+    }
+}
+
 /* ------------------------------------------------------------------ sessions */
 
 void fv_sched_account(fv_sched_t *sched, fv_session_t *session, int32_t cell, uint64_t held_bytes)

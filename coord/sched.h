@@ -156,6 +156,8 @@ FV_MUST_CHECK fv_status_t fv_sched_register(fv_sched_t *sched,
                                             fv_register_response_t *out,
                                             bool *out_is_new,
                                             fv_ctl_model_t *out_message);
+/* Takes back what fv_sched_register() has just made for `owner`, before anybody uses it. */
+void fv_sched_unregister_last(fv_sched_t *sched, fv_principal_t *owner);
 
 /*
  * The message goes to the ranks of out_message->placement. Errors: FV_ERR_NOT_FOUND for the model; FV_ERR_EXHAUSTED for

@@ -26,6 +26,7 @@ typedef struct fv_worker_model {
     fv_model_spec_t spec;
     uint32_t page_class; /* in the pool */
     bool is_kept;        /* found in a store: the coordinator knows it, too */
+    bool is_noted;       /* in the store's journal */
 } fv_worker_model_t;
 
 typedef struct fv_layer_kv {

@@ -147,16 +147,49 @@ static fv_status_t commit_one(fv_worker_t *worker, const fv_journal_record_t *re
     return fv_journal_commit(journal);
 }
 
-fv_status_t fv_store_note_model(fv_worker_t *worker, uint32_t slot, const fv_model_spec_t *spec)
+/* Before anything new is noted: records that refer to what is there must find it so. */
+static fv_status_t catch_up(fv_worker_t *worker)
 {
+    return worker->store->is_behind ? fv_store_rewrite(worker) : FV_OK;
+}
+
+/* Something was given back, and there was no room to say so. */
+static fv_status_t fall_behind(fv_worker_t *worker, fv_status_t status)
+{
+    if (status != FV_ERR_EXHAUSTED) {
+        return status;
+    }
+    if (!worker->store->is_behind) {
+        fv_warn("durability: %s: until there is room, nothing is appended or opened here",
+                fv_error_context());
+    }
+    worker->store->is_behind = true;
+    return FV_OK;
+}
+
+static fv_status_t note_model_once(fv_worker_t *worker, uint32_t slot)
+{
+    fv_worker_model_t *model = worker->models[slot];
     const fv_journal_record_t record = {.type = FV_STORE_MODEL,
                                         .flags = FV_JOURNAL_FIRST,
                                         .key = FV_STORE_MODEL_KEY + slot,
                                         .number = 1,
-                                        .body = spec,
-                                        .n_bytes = sizeof(*spec)};
+                                        .body = &model->spec,
+                                        .n_bytes = sizeof(model->spec)};
 
-    return (worker->store == NULL) ? FV_OK : commit_one(worker, &record, COMMAND_SPARE);
+    if (model->is_noted) {
+        return FV_OK;
+    }
+    FV_RETURN_IF_ERR(commit_one(worker, &record, COMMAND_SPARE));
+    model->is_noted = true;
+    return FV_OK;
+}
+
+fv_status_t fv_store_note_model(fv_worker_t *worker, uint32_t slot)
+{
+    fv_status_t status = (worker->store == NULL) ? FV_OK : note_model_once(worker, slot);
+
+    return (status == FV_ERR_EXHAUSTED) ? FV_OK : status;
 }
 
 static fv_ctl_open_t open_body(uint32_t slot, const fv_session_t *session)
@@ -178,7 +211,12 @@ fv_status_t fv_store_note_open(fv_worker_t *worker, uint32_t slot, fv_session_t 
                                         .n_bytes = sizeof(body)};
 
     session->last_record = record.number;
-    return (worker->store == NULL) ? FV_OK : commit_one(worker, &record, COMMAND_SPARE);
+    if (worker->store == NULL) {
+        return FV_OK;
+    }
+    FV_RETURN_IF_ERR(catch_up(worker));
+    FV_RETURN_IF_ERR(note_model_once(worker, session->model_slot));
+    return commit_one(worker, &record, COMMAND_SPARE);
 }
 
 fv_status_t
@@ -195,7 +233,24 @@ fv_store_note_fork(fv_worker_t *worker, const fv_ctl_fork_t *message, fv_session
                                         .n_bytes = sizeof(body)};
 
     child->last_record = record.number;
-    return (worker->store == NULL) ? FV_OK : commit_one(worker, &record, COMMAND_SPARE);
+    if (worker->store == NULL) {
+        return FV_OK;
+    }
+    FV_RETURN_IF_ERR(catch_up(worker));
+    return commit_one(worker, &record, COMMAND_SPARE);
+}
+
+static bool cuts(const fv_ctl_truncate_t *message, const fv_session_t *session)
+{
+    bool is_all = message->layer == UINT32_MAX;
+    bool does = false;
+
+    for (uint32_t i = 0; (session->layers != NULL) && (i < (uint32_t)session->model->spec.n_layers);
+         i++) {
+        does = does || ((is_all || (i == message->layer)) &&
+                        (session->layers[i].length > message->position));
+    }
+    return does;
 }
 
 fv_status_t
@@ -207,12 +262,12 @@ fv_store_note_truncate(fv_worker_t *worker, const fv_ctl_truncate_t *message, fv
                                         .body = message,
                                         .n_bytes = sizeof(*message)};
 
-    if (worker->store == NULL) {
+    if ((worker->store == NULL) || worker->store->is_behind || !cuts(message, session)) {
         return FV_OK;
     }
-    FV_RETURN_IF_ERR(commit_one(worker, &record, 0));
-    session->last_record++;
-    return FV_OK;
+    fv_status_t status = commit_one(worker, &record, COMMAND_SPARE);
+    session->last_record += (status == FV_OK) ? 1U : 0U;
+    return fall_behind(worker, status);
 }
 
 fv_status_t fv_store_note_close(fv_worker_t *worker, uint32_t slot, fv_session_t *session)
@@ -220,7 +275,10 @@ fv_status_t fv_store_note_close(fv_worker_t *worker, uint32_t slot, fv_session_t
     const fv_journal_record_t record = {
         .type = FV_STORE_CLOSE, .key = slot, .number = session->last_record + 1U};
 
-    return (worker->store == NULL) ? FV_OK : commit_one(worker, &record, 0);
+    if ((worker->store == NULL) || worker->store->is_behind) {
+        return FV_OK;
+    }
+    return fall_behind(worker, commit_one(worker, &record, 0));
 }
 
 /* ------------------------------------------------------------------ steps */
@@ -251,6 +309,7 @@ fv_store_reserve(fv_worker_t *worker, size_t n_items, size_t n_refs, size_t n_pa
     if (worker->store == NULL) {
         return FV_OK;
     }
+    FV_RETURN_IF_ERR(catch_up(worker));
     FV_RETURN_IF_ERR(ensure_pages(worker, n_page_bytes));
     FV_RETURN_IF_ERR(fv_array_reserve(&worker->store_refs, n_refs + 1U, sizeof(fv_page_ref_t)));
     return fv_journal_reserve(worker->store->journal,
@@ -403,6 +462,12 @@ fv_status_t fv_store_rewrite(fv_worker_t *worker)
         return status;
     }
     store->rewritten_bytes = fv_journal_bytes(store->journal);
+    store->is_behind = false;
+    for (uint32_t i = 0; i < FV_MODELS_MAX; i++) {
+        if (worker->models[i] != NULL) {
+            worker->models[i]->is_noted = true;
+        }
+    }
     for (uint32_t i = 0; i < worker->n_session_slots;
          i++) { /* only now: the old numbers are past */
         fv_session_t *session = fv_worker_session(worker, i);

@@ -71,10 +71,12 @@ typedef struct fv_store_table {
 typedef struct fv_store {
     fv_store_place_t place;
     fv_journal_t *journal;
-    fv_segment_t *pages;      /* NULL: the backend keeps no KV at all */
-    fv_backend_t *mirror;     /* a CPU backend over `pages`; NULL: the arena itself, or no KV */
-    bool is_attaching;        /* sessions are candidates until KEEP_END */
-    bool is_discarded;        /* the files go with the store */
+    fv_segment_t *pages;  /* NULL: the backend keeps no KV at all */
+    fv_backend_t *mirror; /* a CPU backend over `pages`; NULL: the arena itself, or no KV */
+    bool is_attaching;    /* sessions are candidates until KEEP_END */
+    bool is_discarded;    /* the files go with the store */
+    bool
+        is_behind; /* the journal still has what was given back: rewritten before anything new is noted */
     uint64_t rewritten_bytes; /* of the journal when it was last written anew */
     uint64_t n_damaged;
 } fv_store_t;
@@ -96,9 +98,11 @@ void fv_store_forget_model(fv_worker_t *worker, uint32_t slot);
 
 /* ------------------------------------------------------------------ commands, before they change anything */
 
-FV_MUST_CHECK fv_status_t fv_store_note_model(fv_worker_t *worker,
-                                              uint32_t slot,
-                                              const fv_model_spec_t *spec);
+/*
+ * What is given back never fails for want of room: the journal then has more than there is, which the coordinator's word cuts
+ * after a death (fv_worker_keep()). Nor does a model: its first session notes it.
+ */
+FV_MUST_CHECK fv_status_t fv_store_note_model(fv_worker_t *worker, uint32_t slot);
 /* The session is not in its slot yet; it counts its records. */
 FV_MUST_CHECK fv_status_t fv_store_note_open(fv_worker_t *worker,
                                              uint32_t slot,

@@ -487,5 +487,13 @@ fv_status_t fv_worker_keep_end(fv_worker_t *worker)
     FV_RETURN_IF_ERR(fill_device(worker));
     fv_array_free(&worker->store_tags);
     worker->store->is_attaching = false;
-    return fv_store_rewrite(worker);
+    fv_status_t status = fv_store_rewrite(worker);
+    if (status ==
+        FV_ERR_EXHAUSTED) { /* what is there can be read; the old journal has more than that */
+        fv_warn("durability: %s: until there is room, nothing is appended or opened here",
+                fv_error_context());
+        worker->store->is_behind = true;
+        status = FV_OK;
+    }
+    return status;
 }

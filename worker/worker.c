@@ -336,7 +336,7 @@ fv_status_t fv_worker_model(fv_worker_t *worker, const fv_ctl_model_t *message)
     }
     FV_RETURN_IF_ERR(fv_worker_add_model(worker, slot, &message->spec));
     worker->models[slot]->is_kept = true;
-    return fv_store_note_model(worker, slot, &worker->models[slot]->spec);
+    return fv_store_note_model(worker, slot);
 }
 
 /* Room for session slot `slot`, which must be empty. */
