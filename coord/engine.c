@@ -304,6 +304,9 @@ static fv_status_t take_own_turn(fv_engine_t *engine, bool *out_is_done, int64_t
     if (status == FV_OK) {
         status = fv_engine_close_idle(engine, fv_clock_us(), &sweep_us);
     }
+    if (status == FV_OK) {
+        status = fv_engine_close_orphans(engine, fv_clock_us(), &sweep_us);
+    }
     *out_is_done = (status != FV_OK) || is_drained(engine);
     *out_until_us = fv_engine_serve_watchers(engine, fv_clock_us());
     if (sweep_us < *out_until_us) {

@@ -108,6 +108,7 @@ struct fv_engine {
     fv_watcher_t *watchers;
     fv_stream_t *streams;
     bool has_ended_streams; /* some of them are over, and nobody has said so */
+    int64_t orphans_due_us; /* when sessions without their streams are closed; 0: there are none */
     int64_t sweep_due_us;   /* when idle sessions are looked for again */
     fv_call_t *drain_call;  /* to be answered when drained */
     bool is_draining;
@@ -252,6 +253,12 @@ FV_MUST_CHECK fv_status_t fv_engine_close_session(fv_engine_t *engine, const fv_
 FV_MUST_CHECK fv_status_t fv_engine_close_idle(fv_engine_t *engine,
                                                int64_t now_us,
                                                int64_t *out_next_us);
+/* After a restart: those of close_with_stream, whose streams ended with the process, get a while to be used by another one. */
+void fv_engine_note_orphans(fv_engine_t *engine, int64_t now_us);
+/* Closes those of them that were not used. Lowers *inout_next_us to when it wants to be called again. */
+FV_MUST_CHECK fv_status_t fv_engine_close_orphans(fv_engine_t *engine,
+                                                  int64_t now_us,
+                                                  int64_t *inout_next_us);
 /* A step was done: its sessions were used; those that end with a stream belong to the first that used them. */
 void fv_engine_note_use(fv_engine_t *engine, const fv_request_t *joined);
 /* These two when no step is under way. */

@@ -235,6 +235,7 @@ fv_status_t fv_engine_recover(fv_engine_t *engine)
     }
     FV_RETURN_IF_ERR(tell_models(engine));
     FV_RETURN_IF_ERR(reconcile(engine, ALL_RANKS, has_holes));
+    fv_engine_note_orphans(engine, fv_clock_us());
     fv_status_t status = fv_ledger_rewrite(ledger, engine->sched);
     if (status ==
         FV_ERR_EXHAUSTED) { /* the old one goes on: what is stored can be read, and closed */

@@ -12,8 +12,9 @@
 #include <stdlib.h>
 
 #define SWEEP_EVERY_US 250000
-#define SWEEP_MIN      1024U /* sessions looked at in one go, at least */
-#define SWEEP_PART     16U   /* of all of them: each is looked at every 4 s at the latest */
+#define ORPHAN_US      15000000 /* more than clients try to reach a service that is away */
+#define SWEEP_MIN      1024U    /* sessions looked at in one go, at least */
+#define SWEEP_PART     16U      /* of all of them: each is looked at every 4 s at the latest */
 
 fv_status_t fv_engine_close_session(fv_engine_t *engine, const fv_session_id_t *id)
 {
@@ -60,7 +61,11 @@ fv_status_t fv_engine_close_idle(fv_engine_t *engine, int64_t now_us, int64_t *o
         const fv_session_t *session = fv_session_table_round(table);
         if (seen_us - session->used_us >= idle_us) {
             fv_session_id_t id = session->id;
-            FV_RETURN_IF_ERR(fv_engine_close_session(engine, &id));
+            fv_status_t status = fv_engine_close_session(engine, &id);
+            if (status == FV_ERR_EXHAUSTED) {
+                break; /* not even room to note it: later */
+            }
+            FV_RETURN_IF_ERR(status);
             n_closed++;
         }
     }
@@ -74,6 +79,62 @@ fv_status_t fv_engine_close_idle(fv_engine_t *engine, int64_t now_us, int64_t *o
 }
 
 /* ------------------------------------------------------------------ with a stream */
+
+void fv_engine_note_orphans(fv_engine_t *engine, int64_t now_us)
+{
+    for (fv_session_t *s = fv_session_after(fv_sched_sessions(engine->sched), 0); s != NULL;
+         s = s->next) {
+        if (s->closes_with_stream) {
+            s->is_orphan = true;
+            engine->orphans_due_us = now_us + ORPHAN_US;
+        }
+    }
+}
+
+/* Whether it still is one afterwards. */
+static fv_status_t
+close_orphan(fv_engine_t *engine, fv_session_t *session, int64_t now_us, bool *out_is_left)
+{
+    *out_is_left = false;
+    if (session->list != NULL) { /* a stream has it */
+        session->is_orphan = false;
+        return FV_OK;
+    }
+    if (fv_sched_is_half_way(session) || (now_us - session->used_us < ORPHAN_US)) {
+        *out_is_left = true;
+        return FV_OK;
+    }
+    const fv_session_id_t id = session->id;
+    fv_status_t status = fv_engine_close_session(engine, &id);
+    *out_is_left = status == FV_ERR_EXHAUSTED; /* not even room to note it: later */
+    return *out_is_left ? FV_OK : status;
+}
+
+fv_status_t fv_engine_close_orphans(fv_engine_t *engine, int64_t now_us, int64_t *inout_next_us)
+{
+    fv_session_t *next = NULL;
+
+    if (engine->orphans_due_us == 0) {
+        return FV_OK;
+    }
+    if ((now_us >= engine->orphans_due_us) && (fv_sched_n_queued(engine->sched) == 0)) {
+        engine->orphans_due_us = 0;
+        for (fv_session_t *s = fv_session_after(fv_sched_sessions(engine->sched), 0); s != NULL;
+             s = next) {
+            bool is_left = false;
+            next = s->next;
+            if (s->is_orphan) {
+                FV_RETURN_IF_ERR(close_orphan(engine, s, now_us, &is_left));
+            }
+            engine->orphans_due_us = is_left ? (now_us + ORPHAN_US) : engine->orphans_due_us;
+        }
+    }
+    if ((engine->orphans_due_us != 0) && (engine->orphans_due_us < *inout_next_us)) {
+        *inout_next_us =
+            (engine->orphans_due_us > now_us) ? engine->orphans_due_us : (now_us + SWEEP_EVERY_US);
+    }
+    return FV_OK;
+}
 
 /* The stream's record, made when it is needed. NULL when out of memory. */
 static fv_stream_t *stream_of(fv_engine_t *engine, fv_call_t *call)

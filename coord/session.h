@@ -63,6 +63,7 @@ typedef struct fv_session {
     int64_t used_us;       /* when somebody used it last */
     fv_principal_t *owner; /* NULL: nobody's */
     bool closes_with_stream;
+    bool is_orphan; /* and a stream that is gone may have used it: it came back after a restart */
     fv_session_list_t *list; /* NULL: on none */
     struct fv_session *next_of_list, *prev_of_list;
     uint64_t opened_seq;            /* order of opening: pages of ListSessions */

@@ -16,6 +16,7 @@ import struct
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -278,4 +279,33 @@ def test_a_session_with_damaged_records_answers_data_loss(folder: Path) -> None:
         assert caught.value.code.name == "DATA_LOSS"
     assert list(play.client.session_info(kept).layer_tokens) == play.lengths[1]
     play.append(1)
+    assert service.stop() == 0
+
+
+def test_what_ends_with_its_stream_ends_after_a_restart(folder: Path) -> None:
+    service = Killable(folder)
+    client = service.start()
+    model = client.register_model(spec())
+    rows = np.ones((1, 4, 32), np.float32)
+
+    def use(client: fovea.Client, id: str, at: int) -> fovea.AttendStream:
+        stream = client.stream()
+        stream.submit(0, [(id, at, 1)], rows, rows[:, :2], rows[:, :2]).result(30)
+        return stream
+
+    left, taken = (client.open_session(model, close_with_stream=True).id for _ in range(2))
+    stays = client.open_session(model).id
+    streams = [use(client, id, 0) for id in (left, taken)]
+    service.kill()
+    client = service.start()
+    assert len(list(client.list_sessions())) == 3  # a client that comes back finds what it had
+    streams.append(use(client, taken, 1))
+    end = time.monotonic() + 30
+    while len(list(client.list_sessions())) == 3 and time.monotonic() < end:
+        time.sleep(0.2)
+    assert {s.session_id for s in client.list_sessions()} == {taken, stays}
+    streams[-1].close()
+    while len(list(client.list_sessions())) == 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    assert {s.session_id for s in client.list_sessions()} == {stays}
     assert service.stop() == 0
