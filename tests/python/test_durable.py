@@ -60,6 +60,7 @@ class Killable:
         self.folder, self.options = folder, options
         self.address = f"unix:{folder}/fovea.sock"
         self.store = folder / "store"
+        self.enter: list[str] = []  # the namespaces it runs in
         self.log = folder / "service.log"
         self.process: subprocess.Popen[bytes] | None = None
         Killable.all.append(self)
@@ -67,7 +68,7 @@ class Killable:
     def start(self) -> fovea.Client:
         launch = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", RANKS] if RANKS else []
         command = [
-            *launch, os.environ["FOVEAD"], "--listen", self.address, "--kv-memory", "24m",
+            *self.enter, *launch, os.environ["FOVEAD"], "--listen", self.address, "--kv-memory", "24m",
             "--store-dir", str(self.store), "--shard-tokens", "64",
             # how a prefill is cut into pieces must not depend on time, nor a sum on the cut
             "--prefill-tokens-per-step", "128", "--threads", "1", *self.options,
@@ -308,4 +309,83 @@ def test_what_ends_with_its_stream_ends_after_a_restart(folder: Path) -> None:
     while len(list(client.list_sessions())) == 2 and time.monotonic() < end:
         time.sleep(0.1)
     assert {s.session_id for s in client.list_sessions()} == {stays}
+    assert service.stop() == 0
+
+
+@pytest.fixture
+def small_disk(folder: Path) -> Iterator[tuple[list[str], Path]]:
+    """A file system of 96 MiB at `folder`/disk: the prefix of commands that see it, and where others find it."""
+    disk = folder / "disk"
+    disk.mkdir()
+    script = f"mount -t tmpfs -o size=96m small {disk} && echo mounted && exec sleep 300"
+    with subprocess.Popen(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as holder:  # fmt: skip
+        try:
+            assert holder.stdout is not None
+            said = holder.stdout.readline()
+            if said != "mounted\n":
+                pytest.skip(f"this system lets nobody mount a file system of his own: {said}")
+            enter = ["nsenter", "--target", str(holder.pid), "--user", "--mount", "--preserve-credentials"]
+            yield enter, Path(f"/proc/{holder.pid}/root{disk}")
+        finally:
+            holder.kill()
+
+
+def until_refused(call: Callable[[int], Any], at_most: int) -> int:
+    """How often it went well before RESOURCE_EXHAUSTED."""
+    for i in range(at_most):
+        try:
+            call(i)
+        except fovea.FoveaError as error:
+            assert error.code.name == "RESOURCE_EXHAUSTED", error
+            return i
+    return at_most
+
+
+def test_a_full_file_system_refuses_and_ends_nothing(
+    folder: Path, small_disk: tuple[list[str], Path]
+) -> None:
+    service = Killable(folder)
+    service.enter, seen = small_disk
+    service.store = folder / "disk/store"
+    client = service.start()
+    model = client.register_model(fovea.ModelSpec("full", 1, 2, 2, 32, kv_dtype="f32"))
+    ids = [client.open_session(model).id for _ in range(20)]
+    rows = np.ones((5000, 2, 32), np.float32)
+
+    def attend(at: int, n: int, append: bool = True) -> np.ndarray:
+        kv = rows[:n] if append else None
+        return client.attend(0, [(ids[0], at, n)], rows[:n], kv, kv, append=append).out
+
+    def length() -> int:
+        return client.session_info(ids[0]).layer_tokens[0]
+
+    attend(0, 4000)
+    with (seen / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="space"):
+        while True:
+            filler.write(bytes(4096))
+    for _ in range(3000):
+        client.truncate_session(ids[0], 4000)  # cuts nothing, needs nothing
+    assert until_refused(lambda i: attend(4000 + i, 1), 20000) < 20000
+    n = length()
+    n -= until_refused(lambda i: client.truncate_session(ids[0], n - 1 - i), n - 1000)
+    assert length() == n
+    until_refused(lambda _: client.open_session(model).close(), 100)
+    for id in ids[15:]:
+        client.close_session(id)
+    service.kill()
+    client = service.start()  # there is no room for new journals
+    assert {s.session_id for s in client.list_sessions()} == set(ids[:15])
+    assert length() == n
+    np.testing.assert_allclose(attend(0, 1, append=False), 1.0, rtol=1e-5)
+    client.close_session(ids[14])
+    (seen / "filler").unlink()
+    attend(n, 5)
+    client.open_session(model).close()
+    service.kill()
+    client = service.start()
+    assert length() == n + 5
+    assert {s.session_id for s in client.list_sessions()} == set(ids[:14])
     assert service.stop() == 0
