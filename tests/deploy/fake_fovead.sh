@@ -24,6 +24,10 @@ lose*) # rank 0 loses another rank, that many times; says so as fovead does; the
     ;;
 serve) trap 'echo drained >"$FAKE_DIR/drained.$rank"; exit 0' USR1 ;;
 deaf) trap '' USR1 TERM ;;
+quit) # rank 0 comes and goes at once; the others hear nothing
+    [[ $rank -eq 0 ]] && echo 0 >"$FOVEA_EXIT_FILE" && exit 0
+    trap '' USR1 TERM
+    ;;
 esac
 touch "$FAKE_DIR/ready.$rank"
 while :; do

@@ -133,6 +133,11 @@ test_stop() {
     finish
     check "a stop that takes too long is cut" [ "$code" -eq 4 ]
     check "and that is said" grep -q 'not stopped after 1 s' "$work/stderr"
+    FAKE=quit start -n 2
+    finish
+    check "who does not follow rank 0 is not waited for, however short its life" [ "$code" -eq 0 ]
+    check "and that is said, too" grep -q 'mpirun waits for a rank' "$work/stderr"
+    check "and nothing is left of it" gone pid.1
 }
 
 test_deaths() {
