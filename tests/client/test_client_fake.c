@@ -464,7 +464,11 @@ static void test_open_waits_for_a_service_that_is_away(void **state)
     ok(fovea_connect(rig->address, NULL, &client, &error), &error);
     fv_fake_stop(&rig->fake);
     assert_int_equal(pthread_create(&thread, NULL, start_later, rig), 0);
-    (void)fovea_open_session(client, "m", NULL, 0, &session, &error);
+    if ((fovea_open_session(client, "m", NULL, 0, &session, &error) == FOVEA_UNAVAILABLE) &&
+        (strstr(error.message, "failed to connect") == NULL)) {
+        /* it left on the connection that was just being closed, may have been sent, and is not for the client to repeat */
+        (void)fovea_open_session(client, "m", NULL, 0, &session, &error);
+    }
     failed(&error, FOVEA_INTERNAL, "cannot be decoded"); /* the new one answers so */
     assert_int_equal(pthread_join(thread, NULL), 0);
     assert_int_equal(rig->fake.n_others, 1);
