@@ -114,8 +114,11 @@ check "and the token" test ! -e "fovea-$job.token" -a ! -e "fovea-$job.tokens"
 submit
 check "again three ranks serve" eventually has_ranks "127.0.0.1:7499"
 kill -KILL "$(pgrep --newest -f "^$fovead --listen 0.0.0.0:7499 ")"
-check "a killed rank ends the job" eventually is_job_over
-check "and the log says so" grep -q 'a rank was lost' "fovea-$job.log"
+check "after a rank is killed the launcher starts again" eventually grep -q 'starting again' "fovea-$job.log"
+check "and three ranks serve in the same job" eventually has_ranks "127.0.0.1:7499"
+scancel --batch --signal TERM "$job"
+check "which then ends" eventually is_job_over
+check "after a drain, too" grep -q 'stopped cleanly' "fovea-$job.log"
 
 [[ $n_failed -eq 0 ]] || tail -n 40 "$work"/log/*.log "$work"/fovea-*.log
 echo "$n_failed failed"
