@@ -200,15 +200,22 @@ static fv_ctl_open_t open_body(uint32_t slot, const fv_session_t *session)
                            .placement = session->placement};
 }
 
+/* The first record of a session, of a body that outlives it. */
+static fv_journal_record_t
+open_record(uint32_t slot, const fv_session_t *session, const fv_ctl_open_t *body)
+{
+    return (fv_journal_record_t){.type = FV_STORE_OPEN,
+                                 .flags = FV_JOURNAL_FIRST,
+                                 .key = slot,
+                                 .number = fv_session_id_first_number(&session->id),
+                                 .body = body,
+                                 .n_bytes = sizeof(*body)};
+}
+
 fv_status_t fv_store_note_open(fv_worker_t *worker, uint32_t slot, fv_session_t *session)
 {
     const fv_ctl_open_t body = open_body(slot, session);
-    const fv_journal_record_t record = {.type = FV_STORE_OPEN,
-                                        .flags = FV_JOURNAL_FIRST,
-                                        .key = slot,
-                                        .number = fv_session_id_first_number(&session->id),
-                                        .body = &body,
-                                        .n_bytes = sizeof(body)};
+    const fv_journal_record_t record = open_record(slot, session, &body);
 
     session->last_record = record.number;
     if (worker->store == NULL) {
@@ -409,12 +416,7 @@ static fv_status_t add_layer(fv_worker_t *worker, uint32_t slot, fv_session_t *s
 static fv_status_t add_session(fv_worker_t *worker, uint32_t slot, fv_session_t *session)
 {
     const fv_ctl_open_t body = open_body(slot, session);
-    const fv_journal_record_t record = {.type = FV_STORE_OPEN,
-                                        .flags = FV_JOURNAL_FIRST,
-                                        .key = slot,
-                                        .number = fv_session_id_first_number(&session->id),
-                                        .body = &body,
-                                        .n_bytes = sizeof(body)};
+    const fv_journal_record_t record = open_record(slot, session, &body);
 
     session->last_rewritten = record.number;
     FV_RETURN_IF_ERR(add(worker->store, &record, NULL, 0));
