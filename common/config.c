@@ -7,7 +7,6 @@
 
 #include <argp.h>
 #include <errno.h>
-#include <ini.h>
 #include <string.h>
 
 #define NAME_BYTES 48
@@ -20,91 +19,6 @@ enum {
     FV_KEY_HELP,
     FV_KEY_VERSION,
 };
-
-/* ------------------------------------------------------------------ file */
-
-typedef struct file_reader {
-    FILE *stream;
-    fv_config_t *config;
-    fv_source_t source; /* its line: the one being read */
-    fv_status_t status; /* of the first bad line */
-    int bad_line;       /* 0: none */
-} file_reader_t;
-
-static void file_fail(file_reader_t *reader, const char *given, const char *expected)
-{
-    if (reader->bad_line == 0) {
-        reader->bad_line = reader->source.line;
-        reader->status = fv_fail(FV_ERR_INVALID_ARG, "%.80s:%d: given %.60s, expected %s",
-                                 reader->source.name, reader->source.line, given, expected);
-    }
-}
-
-/* fgets for inih: counts lines, refuses one that does not fit, and takes indentation away (inih would take an
- * indented line for a continuation). */
-static char *read_line(char *line, int n_bytes, void *user)
-{
-    file_reader_t *reader = user;
-
-    if (fgets(line, n_bytes, reader->stream) == NULL) {
-        return NULL;
-    }
-    reader->source.line++;
-    size_t n = strlen(line);
-    if ((n + 1U == (size_t)n_bytes) && (line[n - 1U] != '\n') && (feof(reader->stream) == 0)) {
-        file_fail(reader, "a longer line", "fewer characters");
-        int c = 0;
-        while ((c != '\n') && (c != EOF)) {
-            c = fgetc(reader->stream);
-        }
-        n = 0;
-        line[0] = '\0';
-    }
-    size_t indent = strspn(line, " \t");
-    memmove(line, line + indent, n - indent + 1U);
-    return line;
-}
-
-/* Returns 1: good or reported. */
-static int file_entry(void *user, const char *section, const char *name, const char *value)
-{
-    file_reader_t *reader = user;
-    const fv_option_t *option = fv_option_find(name);
-
-    if (section[0] != '\0') {
-        file_fail(reader, "a [section]", "key = value only");
-    } else if (option == NULL) {
-        file_fail(reader, name, "a key that --print-config shows");
-    } else if (reader->bad_line == 0) {
-        reader->status = fv_option_set(option, value, &reader->source, reader->config);
-        reader->bad_line = (reader->status == FV_OK) ? 0 : reader->source.line;
-    }
-    return 1;
-}
-
-static fv_status_t load_file(const char *path, fv_config_t *config)
-{
-    file_reader_t reader = {
-        .config = config, .source = {.kind = FV_SOURCE_FILE, .name = path}, .status = FV_OK};
-
-    reader.stream = fopen(path, "re");
-    if (reader.stream == NULL) {
-        return fv_fail(FV_ERR_NOT_FOUND,
-                       "config: given \"%.160s\", expected a file that can be read", path);
-    }
-    int bad_line = ini_parse_stream(read_line, &reader, file_entry, &reader);
-    bool is_read_error = ferror(reader.stream) != 0;
-    (void)fclose(reader.stream);
-    if (is_read_error) { /* a directory, or a disk that fails */
-        return fv_fail(FV_ERR_NOT_FOUND,
-                       "config: given \"%.160s\", expected a file that can be read", path);
-    }
-    if ((bad_line > 0) && ((reader.bad_line == 0) || (bad_line < reader.bad_line))) {
-        return fv_fail(FV_ERR_INVALID_ARG, "%.120s:%d: expected key = value", path, bad_line);
-    }
-    return (bad_line < 0) ? fv_fail(FV_ERR_NO_MEMORY, "config: no memory to read %.120s", path)
-                          : reader.status;
-}
 
 /* ------------------------------------------------------------------ environment */
 
@@ -317,7 +231,7 @@ fv_status_t fv_config_load(int argc, char *const *argv, char *const *env, fv_con
         const char *file = (line.file != NULL) ? line.file : env_value(env, "FV_CONFIG");
 
         if (file != NULL) {
-            FV_RETURN_IF_ERR(load_file(file, &config));
+            FV_RETURN_IF_ERR(fv_config_read_file(file, &config));
         }
         FV_RETURN_IF_ERR(load_env(env, &config));
         line.is_values = true;

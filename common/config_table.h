@@ -61,6 +61,9 @@ FV_MUST_CHECK fv_status_t fv_option_set(const fv_option_t *option,
                                         const fv_source_t *source,
                                         fv_config_t *config);
 
+/* Sets what the file says. Errors: as fv_config_load(), with file and line; FV_ERR_NOT_FOUND. */
+FV_MUST_CHECK fv_status_t fv_config_read_file(const char *path, fv_config_t *config);
+
 /* Writes `key = value`, one line; a list takes one line an element. */
 void fv_option_print(const fv_option_t *option, const fv_config_t *config, FILE *out);
 

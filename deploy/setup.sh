@@ -38,7 +38,7 @@ say() { echo "setup: $*"; }
 
 packages=(gcc libc6-dev cmake ninja-build pkg-config
     libgrpc-dev libssl-dev libprotobuf-c-dev protobuf-c-compiler protobuf-compiler
-    libopenmpi-dev openmpi-bin libinih-dev libcjson-dev libisal-dev)
+    libopenmpi-dev openmpi-bin libcjson-dev libisal-dev)
 # (iproute2: hosts in network namespaces; slurm-wlm, munge: a Slurm of the test's own)
 $with_test && packages+=(libcmocka-dev openssl iproute2 procps shellcheck slurm-wlm munge)
 # Any Python from 3.10 on will do; Debian's comes without venv.

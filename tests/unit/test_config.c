@@ -255,7 +255,7 @@ static void test_errors_name_key_and_place(void **state)
     write_file("thread = 1\n");
     assert_refused(load_with_file("", NULL, &c), FV_ERR_INVALID_ARG, ":1: given thread");
     write_file("threads = 1\n[ranks]\nthreads = 2\n");
-    assert_refused(load_with_file("", NULL, &c), FV_ERR_INVALID_ARG, ":3: given a [section]");
+    assert_refused(load_with_file("", NULL, &c), FV_ERR_INVALID_ARG, ":2: given a [section]");
     assert_refused(load("--no-such", NULL, &c), FV_ERR_INVALID_ARG, "--no-such");
     assert_refused(load("stray", NULL, &c), FV_ERR_INVALID_ARG, "stray");
     assert_refused(load("--threads", NULL, &c), FV_ERR_INVALID_ARG, "--threads");
@@ -270,6 +270,34 @@ static void test_a_long_line_is_refused(void **state)
     (void)snprintf(text, sizeof(text), "threads = 4%*s\nthreads = 5\n", 5900, "");
     write_file(text);
     assert_refused(load_with_file("", NULL, &c), FV_ERR_INVALID_ARG, ":1: given a longer line");
+}
+
+static char *printed(const fv_config_t *config, int which);
+
+/* What the command line takes, a file takes too, and what is printed. */
+static void test_the_longest_path_fits_in_a_file(void **state)
+{
+    static char text[1200];
+    fv_config_t c;
+    fv_config_t back;
+
+    (void)state;
+    (void)snprintf(text, sizeof(text), "tokens = /%0510d\n", 7);
+    write_file(text);
+    assert_int_equal(load_with_file("", NULL, &c), FV_OK);
+    assert_int_equal(strlen(c.tokens), 511);
+    char *again = printed(&c, 0);
+    write_file(again);
+    free(again);
+    assert_int_equal(load_with_file("", NULL, &back), FV_OK);
+    assert_string_equal(c.tokens, back.tokens);
+    (void)snprintf(text, sizeof(text), "tokens = /%0511d\n", 7);
+    write_file(text);
+    assert_refused(load_with_file("", NULL, &c), FV_ERR_INVALID_ARG, "tokens");
+    write_file("\xEF\xBB\xBFthreads: 3 ; three\n  # c\n ; c\nisa = avx2");
+    assert_int_equal(load_with_file("", NULL, &c), FV_OK);
+    assert_int_equal(c.threads, 3);
+    assert_string_equal(c.isa, "avx2");
 }
 
 static void test_actions(void **state)
@@ -445,6 +473,7 @@ int main(void)
         cmocka_unit_test(test_bad_values_are_refused),
         cmocka_unit_test(test_errors_name_key_and_place),
         cmocka_unit_test(test_a_long_line_is_refused),
+        cmocka_unit_test(test_the_longest_path_fits_in_a_file),
         cmocka_unit_test(test_actions),
         cmocka_unit_test(test_help_and_table_have_every_option),
         cmocka_unit_test(test_what_is_printed_reads_back_to_the_same),
