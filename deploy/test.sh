@@ -18,6 +18,7 @@ Installs what is missing and runs the steps named, or all of them:
            on 3 ranks; what is sharded also on 2, 4 and 7
   hf       Hugging Face transformers generate through fovead, alone and on 3 ranks (installs torch: 6 GB)
   faults   ranks, spare, coordinator and mpirun are killed and stopped at each station of a step (tests/fault)
+  soak     eight clients, three ranks, mixed load: nothing grows, nothing is left (tests/soak; --seconds 1800 is the long form)
   hosts    fovead over three hosts in network namespaces (needs root)
   slurm    the Slurm batch script on a Slurm of its own (needs root and slurm-wlm, munge)
   demo     a real model's text, token for token equal to local attention (needs the model's package)
@@ -26,7 +27,7 @@ Logs: build/logs. A step that fails does not stop the others.
 HELP
 }
 
-all_steps=(scripts asan headers tsan release cuda python faults hf hosts slurm demo)
+all_steps=(scripts asan headers tsan release cuda python faults soak hf hosts slurm demo)
 steps=("$@")
 [[ ${1:-} == --help ]] && usage && exit 0
 [[ $# -gt 0 ]] || steps=("${all_steps[@]}")
@@ -160,6 +161,8 @@ run_faults() {
     cmake --build build/release --target fovead_faulty &&
         .venv/bin/python tests/fault/kill_matrix.py --fovead build/release/bin/fovead_faulty --runs 39 --durability process
 }
+
+run_soak() { .venv/bin/python tests/soak/soak.py --fovead build/release/bin/fovead --seconds 25; }
 
 run_hosts() { tests/deploy/test_hosts.sh build/release/bin/fovead .venv/bin/python; }
 
