@@ -73,6 +73,7 @@ typedef struct fv_config {
     int32_t heartbeat_misses; /* in a row: the rank is lost */
     int32_t start_deadline_ms;
     int32_t spares; /* of the processes, so many wait to take a lost rank's place */
+    bool respawn;   /* no spare: a process is started in a lost rank's place */
     int32_t repair_deadline_ms;
     /* limits */
     uint64_t message_max;    /* bytes; below 2 GiB */

@@ -226,6 +226,14 @@ const fv_option_t fv_options[] = {
      .type = FV_OPTION_INT,
      .offset = AT(spares),
      .max = 1000},
+    {.name = "respawn",
+     .arg = "BOOL",
+     .value = "true",
+     .help =
+         "A rank that is lost while no spare waits, and whose host still has another one, is started anew in its "
+         "place. Where mpirun lets a job live on (fovead-run); CPU ranks only. False: the job is started again.",
+     .type = FV_OPTION_BOOL,
+     .offset = AT(respawn)},
     {.name = "repair_deadline_ms",
      .arg = "MS",
      .value = "5000",

@@ -27,14 +27,6 @@
 
 #define JOIN_TIMEOUT_MS 20000
 
-/* What rank 0 tells the others. Plain data, broadcast as bytes. */
-typedef struct fv_meeting {
-    struct sockaddr_storage address;
-    uint32_t address_bytes;
-    uint8_t secret[FV_SECRET_BYTES];
-    int32_t is_ok;
-} fv_meeting_t;
-
 static fv_status_t system_error(const char *what)
 {
     return fv_fail(FV_ERR_SYSTEM, "%s: %s", what, strerror(errno));
@@ -247,19 +239,41 @@ static fv_status_t connect_to(const fv_meeting_t *meeting,
 
 /* ------------------------------------------------------------------ both sides */
 
-static fv_status_t
-open_meeting(bool one_host, const char *control_address, fv_meeting_t *meeting, int *listen_fd)
+fv_status_t fv_bootstrap_open(bool is_one_host,
+                              const char *control_address,
+                              fv_meeting_t *meeting,
+                              int *listen_fd)
 {
+    *meeting = (fv_meeting_t){0};
     FV_RETURN_IF_ERR(fv_random_bytes(meeting->secret, FV_SECRET_BYTES));
-    FV_RETURN_IF_ERR(choose_address(one_host, control_address, meeting));
+    FV_RETURN_IF_ERR(choose_address(is_one_host, control_address, meeting));
     return listen_at(meeting, listen_fd);
 }
 
-static fv_status_t connect_both(const fv_meeting_t *meeting,
+fv_status_t fv_bootstrap_accept(const fv_meeting_t *meeting,
+                                int listen_fd,
+                                const char *control_address,
                                 uint32_t epoch,
-                                fv_ctl_hello_t *hello,
-                                int *out_fd,
-                                int *out_beat_fd)
+                                uint32_t n_ranks,
+                                int *fds,
+                                int *beat_fds,
+                                fv_ctl_hello_t *hellos)
+{
+    fv_status_t status = fv_meet_accept(listen_fd, meeting->secret, epoch, n_ranks, JOIN_TIMEOUT_MS,
+                                        tune, fds, beat_fds, hellos);
+
+    (void)close(listen_fd);
+    if (strncmp(control_address, "unix:", 5) == 0) {
+        (void)unlink(control_address + 5); /* everybody is in */
+    }
+    return status;
+}
+
+fv_status_t fv_bootstrap_enter(const fv_meeting_t *meeting,
+                               uint32_t epoch,
+                               fv_ctl_hello_t *hello,
+                               int *out_fd,
+                               int *out_beat_fd)
 {
     FV_RETURN_IF_ERR(connect_to(meeting, epoch, FV_CHANNEL_CONTROL, hello, out_fd));
     return connect_to(meeting, epoch, FV_CHANNEL_BEAT, hello, out_beat_fd);
@@ -285,7 +299,7 @@ fv_status_t fv_bootstrap(void *mpi_comm,
     (void)gethostname(hello->host, sizeof(hello->host) - 1U);
     bool one_host = is_one_host(comm, hello->host);
     if (rank == 0) {
-        status = open_meeting(one_host, control_address, &meeting, &listen_fd);
+        status = fv_bootstrap_open(one_host, control_address, &meeting, &listen_fd);
         meeting.is_ok = (status == FV_OK) ? 1 : 0;
     }
     (void)MPI_Bcast(&meeting, (int)sizeof(meeting), MPI_BYTE, 0, comm);
@@ -293,7 +307,7 @@ fv_status_t fv_bootstrap(void *mpi_comm,
         return (rank == 0) ? status : fv_fail(FV_ERR_UNAVAILABLE, "rank 0 could not listen");
     }
     if (rank != 0) {
-        status = connect_both(&meeting, epoch, hello, &out_fds[0], &out_beat_fds[0]);
+        status = fv_bootstrap_enter(&meeting, epoch, hello, &out_fds[0], &out_beat_fds[0]);
         fv_secret_wipe(&meeting, sizeof(meeting));
         return status;
     }
@@ -302,12 +316,8 @@ fv_status_t fv_bootstrap(void *mpi_comm,
         out_beat_fds[r] = -1;
     }
     out_hellos[0] = *hello;
-    status = fv_meet_accept(listen_fd, meeting.secret, epoch, (uint32_t)n_ranks, JOIN_TIMEOUT_MS,
-                            tune, out_fds, out_beat_fds, out_hellos);
+    status = fv_bootstrap_accept(&meeting, listen_fd, control_address, epoch, (uint32_t)n_ranks,
+                                 out_fds, out_beat_fds, out_hellos);
     fv_secret_wipe(&meeting, sizeof(meeting));
-    (void)close(listen_fd);
-    if (strncmp(control_address, "unix:", 5) == 0) {
-        (void)unlink(control_address + 5); /* everybody is in */
-    }
     return status;
 }

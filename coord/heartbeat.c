@@ -189,6 +189,16 @@ void fv_heartbeat_drop(fv_heartbeat_t *h, uint32_t peer)
     (void)pthread_mutex_unlock(&h->lock);
 }
 
+void fv_heartbeat_replace(fv_heartbeat_t *h, uint32_t peer, int fd)
+{
+    (void)pthread_mutex_lock(&h->lock);
+    if (h->peers[peer].fd >= 0) {
+        (void)close(h->peers[peer].fd);
+    }
+    h->peers[peer] = (peer_t){.fd = fd, .heard_us = fv_clock_us()};
+    (void)pthread_mutex_unlock(&h->lock);
+}
+
 void fv_heartbeat_stop(fv_heartbeat_t *h)
 {
     uint64_t one = 1;

@@ -6,7 +6,7 @@
  * A connection that closes is silent from then on: what follows comes after silence_ms, unless the process has
  * ended by itself meanwhile.
  *
- * Thread: start, drop and stop from one thread; on_silent() comes from the heartbeat's own.
+ * Thread: start, drop, replace and stop from one thread; on_silent() comes from the heartbeat's own.
  */
 #ifndef FV_COORD_HEARTBEAT_H
 #define FV_COORD_HEARTBEAT_H
@@ -36,6 +36,8 @@ FV_MUST_CHECK fv_status_t fv_heartbeat_start(const fv_heartbeat_config_t *config
                                              fv_heartbeat_t **out);
 /* Peer i is expected to end, or has been given up: its connection is closed, and nothing is said of it any more. */
 void fv_heartbeat_drop(fv_heartbeat_t *heartbeat, uint32_t peer);
+/* Peer i is another process from now on, whose socket `fd` is; taken. */
+void fv_heartbeat_replace(fv_heartbeat_t *heartbeat, uint32_t peer, int fd);
 /* Ends the thread and closes the sockets. NULL is fine. */
 void fv_heartbeat_stop(fv_heartbeat_t *heartbeat);
 

@@ -64,6 +64,9 @@ static int start_and_run(fv_process_t *p, const sigset_t *signals)
 
     fv_status_t status = fv_log_level_parse(p->config.log_level, &level);
     fv_log_init(level, p->rank);
+    if (p->is_recruit) {
+        return fv_main_run_worker(p);
+    }
     int signal_fd = (p->rank == 0) ? signalfd(-1, signals, SFD_NONBLOCK | SFD_CLOEXEC) : -1;
     if (!fv_main_said_fine(p, status) || !fv_main_start_parts(p)) {
         return FV_EXIT_START;
@@ -97,7 +100,8 @@ static void finish(fv_process_t *p, int code)
     free(p->hellos);
     free(p->fds);
     free(p->beat_fds);
-    if (p->config.spares > 0) { /* somebody may have been lost */
+    if ((p->config.spares > 0) ||
+        (p->crew.epoch > FV_MAIN_EPOCH)) { /* somebody was lost, it may be */
         (void)fflush(NULL);
         _exit(code);
     }
@@ -136,6 +140,7 @@ int main(int argc, char **argv)
     sigset_t signals;
     block_signals(&signals);
     fv_deadline_arm((uint32_t)process.config.start_deadline_ms, FV_EXIT_START, "fovead: start");
+    process.argv = argv;
     status = fv_main_join(&process);
     if (status == FV_OK) {
         code = start_and_run(&process, &signals);

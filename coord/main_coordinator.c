@@ -100,7 +100,7 @@ static bool can_repair(const fv_process_t *p)
         fv_warn(
             "spares are not used by GPU ranks: a lost rank ends the job, which is started again");
     }
-    return (p->config.spares > 0) && !has_gpu;
+    return ((p->config.spares > 0) || p->crew.may_recruit) && (p->n_ranks > 1) && !has_gpu;
 }
 
 /*

@@ -124,6 +124,14 @@ static fv_status_t open_store(fv_process_t *p)
     if (p->has_mpi) {
         (void)MPI_Bcast(job, (int)sizeof(job), MPI_CHAR, 0, MPI_COMM_WORLD);
     }
+    memcpy(p->crew.job, job, sizeof(job));
+    return fv_main_store_open(&p->config, job, (uint32_t)p->rank, (uint32_t)p->n_ranks, &p->store);
+}
+
+fv_status_t fv_main_start_recruit_parts(fv_process_t *p, const char *job)
+{
+    FV_RETURN_IF_ERR(choose_backend(p));
+    p->config.store_discard = false; /* what there is is what it is here for */
     return fv_main_store_open(&p->config, job, (uint32_t)p->rank, (uint32_t)p->n_ranks, &p->store);
 }
 

@@ -26,4 +26,10 @@ FV_MUST_CHECK fv_status_t fv_main_start_worker(fv_process_t *p,
                                                uint64_t kv_bytes,
                                                uint32_t n_threads);
 
+/*
+ * Of a recruit (main_recruit.h), which has nobody to agree with: fills in backend and store, those of `job` in its rank's slot.
+ * Errors: as fv_main_store_open().
+ */
+FV_MUST_CHECK fv_status_t fv_main_start_recruit_parts(fv_process_t *p, const char *job);
+
 #endif /* FV_COORD_MAIN_PARTS_H */

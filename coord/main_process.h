@@ -25,7 +25,9 @@
 /* One process of the job. */
 typedef struct fv_process {
     fv_config_t config;
+    char *const *argv;
     bool has_mpi;
+    bool is_recruit; /* started in a lost rank's place (main_recruit.h) */
     fv_crew_t crew;
     int rank,
         n_ranks; /* of the service; a spare's is its number among the processes, until it is a rank */

@@ -7,6 +7,7 @@
 #include "coord/bootstrap.h"
 #include "coord/main_exit.h"
 #include "coord/main_heartbeat.h"
+#include "coord/main_recruit.h"
 
 #include <mpi.h>
 
@@ -29,7 +30,7 @@ static bool is_launched_by_mpi(void)
 
 bool fv_main_is_spare(const fv_process_t *p)
 {
-    return p->rank >= p->n_ranks;
+    return !p->is_recruit && (p->rank >= p->n_ranks);
 }
 
 /* The first epoch's communicator. Without spares there is never another one. */
@@ -40,7 +41,9 @@ static fv_status_t form_crew(fv_process_t *p)
     p->crew.lost_code = FV_EXIT_RANK_LOST;
     p->crew.exchange = &p->exchange;
     p->crew.comm = MPI_COMM_WORLD;
-    return ((p->config.spares == 0) || fv_main_is_spare(p)) ? FV_OK : fv_crew_make_comm(&p->crew);
+    return ((p->config.spares == 0) || fv_main_is_spare(p))
+               ? FV_OK
+               : fv_crew_make_comm(&p->crew, (uint32_t)p->rank);
 }
 
 fv_status_t fv_main_join(fv_process_t *p)
@@ -60,6 +63,11 @@ fv_status_t fv_main_join(fv_process_t *p)
     }
     p->has_mpi = true;
     (void)MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
+    if (fv_recruit_is_one()) {
+        p->is_recruit = true;
+        p->rank = 1; /* not 0, and later told which */
+        return FV_OK;
+    }
     (void)MPI_Comm_rank(MPI_COMM_WORLD, &p->rank);
     (void)MPI_Comm_size(MPI_COMM_WORLD, &p->n_world);
     p->n_ranks = p->n_world - p->config.spares;
@@ -138,6 +146,9 @@ fv_status_t fv_main_meet(fv_process_t *p)
         p->exchange.ops->on_poll(p->exchange.ctx, fv_link_is_broken, p->link);
     }
     p->crew.link = p->link;
+    p->crew.config = &p->config;
+    p->crew.argv = p->argv;
+    p->crew.may_recruit = fv_recruit_is_possible(&p->config);
     p->crew.fds = p->fds;
     p->crew.hellos = p->hellos;
     FV_RETURN_IF_ERR(fv_main_heartbeat_start(&p->config, p->rank, p->n_world, p->beat_fds, &p->crew,

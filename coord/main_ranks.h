@@ -16,7 +16,7 @@ bool fv_main_is_spare(const fv_process_t *p);
 
 /*
  * Collective. Alone (not started by mpirun or srun): one rank, and MPI is not entered. Else rank, n_ranks, n_world, who shares
- * the host, and crew with the first epoch's communicator. Reads config.
+ * the host, and crew with the first epoch's communicator. Reads config. A recruit only learns that it is one (is_recruit).
  * Errors: FV_ERR_MPI; FV_ERR_INVALID_ARG for more ranks than there can be, or spares that leave fewer than two.
  */
 FV_MUST_CHECK fv_status_t fv_main_join(fv_process_t *p);

@@ -6,6 +6,7 @@
 #include "common/deadline.h"
 #include "common/frame.h"
 #include "common/log.h"
+#include "coord/main_recruit.h"
 
 #include <signal.h>
 #include <stdlib.h>
@@ -14,40 +15,66 @@
 
 #define ANSWER_MS 5000
 
+/* Open MPI's MPI_Comm_create_group() sends under the caller's tag as it is: none of a step's (FV_TAG_*). */
+#define TAG_EPOCHS (1U << 16U)
+
 void fv_crew_init(fv_crew_t *crew, uint32_t n_ranks, uint32_t n_world, uint32_t epoch)
 {
     crew->n_ranks = n_ranks;
     crew->n_world = n_world;
     crew->epoch = epoch;
+    crew->base = MPI_COMM_WORLD;
     for (uint32_t i = 0; i < n_world; i++) {
         crew->members[i] = i;
+        crew->seats[i] = i;
         atomic_store(&crew->rank_of[i], (i < n_ranks) ? i : FV_CREW_NOBODY);
         atomic_store(&crew->is_spare[i], i >= n_ranks);
     }
 }
 
-fv_status_t fv_crew_make_comm(fv_crew_t *crew)
+/* Of the members that base has. */
+static fv_status_t make_present(fv_crew_t *crew, MPI_Comm *out)
 {
-    MPI_Group world = MPI_GROUP_NULL;
+    MPI_Group base = MPI_GROUP_NULL;
     MPI_Group group = MPI_GROUP_NULL;
-    int members[FV_RANKS_MAX];
+    int seats[FV_RANKS_MAX];
+    int n = 0;
 
     for (uint32_t r = 0; r < crew->n_ranks; r++) {
-        members[r] = (int)crew->members[r];
+        if (crew->is_recruit[r] == 0U) {
+            seats[n++] = (int)crew->seats[crew->members[r]];
+        }
     }
-    int rc = MPI_Comm_group(MPI_COMM_WORLD, &world);
+    int rc = MPI_Comm_group(crew->base, &base);
     if (rc == MPI_SUCCESS) {
-        rc = MPI_Group_incl(world, (int)crew->n_ranks, members, &group);
-        (void)MPI_Group_free(&world);
+        rc = MPI_Group_incl(base, n, seats, &group);
+        (void)MPI_Group_free(&base);
     }
     if (rc == MPI_SUCCESS) {
-        rc = MPI_Comm_create_group(MPI_COMM_WORLD, group, (int)crew->epoch, &crew->comm);
+        rc = MPI_Comm_create_group(crew->base, group, (int)(TAG_EPOCHS + crew->epoch), out);
         (void)MPI_Group_free(&group);
     }
     if (rc != MPI_SUCCESS) {
         return fv_fail(FV_ERR_MPI, "epoch %u: MPI error %d", crew->epoch, rc);
     }
-    (void)MPI_Comm_set_errhandler(crew->comm, MPI_ERRORS_RETURN);
+    (void)MPI_Comm_set_errhandler(*out, MPI_ERRORS_RETURN);
+    return FV_OK;
+}
+
+static bool has_recruits(const fv_crew_t *crew)
+{
+    return memchr(crew->is_recruit, 1, crew->n_ranks) != NULL;
+}
+
+fv_status_t fv_crew_make_comm(fv_crew_t *crew, uint32_t own_rank)
+{
+    MPI_Comm present = MPI_COMM_NULL;
+
+    FV_RETURN_IF_ERR(make_present(crew, &present));
+    if (has_recruits(crew)) {
+        return fv_recruit_start(crew, present, own_rank);
+    }
+    crew->comm = present;
     return FV_OK;
 }
 
@@ -94,69 +121,97 @@ static void kill_lost(const fv_ctl_hello_t *lost, const char *own_host)
     }
 }
 
-typedef struct loss {
-    uint32_t rank;
-    fv_ctl_hello_t hello; /* of the process that is lost */
-} loss_t;
-
-/* Puts a spare into the place of each lost rank. */
-static fv_status_t replace_lost(fv_crew_t *crew, loss_t *losses, uint32_t *n_losses)
+static void note_loss(fv_crew_t *crew, uint32_t rank, fv_loss_t *out)
 {
+    uint32_t process = crew->members[rank];
+
+    atomic_store(&crew->rank_of[process], FV_CREW_NOBODY);
+    if (crew->heartbeat != NULL) {
+        fv_heartbeat_drop(crew->heartbeat, process);
+    }
+    kill_lost(&crew->hellos[rank], crew->hellos[0].host);
+    *out = (fv_loss_t){.rank = rank, .hello = crew->hellos[rank]};
+}
+
+static void put_spare(fv_crew_t *crew, uint32_t rank, uint32_t spare)
+{
+    fv_info("rank %u: spare %u on %s takes its place", rank, spare, crew->hellos[spare].host);
+    fv_link_replace(crew->link, rank, crew->fds[spare]);
+    atomic_store(&crew->is_spare[spare], false);
+    atomic_store(&crew->rank_of[spare], rank);
+    crew->members[rank] = spare;
+}
+
+/* Puts a spare, or a process that is yet to be started, into the place of each lost rank. */
+static fv_status_t replace_lost(fv_crew_t *crew)
+{
+    bool is_lost[FV_RANKS_MAX] = {false};
+
+    memset(crew->is_recruit, 0, sizeof(crew->is_recruit));
     for (uint32_t r = 1; r < crew->n_ranks; r++) {
-        if (!fv_link_is_lost(crew->link, r)) {
+        is_lost[r] = fv_link_is_lost(crew->link, r);
+    }
+    for (uint32_t r = 1; r < crew->n_ranks; r++) {
+        if (!is_lost[r]) {
             continue;
         }
-        uint32_t old = crew->members[r];
         uint32_t spare = pick_spare(crew, crew->hellos[r].host);
-        if ((spare == FV_CREW_NOBODY) || (*n_losses == FV_REPAIRED_MAX)) {
+        bool is_recruit = (spare == FV_CREW_NOBODY) && fv_recruit_can(crew, is_lost, r);
+        if (((spare == FV_CREW_NOBODY) && !is_recruit) || (crew->n_losses == FV_REPAIRED_MAX)) {
             return fv_fail(FV_ERR_RANK_LOST, "rank %u is lost, and no spare is left", r);
         }
-        fv_info("rank %u: spare %u on %s takes its place", r, spare, crew->hellos[spare].host);
-        atomic_store(&crew->rank_of[old], FV_CREW_NOBODY);
-        if (crew->heartbeat != NULL) {
-            fv_heartbeat_drop(crew->heartbeat, old);
+        note_loss(crew, r, &crew->losses[crew->n_losses++]);
+        if (is_recruit) {
+            fv_info("rank %u: no spare waits, a process is started in its place", r);
+            fv_link_replace(crew->link, r, -1);
+            crew->is_recruit[r] = 1;
+        } else {
+            put_spare(crew, r, spare);
         }
-        kill_lost(&crew->hellos[r], crew->hellos[0].host);
-        losses[(*n_losses)++] = (loss_t){.rank = r, .hello = crew->hellos[r]};
-        fv_link_replace(crew->link, r, crew->fds[spare]);
-        atomic_store(&crew->is_spare[spare], false);
-        atomic_store(&crew->rank_of[spare], r);
-        crew->members[r] = spare;
     }
     return FV_OK;
 }
 
-static void say_epoch(fv_crew_t *crew, uint32_t rank, const loss_t *losses, uint32_t n_losses)
+void fv_crew_tell(const fv_crew_t *crew, uint32_t rank, fv_ctl_epoch_t *out)
+{
+    memset(out, 0, sizeof(*out));
+    out->epoch = crew->epoch;
+    out->n_ranks = crew->n_ranks;
+    out->rank = rank;
+    memcpy(out->members, crew->members, crew->n_ranks * sizeof(out->members[0]));
+    memcpy(out->is_recruit, crew->is_recruit, crew->n_ranks);
+    for (uint32_t i = 0; i < crew->n_losses; i++) {
+        const fv_ctl_hello_t *lost = &crew->losses[i].hello;
+        if (crew->losses[i].rank == rank) {
+            out->is_new = 1;
+            out->n_threads = lost->n_threads;
+            out->kv_bytes = lost->memory.kv_bytes_total;
+            out->lost_pid = lost->pid;
+            memcpy(out->lost_host, lost->host, sizeof(out->lost_host));
+        }
+    }
+}
+
+static void say_epoch(fv_crew_t *crew, uint32_t rank)
 {
     static fv_ctl_epoch_t message; /* large; one thread */
 
-    memset(&message, 0, sizeof(message));
-    message.epoch = crew->epoch;
-    message.n_ranks = crew->n_ranks;
-    message.rank = rank;
-    memcpy(message.members, crew->members, crew->n_ranks * sizeof(message.members[0]));
-    for (uint32_t i = 0; i < n_losses; i++) {
-        if (losses[i].rank == rank) {
-            message.is_new = 1;
-            message.n_threads = losses[i].hello.n_threads;
-            message.kv_bytes = losses[i].hello.memory.kv_bytes_total;
-            message.lost_pid = losses[i].hello.pid;
-            memcpy(message.lost_host, losses[i].hello.host, sizeof(message.lost_host));
-        }
-    }
+    fv_crew_tell(crew, rank, &message);
     if (fv_link_send(crew->link, rank, FV_CTL_EPOCH, &message, sizeof(message)) != FV_OK) {
         fv_warn("rank %u: %s", rank, fv_error_context()); /* it will be missed below */
     }
 }
 
-static fv_status_t enter_epoch(fv_crew_t *crew, const loss_t *losses, uint32_t n_losses)
+static fv_status_t enter_epoch(fv_crew_t *crew)
 {
     fv_link_begin_epoch(crew->link, crew->epoch);
     for (uint32_t r = 1; r < crew->n_ranks; r++) {
-        say_epoch(crew, r, losses, n_losses);
+        if (crew->is_recruit[r] == 0U) {
+            say_epoch(crew, r);
+        }
     }
     fv_deadline_arm(crew->deadline_ms, crew->lost_code, "fovead: repair");
-    fv_status_t status = fv_crew_make_comm(crew);
+    fv_status_t status = fv_crew_make_comm(crew, 0);
     if (status == FV_OK) {
         fv_link_set_comm(crew->link, &crew->comm);
         status = (crew->exchange->ops == NULL)
@@ -176,26 +231,28 @@ static fv_status_t enter_epoch(fv_crew_t *crew, const loss_t *losses, uint32_t n
 fv_status_t fv_crew_repair(void *ctx, fv_repaired_t *out)
 {
     fv_crew_t *crew = ctx;
-    static loss_t losses[FV_REPAIRED_MAX]; /* large; one thread */
-    uint32_t n_losses = 0;
     fv_status_t status = FV_ERR_RANK_LOST;
 
-    while (status == FV_ERR_RANK_LOST) { /* again while more are lost, and there are spares */
-        FV_RETURN_IF_ERR(replace_lost(crew, losses, &n_losses));
+    crew->n_losses = 0;
+    while (
+        status ==
+        FV_ERR_RANK_LOST) { /* again while more are lost, and there is somebody for their places */
+        FV_RETURN_IF_ERR(replace_lost(crew));
         crew->epoch++;
-        status = enter_epoch(crew, losses, n_losses);
+        status = enter_epoch(crew);
     }
     FV_RETURN_IF_ERR(status);
     out->n = 0;
     out->epoch = crew->epoch;
-    for (uint32_t i = 0; i < n_losses; i++) { /* a rank may have been lost twice */
+    for (uint32_t i = 0; i < crew->n_losses; i++) { /* a rank may have been lost twice */
+        uint32_t rank = crew->losses[i].rank;
         bool is_listed = false;
         for (uint32_t k = 0; k < out->n; k++) {
-            is_listed = is_listed || (out->ranks[k] == losses[i].rank);
+            is_listed = is_listed || (out->ranks[k] == rank);
         }
         if (!is_listed) {
-            out->ranks[out->n] = losses[i].rank;
-            out->hellos[out->n++] = crew->hellos[losses[i].rank];
+            out->ranks[out->n] = rank;
+            out->hellos[out->n++] = crew->hellos[rank];
         }
     }
     return FV_OK;
@@ -215,7 +272,7 @@ void fv_crew_stop_spares(fv_crew_t *crew)
 
 /* ------------------------------------------------------------------ the others */
 
-fv_status_t fv_crew_follow(fv_crew_t *crew, const fv_ctl_epoch_t *message)
+fv_status_t fv_crew_adopt(fv_crew_t *crew, const fv_ctl_epoch_t *message)
 {
     if ((message->n_ranks == 0U) || (message->n_ranks > crew->n_world) ||
         (message->rank >= message->n_ranks)) {
@@ -231,8 +288,15 @@ fv_status_t fv_crew_follow(fv_crew_t *crew, const fv_ctl_epoch_t *message)
     crew->epoch = message->epoch;
     crew->n_ranks = message->n_ranks;
     memcpy(crew->members, message->members, message->n_ranks * sizeof(crew->members[0]));
+    memcpy(crew->is_recruit, message->is_recruit, message->n_ranks);
+    return FV_OK;
+}
+
+fv_status_t fv_crew_follow(fv_crew_t *crew, const fv_ctl_epoch_t *message)
+{
+    FV_RETURN_IF_ERR(fv_crew_adopt(crew, message));
     fv_deadline_arm(crew->deadline_ms, crew->lost_code, "fovead: repair");
-    fv_status_t status = fv_crew_make_comm(crew);
+    fv_status_t status = fv_crew_make_comm(crew, message->rank);
     if (status == FV_OK) {
         status = fv_main_exchange_renew(&crew->comm, crew->exchange);
     }

@@ -210,8 +210,12 @@ static fv_status_t
 accept_all(fv_meeting_place_t *place, int listen_fd, uint32_t timeout_ms, void (*on_accept)(int fd))
 {
     int64_t deadline_us = fv_clock_us() + (int64_t)timeout_ms * 1000;
-    uint32_t n_expected = 2U * (place->n_ranks - 1U);
+    uint32_t n_expected = 0;
     fv_status_t status = FV_OK;
+
+    for (uint32_t r = 1; r < place->n_ranks; r++) {
+        n_expected += ((place->fds[r] < 0) ? 1U : 0U) + ((place->beat_fds[r] < 0) ? 1U : 0U);
+    }
 
     while ((place->n_joined < n_expected) && (status == FV_OK)) {
         int64_t left_ms = (deadline_us - fv_clock_us()) / 1000;

@@ -25,8 +25,8 @@ typedef struct fv_meet_challenge {
 } fv_meet_challenge_t;
 
 /*
- * Accepts ranks 1..n_ranks-1 at a listening stream socket, each with a connection for control and one for beats.
- * fds, beat_fds: [n_ranks], all -1; hellos: [n_ranks]; proofs are wiped.
+ * Accepts ranks at a listening stream socket, each with a connection for control and one for beats.
+ * fds, beat_fds: [n_ranks], -1 for the ranks 1..n_ranks-1 that are awaited; hellos: [n_ranks]; proofs are wiped.
  * on_accept (may be NULL) sets a fresh connection's options.
  * Errors: FV_ERR_TIMED_OUT naming who is missing after timeout_ms; FV_ERR_SYSTEM.
  */

@@ -82,7 +82,7 @@ typedef struct fv_ctl_memory {
 #define FV_SECRET_BYTES 16
 #define FV_RANKS_MAX    1024
 
-/* A job with spares: its ranks of now, by their processes. */
+/* The ranks of now, by their processes; a process that is started anew has the number of the lost one. */
 typedef struct fv_ctl_epoch {
     uint32_t epoch; /* the header's */
     uint32_t n_ranks;
@@ -92,7 +92,8 @@ typedef struct fv_ctl_epoch {
     uint64_t kv_bytes;
     int32_t lost_pid; /* on lost_host; it may live, stopped, and must not write any more */
     char lost_host[64];
-    uint32_t members[FV_RANKS_MAX]; /* [n_ranks] MPI_COMM_WORLD's ranks, by rank of the service */
+    uint32_t members[FV_RANKS_MAX]; /* [n_ranks] processes, by rank of the service */
+    uint8_t is_recruit[FV_RANKS_MAX]; /* [n_ranks] 1: all others start it together, in this epoch */
 } fv_ctl_epoch_t;
 
 /* The two connections of a rank. */

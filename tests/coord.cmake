@@ -18,5 +18,5 @@ fv_add_test(sim_sched sim SOURCES sim/sim_sched.c support/sched_case.c
             LIBS fv_coord fv_worker TIMEOUT 120)
 add_test(NAME test_fovead COMMAND ${PROJECT_SOURCE_DIR}/tests/deploy/test_fovead.sh
          $<TARGET_FILE:fovead> $<TARGET_FILE:fovea_cli>)
-set_tests_properties(test_fovead PROPERTIES LABELS mpi TIMEOUT 120 PROCESSORS 2
+set_tests_properties(test_fovead PROPERTIES LABELS mpi TIMEOUT 240 PROCESSORS 2
                      ENVIRONMENT "ASAN_OPTIONS=detect_leaks=0")

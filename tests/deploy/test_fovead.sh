@@ -13,6 +13,7 @@ n_failed=0
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export OMPI_MCA_pml=ob1 OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_orte_enable_recovery=1
 unset FOVEA_EXIT_FILE
+export FV_RESPAWN=false # what follows a loss is to be seen
 # many services on one address, each of its own shape: none shall find what one before it has left
 FV_STORE_DIR=$(mktemp -d -p /dev/shm) && export FV_STORE_DIR FV_STORE_DISCARD=true
 trap 'jobs -p | xargs -r kill -KILL 2>/dev/null; rm -rf "$work" "$FV_STORE_DIR"' EXIT
@@ -65,9 +66,10 @@ ranks() { # N OPTION...
 
 rank_pids() { pgrep -f -- "^$fovead .*--listen $address"; }
 
-rank_pid() { # N: of the running job
+rank_pid() { # N: of the running job, those that were started later excepted
     local pid
     for pid in $(rank_pids); do
+        grep -qsz '^OMPI_PARENT_PORT=' "/proc/$pid/environ" && continue
         grep -qsz "^OMPI_COMM_WORLD_RANK=$1\$" "/proc/$pid/environ" && echo "$pid"
     done
 }
@@ -76,6 +78,16 @@ launched() { # OPTION...: through fovead-run
     # (a background job of a script ignores SIGINT, and so would the launcher)
     start env -u OMPI_MCA_orte_enable_recovery --default-signal=INT "$launcher" --fovead "$fovead" --restarts 0 "$@" \
         --listen "$address" --kv-memory 16m
+}
+
+newest_rank() { pgrep -n -f -- "^$fovead .*--listen $address"; }
+
+until_logged() { # PATTERN: within 10 s
+    for _ in {1..200}; do
+        grep -qE -- "$1" "$work/log" && return 0
+        sleep 0.05
+    done
+    return 1
 }
 
 nothing_left() { # WHAT: of the job that has ended
@@ -260,6 +272,29 @@ spare() { # SIGNAL DURABILITY
     nothing_left "spare"
 }
 
+# No spare waits: a process is started in the lost rank's place, and in that one's, while steps run over all ranks.
+respawned() { # SIGNAL
+    local client
+    FV_RESPAWN=true launched --restarts 1 -n 3 || return
+    timeout 30 "$fovea" --address "$address" bench --layers 1 --context 300 --duration 4 \
+        --sharding context --shard-tokens 64 >"$work/bench" 2>&1 &
+    client=$!
+    in_status n_steps '[1-9][0-9]+' || fail "respawned: no step ran: $(cat "$work/bench")"
+    kill "-$1" "$(rank_pid 2)"
+    until_logged 'epoch 2: repaired in' || fail "respawned: not repaired"
+    kill "-$1" "$(newest_rank)"
+    until_logged 'epoch 3: repaired in' || fail "respawned: not repaired a second time"
+    kill "-$1" "$(rank_pid 1)"
+    until_logged 'epoch 4: repaired in' || fail "respawned: not repaired a third time"
+    wait "$client" || fail "respawned: the client's session is lost: $(cat "$work/bench")"
+    [[ $(grep -c 'durability: of 1 sessions 0 are lost' "$work/log") -eq 3 ]] || fail "respawned: other sessions than the stores had"
+    [[ $(grep -c 'listening on' "$work/log") -eq 1 ]] || fail "respawned: the job was started again"
+    kill -TERM "$job"
+    finish respawned 0
+    expect respawned 'stopped cleanly'
+    nothing_left respawned
+}
+
 # fovead-run is killed, and mpirun ends its ranks: that was not meant, and the sessions are there again. A stop is, and takes them away.
 killed_launcher() {
     local model session
@@ -348,6 +383,8 @@ killed_launcher
 spare KILL none
 spare KILL process
 spare STOP process
+respawned KILL
+respawned STOP
 running_request TERM
 running_request INT
 hostfile

@@ -43,10 +43,11 @@ __attribute__((constructor)) static void read_fault(void)
 {
     const char *text = getenv("FV_FAULT");             /* NOLINT(concurrency-mt-unsafe) */
     const char *rank = getenv("OMPI_COMM_WORLD_RANK"); /* NOLINT(concurrency-mt-unsafe) */
+    const char *parent = getenv("OMPI_PARENT_PORT");   /* NOLINT(concurrency-mt-unsafe) */
     char kind[8] = "";
     int at_rank = 0;
 
-    if (text == NULL) {
+    if ((text == NULL) || (parent != NULL)) { /* started by the others: of another world */
         return;
     }
     if ((sscanf(text, "%d:%d:%u:%7s", &at_rank, &s_station, &s_count, kind) != 4) ||

@@ -109,6 +109,7 @@ static void test_defaults(void **state)
     assert_int_equal(c.heartbeat_misses, 5);
     assert_int_equal(c.start_deadline_ms, 300000);
     assert_int_equal(c.spares, 0);
+    assert_true(c.respawn);
     assert_int_equal(c.repair_deadline_ms, 5000);
     assert_int_equal(c.drain_timeout_ms, 10000);
     assert_int_equal(fv_log_level_parse(c.log_level, &level), FV_OK);

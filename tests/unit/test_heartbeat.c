@@ -117,6 +117,25 @@ static void test_whoever_was_dropped_is_not_missed(void **state)
     (void)close(kept[1]);
 }
 
+static void test_another_process_in_a_lost_ones_place_is_watched_again(void **state)
+{
+    notes_t notes = {0};
+    int lost[2];
+    int fresh[2];
+
+    (void)state;
+    pair(lost);
+    pair(fresh);
+    fv_heartbeat_t *h = started(&lost[0], 1, &notes);
+    assert_true(is_missed(&notes, 0));
+    fv_heartbeat_replace(h, 0, fresh[0]);
+    atomic_store(&notes.n_calls[0], 0U);
+    assert_true(is_missed(&notes, 0)); /* it is silent, too */
+    fv_heartbeat_stop(h);
+    (void)close(lost[1]);
+    (void)close(fresh[1]);
+}
+
 static void test_a_silence_no_longer_than_the_interval_is_refused(void **state)
 {
     const fv_heartbeat_config_t config = {
@@ -137,6 +156,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_silent_and_closed_are_missed_once_and_the_living_are_not),
         cmocka_unit_test(test_whoever_was_dropped_is_not_missed),
+        cmocka_unit_test(test_another_process_in_a_lost_ones_place_is_watched_again),
         cmocka_unit_test(test_a_silence_no_longer_than_the_interval_is_refused),
     };
 

@@ -271,6 +271,33 @@ static void test_a_rank_without_beats_is_not_in(void **state)
     meet_in_vain(HALF_A_RANK, 3, ": 1 3");
 }
 
+/* Later one rank alone is awaited: another one that is here already is not let in a second time. */
+static void test_one_rank_joins_later(void **state)
+{
+    int fds[N_RANKS] = {0, 0, -1, 0};
+    int beats[N_RANKS] = {0, 0, -1, 0};
+    static fv_ctl_hello_t hellos[N_RANKS];
+    guest_t guests[2];
+    int fd = listening();
+
+    (void)state;
+    begin(&guests[0], RANK, 1);
+    assert_int_equal(pthread_join(guests[0].thread, NULL), 0);
+    begin(&guests[1], RANK, 2);
+    assert_int_equal(fv_meet_accept(fd, k_secret, EPOCH, N_RANKS, 20000, NULL, fds, beats, hellos),
+                     FV_OK);
+    assert_int_equal(fds[1] | beats[1] | fds[3] | beats[3], 0);
+    assert_string_equal(hellos[1].host, "");
+    assert_string_equal(hellos[2].host, "host2");
+    assert_true((fds[2] > 0) && (beats[2] > 0));
+    (void)close(guests[0].fd);
+    end(&guests[1]);
+    (void)close(fds[2]);
+    (void)close(beats[2]);
+    (void)close(fd);
+    (void)unlink(g_path);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -278,6 +305,7 @@ int main(void)
         cmocka_unit_test(test_who_is_missing_is_named),
         cmocka_unit_test(test_the_same_rank_twice),
         cmocka_unit_test(test_a_rank_without_beats_is_not_in),
+        cmocka_unit_test(test_one_rank_joins_later),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
