@@ -41,12 +41,27 @@ typedef struct options {
     double seconds;
 } options_t;
 
-/* What one round saw; microseconds, seconds of the prompt. */
+/* Microseconds; seconds of the prompt. */
+typedef struct percentiles {
+    double p50, p99;
+} percentiles_t;
+
+/* Of decode requests: at the client, and what the service says of its part. */
+typedef struct phase {
+    percentiles_t client, total, queue, compute, exchange;
+    double rate;
+} phase_t;
+
 typedef struct round {
-    double alone_p50, alone_p99, beside_p50, beside_p99, alone_rate, beside_rate;
+    phase_t alone, beside;
     double prompt_alone, prompt_beside;
-    size_t n_beside;
 } round_t;
+
+/* One decode request; microseconds. */
+typedef struct sample {
+    double client;
+    fovea_timings_t service;
+} sample_t;
 
 typedef struct bench bench_t;
 
@@ -54,7 +69,7 @@ typedef struct decoder {
     bench_t *bench;
     fovea_session_id_t session;
     uint64_t position;
-    double *us; /* [SAMPLES_MAX] */
+    sample_t *samples; /* [SAMPLES_MAX] */
     size_t n;
     bool has_failed;
     pthread_t thread;
@@ -201,7 +216,8 @@ static void *decode(void *arg)
             !say(fovea_stream_submit(stream, &request, NULL, NULL, &ticket, &error), &error) ||
             !say(fovea_stream_wait(stream, ticket, TIMEOUT_MS, &result, &error), &error) ||
             !say(result.error.code, &result.error);
-        d->us[d->n++] = (now_s() - begin) * 1e6;
+        d->samples[d->n++] =
+            (sample_t){.client = (now_s() - begin) * 1e6, .service = result.timings};
         d->position++;
     }
     fovea_stream_close(stream);
@@ -228,8 +244,34 @@ static int compare(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* Ends the decoders; of all their latencies. False: one failed. */
-static bool stop_decode(bench_t *b, double *out_p50, double *out_p99, size_t *out_n)
+/* Sorts them. */
+static percentiles_t percentiles(double *values, size_t n)
+{
+    qsort(values, n, sizeof(*values), compare);
+    return (percentiles_t){.p50 = values[n / 2U], .p99 = values[(n * 99U) / 100U]};
+}
+
+/* One figure of all samples. offset: of a uint32_t in the service's timings; SIZE_MAX: the client's. */
+static percentiles_t gather(const bench_t *b, size_t offset, double *values)
+{
+    size_t n = 0;
+
+    for (uint32_t i = 0; i < b->options.n_clients; i++) {
+        for (size_t k = 0; k < b->decoders[i].n; k++) {
+            const sample_t *sample = &b->decoders[i].samples[k];
+            uint32_t us = 0;
+
+            if (offset != SIZE_MAX) {
+                memcpy(&us, (const char *)&sample->service + offset, sizeof(us));
+            }
+            values[n++] = (offset == SIZE_MAX) ? sample->client : (double)us;
+        }
+    }
+    return percentiles(values, n);
+}
+
+/* Ends the decoders; of all their requests, in so many seconds. False: one failed. */
+static bool stop_decode(bench_t *b, double begin, phase_t *out)
 {
     bool is_ok = true;
     size_t n = 0;
@@ -240,21 +282,18 @@ static bool stop_decode(bench_t *b, double *out_p50, double *out_p99, size_t *ou
         is_ok = is_ok && !b->decoders[i].has_failed && (b->decoders[i].n > 0);
         n += b->decoders[i].n;
     }
-    double *all = malloc((n + 1U) * sizeof(*all));
-    if (!is_ok || (all == NULL)) {
-        free(all);
+    out->rate = (double)n / (now_s() - begin);
+    double *values = malloc((n + 1U) * sizeof(*values));
+    if (!is_ok || (values == NULL)) {
+        free(values);
         return false;
     }
-    size_t used = 0;
-    for (uint32_t i = 0; i < b->options.n_clients; i++) {
-        memcpy(all + used, b->decoders[i].us, b->decoders[i].n * sizeof(*all));
-        used += b->decoders[i].n;
-    }
-    qsort(all, n, sizeof(*all), compare);
-    *out_p50 = all[n / 2U];
-    *out_p99 = all[(n * 99U) / 100U];
-    *out_n = n;
-    free(all);
+    out->client = gather(b, SIZE_MAX, values);
+    out->total = gather(b, offsetof(fovea_timings_t, total_us), values);
+    out->queue = gather(b, offsetof(fovea_timings_t, queue_us), values);
+    out->compute = gather(b, offsetof(fovea_timings_t, compute_us), values);
+    out->exchange = gather(b, offsetof(fovea_timings_t, exchange_us), values);
+    free(values);
     return true;
 }
 
@@ -270,26 +309,21 @@ static void pause_s(double seconds)
 
 static bool run_round(bench_t *b, round_t *r)
 {
-    size_t n = 0;
-
     if (!start_decode(b)) {
         return false;
     }
     double begin = now_s();
     pause_s(b->options.seconds);
-    if (!stop_decode(b, &r->alone_p50, &r->alone_p99, &n)) {
+    if (!stop_decode(b, begin, &r->alone)) {
         return false;
     }
-    r->alone_rate = (double)n / (now_s() - begin);
     r->prompt_alone = prefill(b, b->expected);
     if ((r->prompt_alone < 0.0) || !start_decode(b)) {
         return false;
     }
     begin = now_s();
     r->prompt_beside = prefill(b, b->out);
-    bool is_ok = stop_decode(b, &r->beside_p50, &r->beside_p99, &r->n_beside);
-    r->beside_rate = (double)r->n_beside / (now_s() - begin);
-    return is_ok && (r->prompt_beside >= 0.0) && is_same(b);
+    return stop_decode(b, begin, &r->beside) && (r->prompt_beside >= 0.0) && is_same(b);
 }
 
 #define MEDIAN(rounds, n, expr) median((rounds), (n), offsetof(round_t, expr), SIZE_MAX)
@@ -325,14 +359,26 @@ static bool report(const bench_t *b, const round_t *rounds, uint32_t n)
         {"prompt", (double)o->prompt},
         {"chunk", (double)o->chunk},
         {"rounds", n},
-        {"decode_alone_p50_us", MEDIAN(rounds, n, alone_p50)},
-        {"decode_alone_p99_us", MEDIAN(rounds, n, alone_p99)},
-        {"decode_beside_p50_us", MEDIAN(rounds, n, beside_p50)},
-        {"decode_beside_p99_us", MEDIAN(rounds, n, beside_p99)},
-        {"p50_ratio", RATIO(rounds, n, beside_p50, alone_p50)},
-        {"p99_ratio", RATIO(rounds, n, beside_p99, alone_p99)},
-        {"decode_alone_per_s", MEDIAN(rounds, n, alone_rate)},
-        {"decode_beside_per_s", MEDIAN(rounds, n, beside_rate)},
+        {"decode_alone_p50_us", MEDIAN(rounds, n, alone.client.p50)},
+        {"decode_alone_p99_us", MEDIAN(rounds, n, alone.client.p99)},
+        {"decode_beside_p50_us", MEDIAN(rounds, n, beside.client.p50)},
+        {"decode_beside_p99_us", MEDIAN(rounds, n, beside.client.p99)},
+        {"p50_ratio", RATIO(rounds, n, beside.client.p50, alone.client.p50)},
+        {"p99_ratio", RATIO(rounds, n, beside.client.p99, alone.client.p99)},
+        /* where it goes: the service's own account */
+        {"alone_total_p99_us", MEDIAN(rounds, n, alone.total.p99)},
+        {"alone_queue_p99_us", MEDIAN(rounds, n, alone.queue.p99)},
+        {"alone_compute_p50_us", MEDIAN(rounds, n, alone.compute.p50)},
+        {"alone_compute_p99_us", MEDIAN(rounds, n, alone.compute.p99)},
+        {"beside_total_p50_us", MEDIAN(rounds, n, beside.total.p50)},
+        {"beside_total_p99_us", MEDIAN(rounds, n, beside.total.p99)},
+        {"beside_queue_p50_us", MEDIAN(rounds, n, beside.queue.p50)},
+        {"beside_queue_p99_us", MEDIAN(rounds, n, beside.queue.p99)},
+        {"beside_compute_p50_us", MEDIAN(rounds, n, beside.compute.p50)},
+        {"beside_compute_p99_us", MEDIAN(rounds, n, beside.compute.p99)},
+        {"beside_exchange_p99_us", MEDIAN(rounds, n, beside.exchange.p99)},
+        {"decode_alone_per_s", MEDIAN(rounds, n, alone.rate)},
+        {"decode_beside_per_s", MEDIAN(rounds, n, beside.rate)},
         {"prompt_alone_s", MEDIAN(rounds, n, prompt_alone)},
         {"prompt_beside_s", MEDIAN(rounds, n, prompt_beside)},
         {"prompt_alone_gflops", flops / MEDIAN(rounds, n, prompt_alone) * 1e-9},
@@ -383,8 +429,8 @@ static bool prepare(bench_t *b)
         decoder_t *d = &b->decoders[i];
         d->bench = b;
         d->position = o->context;
-        d->us = malloc(SAMPLES_MAX * sizeof(*d->us));
-        if ((d->us == NULL) || !fill(b, o->context, b->out, &d->session)) {
+        d->samples = malloc(SAMPLES_MAX * sizeof(*d->samples));
+        if ((d->samples == NULL) || !fill(b, o->context, b->out, &d->session)) {
             return false;
         }
     }
@@ -394,10 +440,10 @@ static bool prepare(bench_t *b)
 static void release(bench_t *b)
 {
     for (uint32_t i = 0; i < b->options.n_clients; i++) {
-        if (b->decoders[i].us != NULL) {
+        if (b->decoders[i].samples != NULL) {
             (void)fovea_close_session(b->client, &b->decoders[i].session, 0, NULL);
         }
-        free(b->decoders[i].us);
+        free(b->decoders[i].samples);
     }
     fovea_close(b->client);
     free(b->q);

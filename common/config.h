@@ -67,6 +67,8 @@ typedef struct fv_config {
     int32_t shard_tokens; /* multiple of FV_PAGE_TOKENS */
     int32_t step_tokens_max;
     int32_t prefill_tokens_per_step;
+    char context_prefill[FV_CONFIG_TEXT_BYTES]; /* "auto", "visit", "move" */
+    uint64_t move_memory;                       /* bytes of each rank's kv_memory */
     int32_t step_deadline_ms;
     /* recovery */
     int32_t heartbeat_ms;     /* 0 = no heartbeats */

@@ -179,6 +179,26 @@ const fv_option_t fv_options[] = {
      .type = FV_OPTION_INT,
      .offset = AT(prefill_tokens_per_step),
      .max = 1U << 20U},
+    {.name = "context_prefill",
+     .arg = "WAY",
+     .value = "auto",
+     .help =
+         "Prompts of sessions whose context lies on several ranks: visit = their queries go to all of these, and partial "
+         "results are merged; move = the KV comes to the ranks that share the queries; auto = for each piece, what "
+         "is predicted to be faster.",
+     .type = FV_OPTION_CHOICE,
+     .offset = AT(context_prefill),
+     .choices = "auto visit move"},
+    {.name = "move_memory",
+     .arg = "BYTES",
+     .value = "64m",
+     .help =
+         "Part of each rank's kv_memory where KV of other ranks lies that moves to queries, an eighth at most; the "
+         "context of one KV head at least, else queries visit. One rank alone has none. 0 = no KV moves.",
+     .type = FV_OPTION_BYTES,
+     .offset = AT(move_memory),
+     .min = 0,
+     .max = 64U * G},
     {.name = "step_deadline_ms",
      .arg = "MS",
      .value = "600000",

@@ -229,8 +229,8 @@ static fv_status_t list_inputs(fv_dispatch_t *d, const fv_item_place_t *at, fv_r
     fv_rows_t v = rows_of(at, at->tensors->v, spec->n_kv_heads, part->head_begin, part->head_end,
                           spec->head_dim_v);
 
-    if (at->share.q_bytes > 0) {
-        FV_RETURN_IF_ERR(add_rows(work, &q, 0, at->item->n_tokens));
+    for (int32_t i = 0; (at->share.q_bytes > 0) && (i < at->share.n_spans); i++) {
+        FV_RETURN_IF_ERR(add_rows(work, &q, at->share.spans[i].begin, at->share.spans[i].n));
     }
     FV_RETURN_IF_ERR(add_input_pad(d, work, at->share.q_bytes));
     FV_RETURN_IF_ERR(list_kv(at, work, &k));
@@ -241,27 +241,42 @@ static fv_status_t list_inputs(fv_dispatch_t *d, const fv_item_place_t *at, fv_r
     return add_input_pad(d, work, at->share.v_bytes);
 }
 
-/* Merged rows [row_begin, row_end) of elements of row_bytes: contiguous within a token's local heads. */
-static fv_status_t
-list_output_rows(const fv_item_place_t *at, fv_rank_work_t *work, uint8_t *base, size_t row_bytes)
+/* A run of rows that a rank returns, of elements of row_bytes: contiguous within a token's local heads. */
+static fv_status_t list_output_run(const fv_item_place_t *at,
+                                   fv_rank_work_t *work,
+                                   uint8_t *base,
+                                   size_t row_bytes,
+                                   uint64_t row,
+                                   uint64_t row_end)
 {
     const fv_model_spec_t *spec = at->request->spec;
     uint64_t n_local = (uint64_t)at->share.n_q_heads;
-    uint64_t row = at->share.row_begin;
 
-    while (row < at->share.row_end) {
+    while (row < row_end) {
         uint64_t t = row / n_local;
         uint64_t h = row % n_local;
         uint64_t n = n_local - h;
         if (n_local == (uint64_t)spec->n_q_heads) { /* whole tokens follow each other */
-            n = at->share.row_end - row;
-        } else if (n > at->share.row_end - row) {
-            n = at->share.row_end - row;
+            n = row_end - row;
+        } else if (n > row_end - row) {
+            n = row_end - row;
         }
         uint64_t element = (at->token_begin + t) * (uint64_t)spec->n_q_heads +
                            (uint64_t)at->share.part.q_head_begin + h;
         FV_RETURN_IF_ERR(add_output(work, base + element * row_bytes, n * row_bytes));
         row += n;
+    }
+    return FV_OK;
+}
+
+static fv_status_t
+list_output_rows(const fv_item_place_t *at, fv_rank_work_t *work, uint8_t *base, size_t row_bytes)
+{
+    uint64_t begin = 0;
+    uint64_t end = 0;
+
+    for (int32_t i = 0; fv_share_rows(&at->share, i, &begin, &end); i++) {
+        FV_RETURN_IF_ERR(list_output_run(at, work, base, row_bytes, begin, end));
     }
     return FV_OK;
 }
@@ -273,15 +288,19 @@ static fv_status_t list_output_slices(const fv_item_place_t *at, fv_rank_work_t 
     const fv_head_part_t *part = &at->share.part;
     size_t e = fv_dtype_bytes(at->request->head.dtype);
     uint64_t n_local = (uint64_t)at->share.n_q_heads;
+    uint64_t begin = 0;
+    uint64_t end = 0;
 
-    for (uint64_t row = at->share.row_begin; row < at->share.row_end; row++) {
-        uint64_t element = (at->token_begin + row / n_local) * (uint64_t)spec->n_q_heads +
-                           (uint64_t)part->q_head_begin + row % n_local;
-        uint8_t *out = at->tensors->out + (element * (size_t)fv_item_out_dim(spec, at->item) +
-                                           (size_t)fv_item_out_begin(part, at->item)) *
-                                              e;
+    for (int32_t i = 0; fv_share_rows(&at->share, i, &begin, &end); i++) {
+        for (uint64_t row = begin; row < end; row++) {
+            uint64_t element = (at->token_begin + row / n_local) * (uint64_t)spec->n_q_heads +
+                               (uint64_t)part->q_head_begin + row % n_local;
+            uint8_t *out = at->tensors->out + (element * (size_t)fv_item_out_dim(spec, at->item) +
+                                               (size_t)fv_item_out_begin(part, at->item)) *
+                                                  e;
 
-        FV_RETURN_IF_ERR(add_output(work, out, (size_t)part->head_dim_v * e));
+            FV_RETURN_IF_ERR(add_output(work, out, (size_t)part->head_dim_v * e));
+        }
     }
     return FV_OK;
 }

@@ -44,6 +44,27 @@ static void note_latents(fv_sched_config_t *sched, const fv_ctl_hello_t *rank)
     sched->no_exact = (rank->has_exact == 0U) ? rank->backend : sched->no_exact;
 }
 
+/* Rounds of KV that moves are cut alike on all ranks, by the size of their staging. */
+static size_t common_move_bytes(const fv_engine_config_t *config)
+{
+    uint32_t kib = UINT32_MAX;
+
+    for (uint32_t r = 0; r < config->sched.n_ranks; r++) {
+        const fv_ctl_hello_t *rank = &config->ranks[r];
+
+        if (rank->memory.kv_bytes_total == 0U) {
+            continue;
+        }
+        if ((kib != UINT32_MAX) && (kib != rank->move_kib)) {
+            fv_warn("move_memory: rank %u has %u KiB, others %u: no KV moves to queries", r,
+                    rank->move_kib, kib);
+            return 0;
+        }
+        kib = rank->move_kib;
+    }
+    return (kib == UINT32_MAX) ? 0U : ((size_t)kib * 1024U);
+}
+
 fv_status_t fv_engine_create(const fv_engine_config_t *config, fv_engine_t **out)
 {
     uint32_t n_ranks = config->sched.n_ranks;
@@ -70,6 +91,7 @@ fv_status_t fv_engine_create(const fv_engine_config_t *config, fv_engine_t **out
         for (uint32_t r = 0; r < n_ranks; r++) {
             note_latents(&sched, &config->ranks[r]);
         }
+        sched.move_bytes = common_move_bytes(config);
         status = fv_sched_create(&sched, &engine->sched);
     }
     if (status == FV_OK) {

@@ -118,6 +118,18 @@ list_patterns(const fv_session_t *session, const fv_model_spec_t *spec, fv_place
     }
 }
 
+/* Why it lies there, and how its prompts were computed over it. */
+static void put_reason(const fv_session_t *session, char *out, size_t n_bytes)
+{
+    if (session->n_visits + session->n_moves == 0U) {
+        (void)snprintf(out, n_bytes, "%s", session->reason);
+        return;
+    }
+    (void)snprintf(out, n_bytes, "%s; pieces of prompts: %llu visited the KV, to %llu it moved",
+                   session->reason, (unsigned long long)session->n_visits,
+                   (unsigned long long)session->n_moves);
+}
+
 fv_status_t
 fv_engine_placement(fv_engine_t *engine, const fv_session_t *session, fv_placement_info_t *out)
 {
@@ -150,7 +162,7 @@ fv_engine_placement(fv_engine_t *engine, const fv_session_t *session, fv_placeme
     (void)snprintf(info.model_id, sizeof(info.model_id), "%s",
                    fv_sched_model_id(engine->sched, session->model_slot));
     put_mode(p, spec, info.mode, sizeof(info.mode));
-    (void)snprintf(info.reason, sizeof(info.reason), "%s", session->reason);
+    put_reason(session, info.reason, sizeof(info.reason));
     *out = info;
     return FV_OK;
 }

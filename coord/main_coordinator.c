@@ -86,6 +86,14 @@ static fv_rpc_config_t rpc_config(const fv_config_t *config, fv_auth_t *auth)
     return rpc;
 }
 
+static fv_plan_prefill_t context_prefill(const char *name)
+{
+    if (strcmp(name, "visit") == 0) {
+        return FV_PLAN_PREFILL_VISIT;
+    }
+    return (strcmp(name, "move") == 0) ? FV_PLAN_PREFILL_MOVE : FV_PLAN_PREFILL_AUTO;
+}
+
 /* ------------------------------------------------------------------ serving */
 
 /* What hangs in a device waits for a rank that is gone, and a GPU has no spare of its own: such a job is started again. */
@@ -126,6 +134,7 @@ static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served, b
                   .step_tokens_max = (uint32_t)p->config.step_tokens_max,
                   .prefill_tokens_per_step = (uint32_t)p->config.prefill_tokens_per_step,
                   .shard_tokens = (uint32_t)p->config.shard_tokens,
+                  .context_prefill = context_prefill(p->config.context_prefill),
                   .cost = is_cuda ? fv_plan_cost_cuda() : fv_plan_cost_cpu()},
         .request_memory_bytes = p->config.request_memory,
         .drain_timeout_ms = (uint32_t)p->config.drain_timeout_ms,

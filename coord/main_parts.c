@@ -59,6 +59,17 @@ static uint64_t kv_memory(fv_process_t *p)
     return fv_resolve_kv_memory(limit, p->n_local_ranks);
 }
 
+/* Staging for KV that moves, whole MiB, so that the rest is whole slabs. */
+static size_t move_bytes(const fv_process_t *p, uint64_t kv_bytes)
+{
+    const uint64_t most = kv_bytes / 8U;
+    const uint64_t mib = (uint64_t)1 << 20;
+    uint64_t wanted = p->config.move_memory;
+
+    wanted = (wanted < most) ? wanted : most;
+    return (p->n_ranks > 1) ? (size_t)(wanted / mib * mib) : 0U;
+}
+
 static bool has_worker(const fv_process_t *p)
 {
     return (p->rank != 0) || !p->config.dedicated_coordinator;
@@ -100,6 +111,7 @@ fv_status_t fv_main_start_worker(fv_process_t *p, uint64_t kv_bytes, uint32_t n_
                            .isa = p->config.isa},
         .exchange = p->exchange.ops,
         .exchange_ctx = p->exchange.ctx,
+        .move_bytes = move_bytes(p, kv_bytes),
         .step_deadline_ms = (uint32_t)p->config.step_deadline_ms,
         .store = p->store.is_on ? &p->store.place : NULL,
     };

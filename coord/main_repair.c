@@ -185,7 +185,7 @@ void fv_crew_tell(const fv_crew_t *crew, uint32_t rank, fv_ctl_epoch_t *out)
         if (crew->losses[i].rank == rank) {
             out->is_new = 1;
             out->n_threads = lost->n_threads;
-            out->kv_bytes = lost->memory.kv_bytes_total;
+            out->kv_bytes = lost->memory.kv_bytes_total + (uint64_t)lost->move_kib * 1024U;
             out->lost_pid = lost->pid;
             memcpy(out->lost_host, lost->host, sizeof(out->lost_host));
         }

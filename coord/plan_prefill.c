@@ -3,6 +3,10 @@
  */
 #include "coord/plan_prefill.h"
 
+#include "proto/moved.h"
+
+#define CLEARLY 0.95
+
 /* Query tokens of a part sum linearly while they run through one block of the context. */
 double fv_plan_chunk_pairs(const fv_placement_t *placement,
                            int32_t cp,
@@ -65,4 +69,47 @@ fv_plan_chunk_t fv_plan_chunk(const fv_plan_cost_t *cost,
     set_us(cost, c.n_parts, &c.visit);
     set_us(cost, c.n_parts, &c.move);
     return c;
+}
+
+/* Predicted times, less what the layer's policy does not read. */
+static bool is_faster_moved(const fv_plan_cost_t *cost,
+                            const fv_model_spec_t *spec,
+                            const fv_placement_t *placement,
+                            const fv_ctl_item_t *item,
+                            const fv_moved_t *moved)
+{
+    fv_plan_chunk_t c = fv_plan_chunk(cost, spec, placement, item->position, item->n_tokens);
+    double share = (double)fv_moved_pages(moved, 0) / (double)moved->n_pages;
+
+    c.visit.macs *= share;
+    c.move.macs *= share;
+    c.move.sent_bytes *= share;
+    set_us(cost, c.n_parts, &c.visit);
+    set_us(cost, c.n_parts, &c.move);
+    return c.move.us < CLEARLY * c.visit.us;
+}
+
+bool fv_plan_moves(const fv_plan_cost_t *cost,
+                   fv_plan_prefill_t choice,
+                   size_t move_bytes,
+                   const fv_model_spec_t *spec,
+                   const fv_placement_t *placement,
+                   const fv_ctl_item_t *item)
+{
+    if ((choice == FV_PLAN_PREFILL_VISIT) || (move_bytes == 0U) || fv_model_adds_scores(spec) ||
+        (fv_placement_active_parts(placement, item->kv_end) < 2) ||
+        (fv_item_sees_end(item) == 0U)) {
+        return false;
+    }
+    fv_moved_t moved = fv_moved_make(spec, placement, item, 0);
+    if ((choice == FV_PLAN_PREFILL_AUTO) && !is_faster_moved(cost, spec, placement, item, &moved)) {
+        return false;
+    }
+    for (int32_t hp = 0; hp < placement->n_head_parts; hp++) {
+        moved = fv_moved_make(spec, placement, item, hp);
+        if (fv_moved_least_bytes(&moved) > move_bytes) {
+            return false;
+        }
+    }
+    return true;
 }

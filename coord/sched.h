@@ -38,6 +38,7 @@
 #include "common/model.h"
 #include "common/status.h"
 #include "coord/plan.h"
+#include "coord/plan_prefill.h"
 #include "coord/sched_budget.h"
 #include "coord/session.h"
 #include "proto/control.h"
@@ -63,6 +64,8 @@ typedef struct fv_sched_config {
     uint32_t prefill_tokens_per_step; /* 0 = by time: coord/sched_budget.h */
     uint32_t shard_tokens;            /* default of models and sessions that name none */
     fv_plan_cost_t cost;
+    fv_plan_prefill_t context_prefill;
+    size_t move_bytes; /* of each rank's staging for KV that moves; 0: none moves */
     const char *
         no_latent; /* a backend among the ranks' that serves no model of kind LATENT; NULL: all do */
     const char *no_fp8;   /* likewise, none with a cache of FP8_LATENT */

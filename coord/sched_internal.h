@@ -89,6 +89,8 @@ uint64_t fv_sched_size_piece(const fv_sched_t *sched,
                              double *macs);
 /* ctl_items become those of the next n_tokens. */
 void fv_sched_set_piece(fv_request_t *request, uint64_t n_tokens);
+/* Of the next piece: whether KV moves, for each of its items that is prefill (coord/plan_prefill.h). */
+void fv_sched_choose_ways(const fv_sched_t *sched, fv_request_t *request);
 void fv_sched_hold_layers(fv_request_t *request, bool is_held);
 /* Its piece is done: queues what is left of it. False: nothing is, or it failed. */
 bool fv_sched_next_piece(fv_sched_t *sched, fv_request_t *request);

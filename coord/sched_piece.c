@@ -58,7 +58,7 @@ void fv_sched_set_piece(fv_request_t *request, uint64_t n_tokens)
 
         item->position = whole->position + from;
         item->n_tokens = (uint32_t)(to - from);
-        item->flags &= (uint16_t)~FV_ITEM_CONTINUES;
+        item->flags &= (uint16_t) ~(FV_ITEM_CONTINUES | FV_ITEM_MOVES_KV);
         if ((item->flags & FV_ITEM_APPEND) != 0) { /* else what exists already stays visible */
             item->kv_end = whole->position + to;
         }
@@ -66,6 +66,28 @@ void fv_sched_set_piece(fv_request_t *request, uint64_t n_tokens)
             item->flags |= FV_ITEM_CONTINUES;
         }
         first += whole->n_tokens;
+    }
+}
+
+void fv_sched_choose_ways(const fv_sched_t *sched, fv_request_t *request)
+{
+    const fv_sched_config_t *c = &sched->config;
+
+    for (uint32_t i = 0; i < request->head.n_items; i++) {
+        fv_ctl_item_t *item = &request->ctl_items[i];
+        fv_session_t *session = request->sessions[i];
+
+        if ((item->n_tokens <= FV_DECODE_TOKENS_MAX) ||
+            (fv_placement_active_parts(&session->placement, item->kv_end) < 2)) {
+            continue;
+        }
+        if (fv_plan_moves(&c->cost, c->context_prefill, c->move_bytes, request->spec,
+                          &session->placement, item)) {
+            item->flags |= FV_ITEM_MOVES_KV;
+            session->n_moves++;
+        } else {
+            session->n_visits++;
+        }
     }
 }
 

@@ -147,6 +147,7 @@ static fv_verdict_t
 join(fv_sched_t *sched, fv_forming_t *f, fv_request_t *request, uint64_t n_tokens)
 {
     fv_sched_set_piece(request, n_tokens);
+    fv_sched_choose_ways(sched, request);
     fv_sched_promise_piece(sched, request, f->plan.slot);
     for (uint32_t i = 0; i < request->head.n_items; i++) {
         request->sessions[i]->layers[request->head.layer].joined_mark = f->plan.step_id;

@@ -72,6 +72,8 @@ typedef struct fv_session {
     char reason[FV_PLAN_REASON_BYTES];
     /* By cell: bytes of pages held, and what the planner was told (held, or what was expected at opening). */
     uint64_t held[FV_PLACEMENT_RANKS_MAX], accounted[FV_PLACEMENT_RANKS_MAX];
+    uint64_t n_visits,
+        n_moves; /* pieces of prompts over several context parts: how they were computed */
     uint64_t last_noted, last_rewritten; /* number of the last record in the ledger */
     bool is_lost;                        /* while it is loaded: a record is damaged */
     int32_t n_layers;

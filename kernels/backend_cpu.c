@@ -213,6 +213,11 @@ static void cpu_host_free(fv_backend_t *backend, void *memory)
     free(memory);
 }
 
+static void *cpu_kv_base(fv_backend_t *backend)
+{
+    return backend->arena;
+}
+
 static fv_status_t
 cpu_finish(fv_backend_t *backend, const fv_wait_limits_t *limits, fv_device_times_t *out_times)
 {
@@ -235,6 +240,7 @@ const fv_backend_ops_t fv_backend_cpu = {
     .host_alloc = cpu_host_alloc,
     .host_free = cpu_host_free,
     .append = fv_cpu_append,
+    .kv_base = cpu_kv_base,
     .copy_pages = fv_cpu_copy_pages,
     .attend = fv_cpu_attend,
     .score_count = fv_cpu_score_count,

@@ -258,6 +258,8 @@ typedef struct fv_backend_ops {
      * they are until that step's finish(). The device may fetch them beside what it does. NULL: nothing to gain.
      */
     void (*prefetch)(fv_backend_t *backend, const void *data, size_t n_bytes);
+    /* Address of the KV arena: of the host (FV_KV_HOST) or of the device. Whoever moves whole pages himself needs it. */
+    void *(*kv_base)(fv_backend_t *backend);
     fv_status_t (*append)(fv_backend_t *backend, const fv_append_item_t *items, size_t n_items);
     fv_status_t (*copy_pages)(fv_backend_t *backend, const fv_page_copy_t *copies, size_t n_copies);
     fv_status_t (*attend)(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items);

@@ -112,7 +112,8 @@ typedef struct fv_ctl_hello {
     uint32_t has_exact;  /* and, sharded by latent, adds up scores between ranks */
     int32_t pid;
     uint32_t has_fp8_latent; /* and with caches of FP8_LATENT */
-    uint32_t reserved;
+    uint32_t
+        move_kib; /* of staging for KV that moves (FV_ITEM_MOVES_KV), the same on all ranks; 0: not served */
     char host[64];
     char backend[16];
     char device[96];
@@ -186,6 +187,8 @@ enum {
         8, /* a later piece of one append: nothing more is freed than what lay behind the first */
     FV_ITEM_COPIES_TAIL =
         16, /* the coordinator's note: a page is promised for a copy of the layer's shared last page */
+    FV_ITEM_MOVES_KV =
+        32, /* the KV comes to the ranks that have the query rows (proto/step.h); else the rows visit it */
     FV_ITEM_SLICE_SHIFT =
         8, /* bits 8..11: 1 + the one slice of a latent that is answered; 0: all */
     FV_ITEM_SLICE_MASK = 0xf,

@@ -3,6 +3,32 @@
  */
 #include "proto/step.h"
 
+/* The query tokens of a part: all, or two blocks of the item, next to each other for the last part. */
+static void set_spans(fv_item_share_t *s, uint64_t n_tokens)
+{
+    if (s->n_movers == 0) {
+        s->n_spans = 1;
+        s->spans[0] = (fv_token_span_t){.n = n_tokens};
+        return;
+    }
+    const fv_token_span_t blocks[] = {
+        fv_mover_block(n_tokens, s->n_movers, s->cp),
+        fv_mover_block(n_tokens, s->n_movers, 2 * s->n_movers - 1 - s->cp)};
+
+    for (int32_t i = 0; i < 2; i++) {
+        fv_token_span_t *last = &s->spans[s->n_spans - ((s->n_spans > 0) ? 1 : 0)];
+
+        if (blocks[i].n == 0U) {
+            continue;
+        }
+        if ((s->n_spans > 0) && (last->begin + last->n == blocks[i].begin)) {
+            last->n += blocks[i].n;
+        } else {
+            s->spans[s->n_spans++] = blocks[i];
+        }
+    }
+}
+
 bool fv_item_share(const fv_model_spec_t *spec,
                    const fv_placement_t *placement,
                    const fv_ctl_item_t *item,
@@ -42,12 +68,22 @@ bool fv_item_share(const fv_model_spec_t *spec,
     s.n_rows = s.is_answered ? n_rows : 0U;
     s.row_begin = fv_rows_begin(s.n_rows, n_parts, s.cp);
     s.row_end = fv_rows_begin(s.n_rows, n_parts, s.cp + 1);
+    uint64_t n_returned = s.row_end - s.row_begin;
+    if (((item->flags & FV_ITEM_MOVES_KV) != 0) && (n_parts > 1) && s.is_answered) {
+        s.n_movers = n_parts;
+        s.n_parts = 1;
+    }
+    set_spans(&s, item->n_tokens);
+    if (s.n_movers > 0) {
+        n_rows = fv_share_tokens(&s) * (uint64_t)s.n_q_heads;
+        n_returned = n_rows;
+    }
     s.q_bytes = is_read ? (n_rows * dk * e) : 0U;
     s.k_bytes = s.n_kv_tokens * n_heads * dk * e;
     s.v_bytes = fv_model_is_latent(spec) ? 0U : (s.n_kv_tokens * n_heads * dv * e);
-    s.out_bytes = (s.row_end - s.row_begin) * dv * e;
+    s.out_bytes = n_returned * dv * e;
     if (((item->flags & FV_ITEM_WANT_LSE) != 0) && ((only != 0) || (s.part.slice == 0))) {
-        s.lse_bytes = (s.row_end - s.row_begin) * sizeof(float); /* all slices have the same */
+        s.lse_bytes = n_returned * sizeof(float); /* all slices have the same */
     }
     *out = s;
     return true;

@@ -9,8 +9,12 @@
  * The rows of one head part are merged by its active context parts: part d merges rows
  * [fv_rows_begin(R, A, d), fv_rows_begin(R, A, d + 1)), R rows, A active parts. A = 1: no exchange.
  *
+ * KV that moves (FV_ITEM_MOVES_KV, A > 1). Instead, each active part gets all KV that the item reads, and has rows of its own from
+ * beginning to end. The item's tokens are cut into 2 A blocks of equal size; part d has blocks d and 2 A - 1 - d, so that
+ * causal rows see as much on every part. Nothing is merged; the share says n_parts = 1 and n_movers = A.
+ *
  * Packed input of a rank (MPI, coordinator -> rank): for each item of the step in order in which the rank
- * has a share:  q [n_tokens, n_q_heads_local, dk], then k [n_kv_tokens, n_heads_local, dk], then
+ * has a share:  q [n_tokens, n_q_heads_local, dk] (KV that moves: of its spans' tokens alone), then k [n_kv_tokens, n_heads_local, dk], then
  * v [n_kv_tokens, n_heads_local, dv], each padded to FV_STEP_ALIGN bytes; k and v only of the new tokens
  * this rank owns, in ascending position. LATENT: dk and dv are those of the rank's slice (the slice, then the RoPE key), and
  * there is no v.
@@ -27,6 +31,11 @@
 
 #define FV_STEP_ALIGN 64
 
+/* Query tokens of an item: [begin, begin + n). */
+typedef struct fv_token_span {
+    uint64_t begin, n;
+} fv_token_span_t;
+
 /* The share of one item that a rank has. */
 typedef struct fv_item_share {
     int32_t hp, cp;                   /* the rank's cell */
@@ -35,7 +44,10 @@ typedef struct fv_item_share {
     int32_t n_parts;                  /* A: active context parts; the share exists iff cp < A */
     uint64_t n_kv_tokens;             /* new tokens that this rank appends */
     uint64_t n_rows;                  /* R = n_tokens * n_q_heads_local */
-    uint64_t row_begin, row_end;      /* rows this rank merges and returns */
+    uint64_t row_begin, row_end;      /* rows this rank merges and returns; unused where KV moves */
+    int32_t n_movers;                 /* KV moves between so many parts; 0: it does not */
+    int32_t n_spans;                  /* of query tokens that this rank is sent */
+    fv_token_span_t spans[2];         /* ascending, not empty */
     size_t q_bytes, k_bytes, v_bytes; /* packed input, unpadded */
     size_t out_bytes, lse_bytes;      /* packed output, unpadded */
     bool
@@ -65,6 +77,41 @@ static inline uint64_t fv_rows_begin(uint64_t n_rows, int32_t n_parts, int32_t d
     return (n_rows / (uint64_t)n_parts) * (uint64_t)d +
            (((n_rows % (uint64_t)n_parts) < (uint64_t)d) ? (n_rows % (uint64_t)n_parts)
                                                          : (uint64_t)d);
+}
+
+/* Block i of 2 A of an item whose KV moves; A = n_movers. */
+static inline fv_token_span_t fv_mover_block(uint64_t n_tokens, int32_t n_movers, int32_t i)
+{
+    uint64_t begin = fv_rows_begin(n_tokens, 2 * n_movers, i);
+
+    return (fv_token_span_t){.begin = begin,
+                             .n = fv_rows_begin(n_tokens, 2 * n_movers, i + 1) - begin};
+}
+
+/* Query tokens that a rank is sent. */
+static inline uint64_t fv_share_tokens(const fv_item_share_t *s)
+{
+    return ((s->n_spans > 0) ? s->spans[0].n : 0U) + ((s->n_spans > 1) ? s->spans[1].n : 0U);
+}
+
+/*
+ * The i-th run of rows that a rank returns, in the order in which they are packed; false when there is none. The rows that
+ * it merges, or those of its spans.
+ */
+static inline bool
+fv_share_rows(const fv_item_share_t *s, int32_t i, uint64_t *out_begin, uint64_t *out_end)
+{
+    if (s->n_movers == 0) {
+        *out_begin = s->row_begin;
+        *out_end = s->row_end;
+        return i == 0;
+    }
+    if (i >= s->n_spans) {
+        return false;
+    }
+    *out_begin = s->spans[i].begin * (uint64_t)s->n_q_heads;
+    *out_end = *out_begin + s->spans[i].n * (uint64_t)s->n_q_heads;
+    return true;
 }
 
 /* A run of an item's new tokens that one part owns: contiguous in the item and in the part. */

@@ -4,6 +4,7 @@
 #ifndef FV_WORKER_INTERNAL_H
 #define FV_WORKER_INTERNAL_H
 
+#include "proto/moved.h"
 #include "worker/kv_pool.h"
 #include "worker/session.h"
 #include "worker/store.h"
@@ -68,6 +69,25 @@ typedef struct fv_exact_work {
     fv_host_buffer_t buffer; /* own scores | to and from each peer */
 } fv_exact_work_t;
 
+/* An item whose KV moves to its queries (move.h). */
+typedef struct fv_move_item {
+    const fv_step_item_t *item;
+    fv_attn_item_t attend;
+    fv_moved_t moved;
+} fv_move_item_t;
+
+/* Scratch of move.c. Counts are of the step under way. */
+typedef struct fv_move_work {
+    fv_array_t items;    /* fv_move_item_t */
+    fv_array_t tables;   /* fv_page_ref_t */
+    fv_array_t attends;  /* fv_attn_item_t */
+    fv_array_t copies;   /* fv_page_copy_t */
+    fv_array_t messages; /* fv_exchange_message_t, sends, then receives */
+    size_t n_items, n_entries, n_attends, n_copies;
+    int64_t exchange_us;     /* spent in the exchange, all rounds */
+    fv_host_buffer_t buffer; /* host exchange: a round's messages */
+} fv_move_work_t;
+
 /* Scratch of the step, see step.c and partials.c. Counts are of the step under way. */
 typedef struct fv_step_work {
     fv_array_t items;    /* fv_step_item_t */
@@ -87,6 +107,7 @@ typedef struct fv_step_work {
     fv_host_buffer_t
         exchange; /* host exchange: to each peer | from each peer | own partial states */
     fv_exact_work_t exact;
+    fv_move_work_t move;
 } fv_step_work_t;
 
 struct fv_worker {

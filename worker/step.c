@@ -18,6 +18,7 @@
 #include "worker/exact.h"
 #include "worker/internal.h"
 #include "worker/mirror.h"
+#include "worker/move.h"
 #include "worker/partials.h"
 
 #include <string.h>
@@ -50,6 +51,9 @@ fv_step_item_make(const fv_worker_t *worker, const fv_ctl_item_t *ctl, fv_step_i
     if (!fv_item_share(spec, &session->placement, ctl, worker->config.rank, &out->share)) {
         return fv_fail(FV_ERR_PROTOCOL, "step: rank %u has no share of session slot %u",
                        worker->config.rank, ctl->session_slot);
+    }
+    if ((out->share.n_movers > 0) && fv_model_adds_scores(spec)) {
+        return fv_fail(FV_ERR_PROTOCOL, "step: KV of a model that adds up scores is to move");
     }
     out->layer = &session->layers[ctl->layer];
     out->n_q_heads = out->share.n_q_heads;
@@ -348,6 +352,7 @@ static fv_status_t compute(fv_worker_t *worker, fv_error_t *item_errors)
     w->n_copies = 0;
     w->n_attends = 0;
     fv_exact_begin(worker);
+    fv_move_begin(worker);
     for (size_t i = 0; i < w->n_items; i++) {
         fv_step_item_t *item = (fv_step_item_t *)w->items.data + i;
 
@@ -363,6 +368,8 @@ static fv_status_t compute(fv_worker_t *worker, fv_error_t *item_errors)
         FV_RETURN_IF_ERR(fv_partials_bind(worker, item, &attend));
         if (fv_model_adds_scores(&item->session->model->spec)) {
             FV_RETURN_IF_ERR(fv_exact_add(worker, item, &attend));
+        } else if (item->share.n_movers > 0) {
+            FV_RETURN_IF_ERR(fv_move_add(worker, item, &attend));
         } else if (!item->failed && item->share.is_answered) {
             attends[w->n_attends++] = attend;
         }
@@ -377,6 +384,7 @@ static fv_status_t compute(fv_worker_t *worker, fv_error_t *item_errors)
     if (w->n_attends > 0U) {
         FV_RETURN_IF_ERR(ops->attend(worker->backend, attends, w->n_attends));
     }
+    FV_RETURN_IF_ERR(fv_move_run(worker));
     fv_fault_point(7);
     if ((worker->store != NULL) && (worker->store->mirror != NULL)) { /* while the device works */
         FV_RETURN_IF_ERR(fv_mirror_write(worker->store->mirror, w->copies.data, w->n_copies,
@@ -473,6 +481,7 @@ fv_status_t fv_worker_step(fv_worker_t *worker,
                            fv_error_t *item_errors)
 {
     int64_t t_begin = fv_clock_us();
+    const fv_step_work_t *w = &worker->work;
     fv_step_times_t times = {.computed_us = t_begin};
 
     memset(out_done, 0, sizeof(*out_done));
@@ -484,14 +493,15 @@ fv_status_t fv_worker_step(fv_worker_t *worker,
     if (status != FV_OK) {
         return fv_worker_break(worker, status);
     }
-    out_done->compute_us =
-        times.device.is_known ? times.device.compute_us
-                              : micros(t_begin + worker->work.exact.exchange_us, times.computed_us);
+    int64_t exchanged_us = w->exact.exchange_us + w->move.exchange_us; /* before the end */
+    out_done->compute_us = times.device.is_known
+                               ? times.device.compute_us
+                               : micros(t_begin + exchanged_us, times.computed_us);
     /* through host memory the host's clock sees all of it */
-    out_done->exchange_us = (times.device.is_known && times.is_exchange_known)
-                                ? times.device.exchange_us
-                                : (micros(times.computed_us, fv_clock_us()) +
-                                   micros(0, worker->work.exact.exchange_us));
+    out_done->exchange_us =
+        (times.device.is_known && times.is_exchange_known)
+            ? times.device.exchange_us
+            : (micros(times.computed_us, fv_clock_us()) + micros(0, exchanged_us));
     out_done->error = first_error(item_errors, n_items, &out_done->n_items);
     fv_worker_memory(worker, &out_done->memory);
     return FV_OK;

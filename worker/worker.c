@@ -6,6 +6,7 @@
 #include "common/log.h"
 #include "worker/exact.h"
 #include "worker/internal.h"
+#include "worker/move.h"
 
 #include <stdatomic.h>
 #include <stdio.h>
@@ -20,7 +21,13 @@ static fv_status_t create_parts(fv_worker_t *worker)
 
     fv_backend_config_t backend = c->backend_config;
 
-    FV_RETURN_IF_ERR(fv_kv_pool_create(c->backend_config.kv_arena_bytes, 0, &worker->pool));
+    if ((c->move_bytes % FV_PAGE_UNIT != 0U) || (c->move_bytes > backend.kv_arena_bytes)) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "move_bytes: given %zu, expected a multiple of %d up to the KV memory, %zu",
+                       c->move_bytes, FV_PAGE_UNIT, backend.kv_arena_bytes);
+    }
+    FV_RETURN_IF_ERR(
+        fv_kv_pool_create(backend.kv_arena_bytes - fv_move_served_bytes(worker), 0, &worker->pool));
     worker->work.peers = calloc(c->n_ranks, sizeof(*worker->work.peers));
     if (worker->work.peers == NULL) {
         return fv_fail(FV_ERR_NO_MEMORY, "worker: no host memory");
@@ -63,7 +70,7 @@ fv_status_t fv_worker_create(const fv_worker_config_t *config, fv_worker_t **out
 /* Buffers that messages given up may still read or write. Reachable for ever: the leak is meant. */
 typedef struct abandoned {
     struct abandoned *next;
-    fv_host_buffer_t buffers[2 + 2 * FV_STEP_DEPTH];
+    fv_host_buffer_t buffers[3 + 2 * FV_STEP_DEPTH];
 } abandoned_t;
 
 static _Atomic(abandoned_t *) s_abandoned;
@@ -77,6 +84,7 @@ static void abandon_buffers(const fv_worker_t *worker)
         memcpy(a->buffers + FV_STEP_DEPTH, worker->out, sizeof(worker->out));
         a->buffers[2 * FV_STEP_DEPTH] = worker->work.exchange;
         a->buffers[2 * FV_STEP_DEPTH + 1] = worker->work.exact.buffer;
+        a->buffers[2 * FV_STEP_DEPTH + 2] = worker->work.move.buffer;
         a->next = atomic_load(&s_abandoned);
         while (!atomic_compare_exchange_weak(&s_abandoned, &a->next, a)) {
         }
@@ -93,6 +101,7 @@ void fv_worker_renew(fv_worker_t *worker)
     memset(worker->out, 0, sizeof(worker->out));
     memset(&worker->work.exchange, 0, sizeof(worker->work.exchange));
     memset(&worker->work.exact.buffer, 0, sizeof(worker->work.exact.buffer));
+    memset(&worker->work.move.buffer, 0, sizeof(worker->work.move.buffer));
     worker->broken = FV_OK;
 }
 
@@ -111,6 +120,7 @@ static void free_work(fv_worker_t *worker)
     fv_array_free(&w->messages);
     fv_array_free(&w->with);
     fv_exact_free(&w->exact);
+    fv_move_free(&w->move);
     free(w->peers);
     if (worker->broken != FV_OK) {
         abandon_buffers(worker);
@@ -118,6 +128,7 @@ static void free_work(fv_worker_t *worker)
     }
     fv_host_buffer_free(&w->exchange, ops, worker->backend);
     fv_host_buffer_free(&w->exact.buffer, ops, worker->backend);
+    fv_host_buffer_free(&w->move.buffer, ops, worker->backend);
     for (size_t i = 0; i < FV_STEP_DEPTH; i++) {
         fv_host_buffer_free(&worker->in[i], ops, worker->backend);
         fv_host_buffer_free(&worker->out[i], ops, worker->backend);
@@ -257,6 +268,7 @@ void fv_worker_hello(const fv_worker_t *worker, fv_ctl_hello_t *out)
     out->has_latent = worker->config.backend->has_latent ? 1U : 0U;
     out->has_fp8_latent = worker->config.backend->has_fp8_latent ? 1U : 0U;
     out->has_exact = fv_exact_is_served(worker) ? 1U : 0U;
+    out->move_kib = (uint32_t)(fv_move_served_bytes(worker) / 1024U);
     (void)snprintf(out->backend, sizeof(out->backend), "%s", worker->config.backend->name);
     (void)snprintf(out->device, sizeof(out->device), "%s", info.device);
     fv_worker_memory(worker, &out->memory);

@@ -70,6 +70,15 @@ typedef struct fv_exchange_ops {
                        size_t n_peers,
                        const fv_merge_sync_t **out_sync);
     fv_status_t (*end)(void *ctx, fv_status_t status);
+    /*
+     * Between devices, before run(), any number of times: enqueues, behind what the backend was given, the moving of memory of
+     * the devices. Messages as of all_to_all(). NULL: not served.
+     */
+    fv_status_t (*bring)(void *ctx,
+                         const fv_exchange_message_t *sends,
+                         size_t n_sends,
+                         const fv_exchange_message_t *recvs,
+                         size_t n_recvs);
     /* somebody is gone: waiting for the device is in vain; NULL: never */
     bool (*is_aborted)(void *ctx);
     /* is_gone(arg) is asked while waiting; true ends the wait with FV_ERR_RANK_LOST. is_gone NULL: never. The op may be
@@ -83,7 +92,9 @@ typedef struct fv_worker_config {
     fv_backend_config_t backend_config; /* kv_arena_bytes: all of this rank's KV memory */
     const fv_exchange_ops_t *exchange;  /* NULL: single rank */
     void *exchange_ctx;                 /* keeps */
-    uint32_t step_deadline_ms;          /* of one exchange, and of the device's work; 0 = 30000 */
+    size_t
+        move_bytes; /* of the KV arena's end: staging for KV that moves; the same on all ranks; 0: none */
+    uint32_t step_deadline_ms; /* of one exchange, and of the device's work; 0 = 30000 */
     const fv_store_place_t
         *store; /* where its state outlives it (worker/store.h); copied; NULL: nowhere */
 } fv_worker_config_t;

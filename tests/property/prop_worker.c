@@ -155,6 +155,62 @@ static void test_prompts_over_context_parts(void **state)
     }
 }
 
+/*
+ * KV that moves: prompts in any chunking over 2 to 4 context parts, with heads cut too, dense, windows, sinks, softcap, S2 and
+ * latents, beside items whose queries visit; areas that hold one head and areas that hold all.
+ */
+static void test_moved_kv_equals_the_oracle(void **state)
+{
+    static const size_t k_areas[] = {(size_t)96 << 10, (size_t)4 << 20};
+
+    (void)state;
+    for (uint32_t n_ranks = 2; n_ranks <= 4U; n_ranks++) {
+        for (size_t a = 0; a < FV_COUNT(k_areas); a++) {
+            static fv_rig_t rig; /* large */
+
+            fv_rig_create_moving(&rig, n_ranks, ARENA_BYTES, k_areas[a], BACKEND,
+                                 seed * 41U + n_ranks * 10U + a);
+            for (uint32_t m = 0; m < 4U; m++) {
+                fv_model_spec_t spec = (m < 2U)    ? fv_rig_random_sparse_spec(&rig.random)
+                                       : (m == 2U) ? fixed_spec()
+                                                   : fv_rig_random_latent(&rig.random, 0);
+
+                (void)fv_rig_model(&rig, &spec);
+                fv_rig_open(&rig, m, m, 1, (uint16_t)n_ranks, 64);
+                for (uint32_t left = 64U * n_ranks * 2U + 75U; left > 0U;) {
+                    uint32_t n = (uint32_t)fv_random_int(&rig.random, 1, 200);
+                    n = (n < left) ? n : left;
+                    assert_int_equal(fv_rig_append(&rig, m, 0, n), FV_OK);
+                    assert_int_equal(fv_rig_append(&rig, m, 1, n), FV_OK);
+                    left -= n;
+                }
+            }
+            fv_rig_live(&rig, 60);
+            assert_true(rig.n_moved > 10U);
+            fv_rig_destroy(&rig);
+        }
+    }
+}
+
+/* A full pool: items that fail on one rank take part all the same, and the others stay right. */
+static void test_moved_kv_beside_failures(void **state)
+{
+    static fv_rig_t rig; /* large */
+
+    (void)state;
+    fv_rig_create_moving(&rig, 3, (size_t)832 << 10, (size_t)192 << 10, BACKEND, seed * 43U);
+    fv_model_spec_t spec = fixed_spec();
+    uint32_t model = fv_rig_model(&rig, &spec);
+    fv_rig_open(&rig, 0, model, 1, 3, 64);
+    for (uint32_t i = 0; i < 24U; i++) { /* one is refused on the rank that is full, while others are not */
+        (void)fv_rig_append(&rig, 0, i % 2U, 40);
+    }
+    fv_rig_live(&rig, 150);
+    assert_true(rig.n_exhausted > 0U);
+    assert_true(rig.n_moved > 4U);
+    fv_rig_destroy(&rig);
+}
+
 /* ------------------------------------------------------------------ random histories */
 
 static void test_random_histories_equal_the_oracle(void **state)
@@ -271,6 +327,8 @@ int main(void)
         cmocka_unit_test(test_every_placement_shape),
         cmocka_unit_test(test_latent_placements),
         cmocka_unit_test(test_prompts_over_context_parts),
+        cmocka_unit_test(test_moved_kv_equals_the_oracle),
+        cmocka_unit_test(test_moved_kv_beside_failures),
         cmocka_unit_test(test_random_histories_equal_the_oracle),
         cmocka_unit_test(test_a_full_pool_refuses_items_alone),
         cmocka_unit_test(test_windows_equal_the_oracle),

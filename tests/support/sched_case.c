@@ -40,12 +40,23 @@ fv_sched_t *fv_case_sched(uint32_t n_ranks, uint32_t n_slabs, uint32_t slab_byte
 fv_sched_t *
 fv_case_sched_pieces(uint32_t n_ranks, uint32_t n_slabs, uint32_t slab_bytes, uint32_t n_tokens)
 {
+    return fv_case_sched_ways(n_ranks, n_slabs, slab_bytes, n_tokens, FV_PLAN_PREFILL_VISIT);
+}
+
+fv_sched_t *fv_case_sched_ways(uint32_t n_ranks,
+                               uint32_t n_slabs,
+                               uint32_t slab_bytes,
+                               uint32_t n_tokens,
+                               fv_plan_prefill_t way)
+{
     fv_sched_t *sched = NULL;
     fv_sched_config_t config = {.n_ranks = n_ranks,
                                 .sessions_max = 64,
                                 .step_tokens_max = 256,
                                 .prefill_tokens_per_step = n_tokens,
                                 .shard_tokens = 64,
+                                .context_prefill = way,
+                                .move_bytes = (size_t)1 << 20,
                                 .cost = fv_plan_cost_cpu()};
 
     assert_int_equal(fv_sched_create(&config, &sched), FV_OK);

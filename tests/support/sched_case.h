@@ -26,6 +26,12 @@ fv_sched_t *fv_case_sched(uint32_t n_ranks, uint32_t n_slabs, uint32_t slab_byte
 /* And one that takes so many prompt tokens a step. */
 fv_sched_t *
 fv_case_sched_pieces(uint32_t n_ranks, uint32_t n_slabs, uint32_t slab_bytes, uint32_t n_tokens);
+/* And one whose prompts over several ranks are computed one way (coord/plan_prefill.h). */
+fv_sched_t *fv_case_sched_ways(uint32_t n_ranks,
+                               uint32_t n_slabs,
+                               uint32_t slab_bytes,
+                               uint32_t n_tokens,
+                               fv_plan_prefill_t way);
 /* Registers and returns the model id in out_id. */
 void fv_case_register(fv_sched_t *sched, fv_model_spec_t *spec, char out_id[FV_MODEL_ID_BYTES]);
 /* Opens a session with a made-up id. */

@@ -43,7 +43,10 @@ size_t fv_pack_input(const fv_model_spec_t *spec,
     uint8_t *q = in;
     uint8_t *k = q + fv_align_up(s.q_bytes, FV_STEP_ALIGN);
     uint8_t *v = k + fv_align_up(s.k_bytes, FV_STEP_ALIGN);
-    for (size_t t = 0; (s.q_bytes > 0U) && (t < item->n_tokens); t++) {
+    for (size_t i = 0; (s.q_bytes > 0U) && (i < fv_share_tokens(&s)); i++) {
+        size_t t =
+            (i < s.spans[0].n) ? (s.spans[0].begin + i) : (s.spans[1].begin + (i - s.spans[0].n));
+
         for (int32_t h = s.part.q_head_begin; h < s.part.q_head_end; h++) {
             q = pack_row(spec, &s.part,
                          (const uint8_t *)full->q + t * full->q_token_bytes + (size_t)h * dk, e, q);
@@ -86,16 +89,21 @@ size_t fv_unpack_output(const fv_model_spec_t *spec,
     }
     const uint8_t *lse = out + fv_align_up(s.out_bytes, FV_STEP_ALIGN);
     size_t slice = (size_t)s.part.head_dim_v * e;
-    for (uint64_t r = s.row_begin; r < s.row_end; r++) {
-        size_t t = r / (size_t)s.n_q_heads;
-        size_t h = (size_t)s.part.q_head_begin + r % (size_t)s.n_q_heads;
+    uint64_t begin = 0;
+    uint64_t end = 0;
+    for (int32_t i = 0; fv_share_rows(&s, i, &begin, &end); i++) {
+        for (uint64_t r = begin; r < end; r++) {
+            size_t t = r / (size_t)s.n_q_heads;
+            size_t h = (size_t)s.part.q_head_begin + r % (size_t)s.n_q_heads;
 
-        memcpy((uint8_t *)full->out + t * full->out_token_bytes + h * dv +
-                   (size_t)fv_item_out_begin(&s.part, item) * e,
-               out + (r - s.row_begin) * slice, slice);
-        if (s.lse_bytes > 0U) {
-            memcpy(full->lse + t * full->lse_token_stride + h,
-                   lse + (r - s.row_begin) * sizeof(float), sizeof(float));
+            memcpy((uint8_t *)full->out + t * full->out_token_bytes + h * dv +
+                       (size_t)fv_item_out_begin(&s.part, item) * e,
+                   out, slice);
+            out += slice;
+            if (s.lse_bytes > 0U) {
+                memcpy(full->lse + t * full->lse_token_stride + h, lse, sizeof(float));
+                lse += sizeof(float);
+            }
         }
     }
     return fv_share_out_bytes(&s);

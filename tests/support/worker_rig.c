@@ -34,6 +34,7 @@ void fv_rig_create_through(fv_rig_t *rig,
     memset(rig, 0, sizeof(*rig));
     rig->n_ranks = n_ranks;
     rig->door = *door;
+    rig->move_bytes = door->move_bytes;
     rig->random.state = seed;
     for (uint32_t r = 0; r < n_ranks; r++) {
         fv_worker_config_t config = {
@@ -46,6 +47,7 @@ void fv_rig_create_through(fv_rig_t *rig,
                                .isa = (isa != NULL) ? isa : "auto"},
             .exchange = (n_ranks > 1U) ? door->exchange : NULL,
             .exchange_ctx = door->ctx(door->arg, r),
+            .move_bytes = door->move_bytes,
             .step_deadline_ms = 20000,
         };
 
@@ -64,8 +66,19 @@ void fv_rig_create(fv_rig_t *rig,
                    const fv_backend_ops_t *backend,
                    uint64_t seed)
 {
+    fv_rig_create_moving(rig, n_ranks, arena_bytes, 0, backend, seed);
+}
+
+void fv_rig_create_moving(fv_rig_t *rig,
+                          uint32_t n_ranks,
+                          size_t arena_bytes,
+                          size_t move_bytes,
+                          const fv_backend_ops_t *backend,
+                          uint64_t seed)
+{
     fv_local_hub_t *hub = fv_local_hub_create(n_ranks);
-    fv_rig_door_t door = {.exchange = &fv_local_exchange_ops, .ctx = hub_ctx, .arg = hub};
+    fv_rig_door_t door = {
+        .exchange = &fv_local_exchange_ops, .ctx = hub_ctx, .arg = hub, .move_bytes = move_bytes};
 
     assert_non_null(hub);
     fv_rig_create_through(rig, n_ranks, arena_bytes, backend, &door, seed);

@@ -51,6 +51,7 @@ typedef struct fv_rig_door {
     void (*enter)(void *arg,
                   uint32_t rank); /* first call of a thread that works for a rank; may be NULL */
     void *arg;
+    size_t move_bytes; /* as in fv_worker_config_t */
 } fv_rig_door_t;
 
 typedef struct fv_rig {
@@ -62,7 +63,8 @@ typedef struct fv_rig {
     fv_model_spec_t models[FV_RIG_MODELS];
     fv_rig_session_t sessions[FV_RIG_SESSIONS];
     fv_random_t random;
-    uint64_t n_checked, n_exhausted; /* items */
+    size_t move_bytes; /* > 0: the KV of every other item moves, where it fits */
+    uint64_t n_checked, n_exhausted, n_moved; /* items */
 } fv_rig_t;
 
 /* `backend` NULL: fv_backend_cpu. FV_ISA chooses its instruction set (default "auto"). */
@@ -71,6 +73,13 @@ void fv_rig_create(fv_rig_t *rig,
                    size_t arena_bytes,
                    const fv_backend_ops_t *backend,
                    uint64_t seed);
+/* The same, with move_bytes of each arena for KV that moves: that of every other item does, where it fits. */
+void fv_rig_create_moving(fv_rig_t *rig,
+                          uint32_t n_ranks,
+                          size_t arena_bytes,
+                          size_t move_bytes,
+                          const fv_backend_ops_t *backend,
+                          uint64_t seed);
 /* The same with another exchange than local_exchange.h; its worker of rank r gets backend_config.device r. */
 void fv_rig_create_through(fv_rig_t *rig,
                            uint32_t n_ranks,

@@ -1,6 +1,7 @@
 /*
  * worker_rig_step.c - one step of the rig: tensors, all ranks at once, the verdict.
  */
+#include "proto/moved.h"
 #include "tests/support/step_pack.h"
 #include "tests/support/test.h"
 #include "tests/support/worker_rig.h"
@@ -85,6 +86,27 @@ static void make_item(fv_rig_t *rig, fv_rig_item_t *item)
         memset((void *)(uintptr_t)item->full.v, 0xff, item->n_tokens * n_kv * dv_sent * e);
     }
     item->status = FV_OK;
+}
+
+/* Every other item's KV moves, if each of its head parts' fits the staging area. */
+static void choose_way(fv_rig_t *rig, fv_rig_item_t *item)
+{
+    const fv_placement_t *p = &rig->sessions[item->session].placement;
+    const fv_model_spec_t *spec = spec_of(rig, item);
+
+    if ((rig->move_bytes == 0U) || fv_model_adds_scores(spec) ||
+        (fv_random_int(&rig->random, 0, 1) == 0)) {
+        return;
+    }
+    for (int32_t hp = 0; hp < p->n_head_parts; hp++) {
+        fv_moved_t m = fv_moved_make(spec, p, &item->ctl, hp);
+
+        if (fv_moved_least_bytes(&m) > rig->move_bytes) {
+            return;
+        }
+    }
+    item->ctl.flags |= FV_ITEM_MOVES_KV;
+    rig->n_moved += (fv_placement_active_parts(p, item->kv_end) > 1) ? 1U : 0U;
 }
 
 /* ------------------------------------------------------------------ ranks */
@@ -361,6 +383,7 @@ void fv_rig_step(fv_rig_t *rig, fv_rig_item_t *items, size_t n_items)
 
     for (size_t i = 0; i < n_items; i++) {
         make_item(rig, &items[i]);
+        choose_way(rig, &items[i]);
     }
     for (uint32_t r = 0; r < rig->n_ranks; r++) {
         runs[r] = (rank_run_t){.rig = rig, .rank = r, .items = items, .n_items = n_items};

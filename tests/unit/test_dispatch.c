@@ -83,11 +83,15 @@ cover_own_rows(fv_dispatch_t *d, const fv_case_request_t *r, size_t row_bytes, u
             assert_ptr_equal(io->q, g_tensors.q + token_begin * token_bytes);
             io++;
             uint64_t n_local = (uint64_t)(s.part.head_end - s.part.head_begin) * group;
-            for (uint64_t row = s.row_begin; row < s.row_end; row++) {
-                uint64_t at = (token_begin + row / n_local) * hq +
-                              (uint64_t)s.part.head_begin * group + row % n_local;
-                for (size_t b = 0; b < row_bytes; b++) {
-                    count[at * row_bytes + b]++;
+            uint64_t row = 0;
+            uint64_t end = 0;
+            for (int32_t run = 0; fv_share_rows(&s, run, &row, &end); run++) {
+                for (; row < end; row++) {
+                    uint64_t at = (token_begin + row / n_local) * hq +
+                                  (uint64_t)s.part.head_begin * group + row % n_local;
+                    for (size_t b = 0; b < row_bytes; b++) {
+                        count[at * row_bytes + b]++;
+                    }
                 }
             }
         }
@@ -123,9 +127,10 @@ static void serve(fv_sched_t *sched,
 
 static void check_case(fv_random_t *random)
 {
-    fv_sched_t *sched = fv_case_sched_pieces(N_RANKS, 64, 1U << 20,
-                                             (uint32_t)fv_random_int(random, 0, 1) *
-                                                 (uint32_t)fv_random_int(random, 1, 200));
+    fv_sched_t *sched = fv_case_sched_ways(
+        N_RANKS, 64, 1U << 20,
+        (uint32_t)fv_random_int(random, 0, 1) * (uint32_t)fv_random_int(random, 1, 200),
+        (fv_plan_prefill_t)fv_random_int(random, FV_PLAN_PREFILL_VISIT, FV_PLAN_PREFILL_MOVE));
     fv_model_spec_t spec = fv_case_spec("d");
     char id[FV_MODEL_ID_BYTES];
     fv_dispatch_t *d = NULL;

@@ -3,14 +3,16 @@
  *
  * Goal:   every pair of a query and a token it sees is counted on one part, exactly; block-cyclic contexts are nearly balanced
  *         for causal chunks, with the bound that follows from the block's size, for random plans and for whole prompts; rows to
- *         merge are dealt evenly; bytes are those that the exchange's layout has; where KV that moves is cheaper than
- *         queries that visit is where the formula says.
+ *         merge are dealt evenly; bytes are those that the exchange's layout has, and those of the pages that move; where KV that moves is
+ *         cheaper than queries that visit is where the formula says; each way is chosen where it is the better one.
  * Method: pairs by brute force on small plans; laws on random ones (FV_SEED repeats); numbers of docs/performance.md.
  */
 #include "coord/plan_prefill.h"
-#include "proto/step.h"
+#include "proto/moved.h"
 #include "tests/support/random.h"
 #include "tests/support/test.h"
+
+#include <math.h>
 
 static uint64_t seed;
 
@@ -250,7 +252,7 @@ static double worth(const fv_model_spec_t *spec, uint16_t n_parts, uint64_t n_to
     return visit / best;
 }
 
-/* Queries that visit are within these of the best of both ways: why only they are built (docs/performance.md). */
+/* Queries that visit are within these of the best of both ways (docs/performance.md). */
 static void test_visiting_is_near_the_best(void **state)
 {
     fv_model_spec_t spec = gqa(32, 8);
@@ -267,6 +269,97 @@ static void test_visiting_is_near_the_best(void **state)
     assert_true(worth(&spec, 8, 524288) < 1.002);
 }
 
+static fv_ctl_item_t piece(uint64_t position, uint32_t n_tokens)
+{
+    return (fv_ctl_item_t){.position = position,
+                           .kv_end = position + n_tokens,
+                           .n_tokens = n_tokens,
+                           .dtype = FV_DTYPE_BF16,
+                           .flags = FV_ITEM_CAUSAL | FV_ITEM_APPEND};
+}
+
+/* Each where it is predicted to be faster, and only what the staging holds; whoever wants one way gets it. */
+static void test_the_better_way_is_chosen(void **state)
+{
+    const fv_plan_cost_t cost = fv_plan_cost_cuda();
+    const size_t area = (size_t)256 << 20;
+    const fv_placement_t p = context(2, 2048);
+    fv_model_spec_t grouped = gqa(32, 8);
+    fv_model_spec_t window = gqa(32, 8);
+    fv_model_spec_t latent = mla();
+    const fv_ctl_item_t late = piece(126976, 4096);
+    const fv_ctl_item_t early = piece(4096, 4096);
+
+    (void)state;
+    window.policies[0] = (fv_policy_t){.kind = FV_POLICY_WINDOW, .window_tokens = 1024};
+    /* few heads of a long context: the queries; one latent for 128 heads, or a window: the KV */
+    assert_false(fv_plan_moves(&cost, FV_PLAN_PREFILL_AUTO, area, &grouped, &p, &late));
+    assert_true(fv_plan_moves(&cost, FV_PLAN_PREFILL_AUTO, area, &latent, &p, &early));
+    assert_true(fv_plan_moves(&cost, FV_PLAN_PREFILL_AUTO, area, &window, &p, &late));
+    /* 32 heads of a context that is hardly longer than the chunk; a link so slow that bytes are all that counts */
+    fv_plan_cost_t slow = cost;
+    slow.exchange_bytes_per_us = 2000.0;
+    assert_true(fv_plan_moves(&slow, FV_PLAN_PREFILL_AUTO, area, &grouped, &p, &early));
+    assert_false(fv_plan_moves(&slow, FV_PLAN_PREFILL_AUTO, area, &grouped, &p, &late));
+
+    assert_true(fv_plan_moves(&cost, FV_PLAN_PREFILL_MOVE, area, &grouped, &p, &late));
+    assert_false(fv_plan_moves(&cost, FV_PLAN_PREFILL_VISIT, area, &latent, &p, &early));
+    /* one head's whole context: 2048 pages of 32 KiB; 128 pages of 72 KiB */
+    const size_t least = (size_t)64 << 20;
+    assert_true(fv_plan_moves(&cost, FV_PLAN_PREFILL_MOVE, least, &grouped, &p, &late));
+    assert_false(fv_plan_moves(&cost, FV_PLAN_PREFILL_MOVE, least - 1024U, &grouped, &p, &late));
+    const size_t latents = (size_t)128 * 73728U;
+    assert_true(fv_plan_moves(&cost, FV_PLAN_PREFILL_AUTO, latents, &latent, &p, &early));
+    assert_false(fv_plan_moves(&cost, FV_PLAN_PREFILL_AUTO, latents - 1024U, &latent, &p, &early));
+    assert_false(fv_plan_moves(&cost, FV_PLAN_PREFILL_MOVE, 0, &latent, &p, &early));
+    /* a context on one part; scores that are added up between slices */
+    const fv_ctl_item_t first = piece(0, 2048);
+    assert_false(fv_plan_moves(&cost, FV_PLAN_PREFILL_MOVE, area, &grouped, &p, &first));
+    latent.sharding = (fv_sharding_t){.mode = FV_SHARDING_LATENT, .groups = 2, .exact = true};
+    assert_false(fv_plan_moves(&cost, FV_PLAN_PREFILL_MOVE, area, &latent, &p, &early));
+}
+
+/* Heads in rounds: each once, none that does not fit beside the others, and the bytes of the plan. */
+static void test_rounds_of_moved_pages(void **state)
+{
+    fv_random_t random = {.state = seed + 3U};
+    fv_plan_cost_t cost = fv_plan_cost_cpu();
+
+    (void)state;
+    for (int round = 0; round < 300; round++) {
+        fv_model_spec_t spec = gqa(16, 8);
+        fv_placement_t p = context((uint16_t)fv_random_int(&random, 2, 7), 64);
+        fv_ctl_item_t item = piece(64U * (uint64_t)fv_random_int(&random, 0, 50),
+                                   64U * (uint32_t)fv_random_int(&random, 1, 9));
+        fv_moved_t m = fv_moved_make(&spec, &p, &item, 0);
+        size_t area = fv_moved_least_bytes(&m) * (size_t)fv_random_int(&random, 1, 9);
+        uint64_t most = 0;
+        int32_t h = 0;
+
+        while (h < m.n_heads) {
+            int32_t end = fv_moved_round_end(&m, h, area);
+            uint64_t n = 0;
+            assert_true((end > h) && (end <= m.n_heads));
+            for (; h < end; h++) {
+                n += fv_moved_pages(&m, h);
+            }
+            assert_true(n * m.page_bytes <= area);
+        }
+        for (int32_t d = 0; d < m.n_parts; d++) {
+            uint64_t n = 0;
+            for (int32_t head = 0; head < m.n_heads; head++) {
+                for (int64_t page = 0; page < (int64_t)m.n_pages; page++) {
+                    n += fv_moved_has(&m, d, head, page) ? 1U : 0U;
+                }
+            }
+            most = (n > most) ? n : most;
+        }
+        fv_plan_chunk_t c = fv_plan_chunk(&cost, &spec, &p, item.position, item.n_tokens);
+        double sent = (double)(most * m.page_bytes) * (double)(m.n_parts - 1);
+        assert_true(fabs(sent - c.move.sent_bytes) <= sent * 1e-9);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -277,6 +370,8 @@ int main(void)
         cmocka_unit_test(test_where_kv_that_moves_is_cheaper),
         cmocka_unit_test(test_what_it_is_worth),
         cmocka_unit_test(test_visiting_is_near_the_best),
+        cmocka_unit_test(test_the_better_way_is_chosen),
+        cmocka_unit_test(test_rounds_of_moved_pages),
     };
 
     seed = fv_random_seed(1);

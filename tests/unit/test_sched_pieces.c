@@ -358,9 +358,44 @@ static void test_tokens_of_a_cost(void **state)
     assert_int_equal(fv_budget_least(&b, 8192.0, 4096.0, 1e6), 4);
 }
 
+/* Pieces over several parts say how they are computed, and the session counts them; decode never moves KV. */
+static void test_ways_of_pieces(void **state)
+{
+    static const fv_plan_prefill_t k_ways[] = {FV_PLAN_PREFILL_VISIT, FV_PLAN_PREFILL_MOVE};
+
+    (void)state;
+    for (size_t w = 0; w < FV_COUNT(k_ways); w++) {
+        fixture_t f = {.sched = fv_case_sched_ways(3, 4, 64U * 1024U, PIECE, k_ways[w]),
+                       .spec = fv_case_spec("ways")};
+        const fv_sharding_t sharding = {.mode = FV_SHARDING_CONTEXT, .shard_tokens = 64};
+        bool moves = k_ways[w] == FV_PLAN_PREFILL_MOVE;
+
+        fv_case_register(f.sched, &f.spec, f.model_id);
+        fv_session_id_t s = fv_case_open(f.sched, f.model_id, &sharding);
+        fv_case_request_t *prompt = submit(&f, s, 0, 4U * PIECE, 1);
+        for (uint32_t i = 0; i < 4U; i++) { /* the first piece sees what one part holds */
+            fv_step_plan_t plan = form(&f);
+            assert_int_equal((prompt->ctl_items[0].flags & FV_ITEM_MOVES_KV) != 0,
+                             moves && (i > 0));
+            fv_sched_step_done(f.sched, &plan);
+        }
+        fv_case_request_t *decode = submit(&f, s, 4U * PIECE, 1, 2);
+        fv_step_plan_t plan = run_step(&f);
+        assert_ptr_equal(plan.joined, &decode->request);
+        assert_int_equal(decode->ctl_items[0].flags & FV_ITEM_MOVES_KV, 0);
+        const fv_session_t *session = fv_sched_session(f.sched, &s);
+        assert_int_equal(session->n_moves, moves ? 3 : 0);
+        assert_int_equal(session->n_visits, moves ? 0 : 3);
+        free(prompt);
+        free(decode);
+        fv_sched_destroy(f.sched);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_ways_of_pieces),
         cmocka_unit_test_setup_teardown(test_decode_goes_first_and_a_prompt_in_pieces, setup,
                                         teardown),
         cmocka_unit_test_setup_teardown(test_who_wants_the_same_layer_waits, setup, teardown),

@@ -8,6 +8,7 @@
 #include "tests/property/prop_wire_random.h"
 #include "tests/support/test.h"
 
+#include <math.h>
 #include <string.h>
 
 #define N_CASES    400
@@ -48,6 +49,8 @@ static fv_ctl_item_t random_item(void)
                           .n_tokens = 1U + (uint32_t)fv_random_below(&g_random, 300),
                           .dtype = (uint16_t)(1U + fv_random_below(&g_random, 3)),
                           .flags = (uint16_t)fv_random_below(&g_random, 8)};
+
+    item.flags |= (fv_random_below(&g_random, 2) == 0) ? FV_ITEM_MOVES_KV : 0U;
 
     item.kv_end =
         ((item.flags & FV_ITEM_APPEND) != 0) ? (item.position + item.n_tokens) : item.position;
@@ -164,6 +167,28 @@ typedef struct totals {
     uint8_t rows[ROWS_MAX]; /* times each (token, q head) is returned */
 } totals_t;
 
+/* All tokens; of an item whose KV moves two blocks of about the same size, one as far from the front as the other from the end. */
+static void check_spans(const fv_ctl_item_t *item, const fv_item_share_t *s)
+{
+    if (s->n_movers == 0) {
+        assert_int_equal(s->n_spans, 1);
+        assert_int_equal(fv_share_tokens(s), item->n_tokens);
+        return;
+    }
+    uint64_t block = fv_div_up(item->n_tokens, 2U * (uint64_t)s->n_movers);
+    double sum = 0.0;
+    assert_int_equal(s->n_parts, 1);
+    assert_true(fv_share_tokens(s) <= 2U * block);
+    assert_true(fv_share_tokens(s) + 2U >= 2U * block);
+    for (int32_t i = 0; i < s->n_spans; i++) {
+        const fv_token_span_t *span = &s->spans[i];
+        assert_true(span->n > 0U);
+        sum += (double)span->n * ((double)span->begin + (double)(span->n - 1U) / 2.0);
+    }
+    double even = (double)item->n_tokens * (double)(item->n_tokens - 1U) / 2.0 / s->n_movers;
+    assert_true(fabs(sum - even) <= 2.0 * (double)item->n_tokens); /* pairs of a causal mask */
+}
+
 static void add_share(const fv_model_spec_t *spec,
                       const fv_placement_t *p,
                       const fv_ctl_item_t *item,
@@ -182,19 +207,25 @@ static void add_share(const fv_model_spec_t *spec,
     uint64_t n_q_local = n_heads * (uint64_t)group;
     assert_int_equal(mark_runs(p, &s, item, seen), s.n_kv_tokens);
     assert_int_equal(s.n_rows, item->n_tokens * n_q_local);
-    assert_int_equal(s.q_bytes, s.n_rows * (uint64_t)spec->head_dim_qk * e);
+    assert_int_equal(s.q_bytes, fv_share_tokens(&s) * n_q_local * (uint64_t)spec->head_dim_qk * e);
+    check_spans(item, &s);
     assert_true((fv_share_in_bytes(&s) % FV_STEP_ALIGN) == 0);
     assert_true((fv_share_in_bytes(&s) >= s.q_bytes + s.k_bytes + s.v_bytes) &&
                 (fv_share_out_bytes(&s) >= s.out_bytes + s.lse_bytes));
-    t->q_bytes += (s.cp == 0) ? s.q_bytes : 0; /* every context part of a head part gets all of q */
+    /* every context part of a head part gets all of q, unless the KV moves */
+    t->q_bytes += ((s.cp == 0) || (s.n_movers > 0)) ? s.q_bytes : 0;
     t->k_bytes += s.k_bytes;
     t->v_bytes += s.v_bytes;
     t->out_bytes += s.out_bytes;
     t->lse_bytes += s.lse_bytes;
-    for (uint64_t r = s.row_begin; r < s.row_end; r++) {
-        uint64_t q_head = ((uint64_t)s.part.head_begin * (uint64_t)group) + (r % n_q_local);
+    uint64_t begin = 0;
+    uint64_t end = 0;
+    for (int32_t i = 0; fv_share_rows(&s, i, &begin, &end); i++) {
+        for (uint64_t r = begin; r < end; r++) {
+            uint64_t q_head = ((uint64_t)s.part.head_begin * (uint64_t)group) + (r % n_q_local);
 
-        t->rows[((r / n_q_local) * (uint64_t)spec->n_q_heads) + q_head]++;
+            t->rows[((r / n_q_local) * (uint64_t)spec->n_q_heads) + q_head]++;
+        }
     }
 }
 
