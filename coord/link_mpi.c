@@ -320,7 +320,9 @@ static fv_status_t read_answer(fv_link_t *link,
                        rank, header.type, header.body_bytes, (int)type);
     }
     *out_more = header.body_bytes - sizeof(*out);
-    return read_from(link, rank, out, sizeof(*out));
+    FV_RETURN_IF_ERR(read_from(link, rank, out, sizeof(*out)));
+    out->error.text[sizeof(out->error.text) - 1U] = '\0';
+    return FV_OK;
 }
 
 static fv_status_t read_done(fv_link_t *link,
@@ -339,6 +341,9 @@ static fv_status_t read_done(fv_link_t *link,
     }
     if (n_errors > 0) {
         FV_RETURN_IF_ERR(read_from(link, rank, item_errors, n_errors * sizeof(fv_error_t)));
+    }
+    for (size_t i = 0; i < n_errors; i++) {
+        item_errors[i].text[sizeof(item_errors[i].text) - 1U] = '\0';
     }
     return FV_OK;
 }
@@ -375,7 +380,11 @@ fv_status_t fv_link_wait_hello(fv_link_t *link, uint32_t rank, fv_ctl_hello_t *o
         return fv_fail(FV_ERR_PROTOCOL, "rank %u: message type %u of %u bytes, expected HELLO",
                        rank, header.type, header.body_bytes);
     }
-    return read_from(link, rank, out, sizeof(*out));
+    FV_RETURN_IF_ERR(read_from(link, rank, out, sizeof(*out)));
+    out->host[sizeof(out->host) - 1U] = '\0';
+    out->backend[sizeof(out->backend) - 1U] = '\0';
+    out->device[sizeof(out->device) - 1U] = '\0';
+    return FV_OK;
 }
 
 void fv_link_stop(fv_link_t *link, bool discards_stores)

@@ -191,7 +191,6 @@ class Traffic:
         watch = self.client.watch(0.05)
         next(watch)
         held = [s.session.id for s in self.sequences]
-        threading.Timer(0.01, stream.cancel).start()
         self.client.close()
         self.connect()
         for s, id in zip(self.sequences, held, strict=True):
