@@ -13,8 +13,8 @@
 #include <string.h>
 
 #define FRAME_BYTES_MAX      16777215 /* fewer, larger HTTP/2 frames */
-#define BACKOFF_FIRST_MS     100
-#define BACKOFF_MAX_MS       1000
+#define BACKOFF_FIRST_MS     20
+#define BACKOFF_MAX_MS       250
 #define ATTEMPT_MS           1000 /* gRPC's minimum of the pause is the time of an attempt, too */
 #define KEEPALIVE_TIMEOUT_MS 20000
 #define ARGS_MAX             12

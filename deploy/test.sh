@@ -156,10 +156,13 @@ run_hf() {
     return $code
 }
 
-# One run for each kind of fault; --runs 2000 is the long form.
+# 50 runs for each of eight kinds of fault, and without spares; --runs 2000 is the long form.
 run_faults() {
-    cmake --build build/release --target fovead_faulty &&
-        .venv/bin/python tests/fault/kill_matrix.py --fovead build/release/bin/fovead_faulty --runs 39 --durability process
+    local faulty=build/release/bin/fovead_faulty code=0
+    cmake --build build/release --target fovead_faulty || return 1
+    .venv/bin/python tests/fault/kill_matrix.py --fovead $faulty --runs 400 --heartbeat-ms 100 || code=1
+    .venv/bin/python tests/fault/kill_matrix.py --fovead $faulty --runs 96 --heartbeat-ms 100 --spares 0 --only worker || code=1
+    return $code
 }
 
 run_soak() { .venv/bin/python tests/soak/soak.py --fovead build/release/bin/fovead --seconds 25; }

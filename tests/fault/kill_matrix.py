@@ -1,38 +1,41 @@
 """kill_matrix.py - ranks, spares, the coordinator and mpirun are killed and stopped; what was acknowledged stays.
 
 python tests/fault/kill_matrix.py --fovead build/bin/fovead_faulty [--runs N] [--seed S] [--durability LEVEL]
+    [OPTION of fovead-run]...
 
-A run: a service of 3 ranks and 1 spare under fovead-run; one client appends tokens to sessions that lie on all
-ranks and on one, one request at a time, and goes through one fault. Then every output must be bit for bit what an
-undisturbed run gave, and every session as long as what was acknowledged. Without durability the sessions of a
-process that is gone may be lost, said so (DATA_LOSS, NOT_FOUND after a restart); they are begun anew then.
+A service of 3 ranks and some spares under fovead-run lives through many faults. A run: one client opens sessions that
+lie on all ranks and on one, appends tokens to them, one request at a time, and goes through one fault. Then every
+output must be bit for bit what an undisturbed run gave, and every session as long as what was acknowledged. Without
+durability the sessions of a process that is gone may be lost, said so (DATA_LOSS, NOT_FOUND after a restart); they are
+begun anew then.
 
-Faults come at each of the ten stations of a step (common/fault.h), or at random times. Prints a table, and at
-the end how long clients waited from the fault to the next acknowledged token.
+Kinds of faults: {kill, stop} x {worker, spare, coordinator, mpirun}; workers and coordinator turn by turn at each of the ten stations
+of a step (common/fault.h) that they pass, and at random times. When no spare is left a worker is started anew in place. Prints a
+table, and at the end how long clients waited from the fault to the next acknowledged token.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fovea
 import numpy as np
+from faults import Job, is_running
 
-ROOT = Path(__file__).resolve().parents[2]
 N_RANKS = 3
-SPARE = N_RANKS  # its process
-STEPS = 24
+N_SPARES = 3
+RUNS_PER_JOB = 25
+STEPS = 8
+PREFILL = 200
 SPEC = fovea.ModelSpec(
     name="kill-matrix", n_layers=2, n_q_heads=6, n_kv_heads=3, head_dim_qk=32, kv_dtype="f32"
 )
@@ -41,53 +44,17 @@ SHARDINGS = (
     fovea.Sharding("heads"),
     None,
 )
-PREFILL = 200
 
 
-class Job:
-    """A service under fovead-run."""
+def tensors(number: int) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(number)
+    return tuple(
+        rng.standard_normal((SPEC.n_layers, PREFILL + STEPS, heads, 32), dtype=np.float32)
+        for heads in (SPEC.n_q_heads, SPEC.n_kv_heads, SPEC.n_kv_heads)
+    )
 
-    def __init__(self, folder: Path, fovead: Path, fault: str | None, options: list[str]) -> None:
-        self.address = f"unix:{folder}/s"
-        self.log = folder / "log"
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        if fault is not None:
-            environment |= {"FV_FAULT": fault, "FV_FAULT_ONCE": str(folder / "once")}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [str(ROOT / "deploy/fovead-run"), "--fovead", str(fovead), "-n", str(N_RANKS), "--spares", "1",
-                 "--listen", self.address, "--kv-memory", "32m", "--threads", "1", *options],
-                stdout=log, stderr=subprocess.STDOUT, env=environment,
-            )  # fmt: skip
 
-    def pid_of(self, process: int) -> int | None:
-        """The pid of an MPI process of the job."""
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit():
-                continue
-            with contextlib.suppress(OSError):
-                environment = (entry / "environ").read_bytes().split(b"\0")
-                is_it = f"OMPI_COMM_WORLD_RANK={process}".encode() in environment
-                if is_it and self.address.encode() in (entry / "cmdline").read_bytes():
-                    return int(entry.name)
-        return None
-
-    def mpirun(self) -> int | None:
-        rank_0 = self.pid_of(0)
-        if rank_0 is None:
-            return None
-        return int(Path(f"/proc/{rank_0}/stat").read_text().rpartition(")")[2].split()[1])
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            return self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
-
-    def output(self) -> str:
-        return self.log.read_text(errors="replace")
+TENSORS = [tensors(i) for i in range(len(SHARDINGS))]
 
 
 class Sequence:
@@ -99,16 +66,20 @@ class Sequence:
         self.open(client)
 
     def open(self, client: fovea.Client) -> None:
-        self.session = client.open_session(
-            client.register_model(SPEC), max_tokens_hint=PREFILL + STEPS, sharding=SHARDINGS[self.number]
-        )
+        model = client.register_model(SPEC)
+        while True:
+            known = {s.session_id for s in client.list_sessions()}
+            try:
+                self.session = client.open_session(
+                    model, max_tokens_hint=PREFILL + STEPS, sharding=SHARDINGS[self.number]
+                )
+                break
+            except fovea.Unavailable:  # it is not repeated by itself: there may be one now that nobody knows
+                for s in client.list_sessions():
+                    if s.session_id not in known:
+                        client.close_session(s.session_id)
         self.lengths = [0] * SPEC.n_layers
-        rng = np.random.default_rng(self.number)
-        n = PREFILL + STEPS
-        self.q, self.k, self.v = (
-            rng.standard_normal((SPEC.n_layers, n, heads, 32), dtype=np.float32)
-            for heads in (SPEC.n_q_heads, SPEC.n_kv_heads, SPEC.n_kv_heads)
-        )
+        self.q, self.k, self.v = TENSORS[self.number]
 
     def attend(self, client: fovea.Client, layer: int, n: int) -> np.ndarray:
         at = self.lengths[layer]
@@ -125,82 +96,159 @@ def plan() -> Iterator[tuple[int, int, int]]:
     return iter(itertools.product(range(STEPS + 1), range(len(SHARDINGS)), range(SPEC.n_layers)))
 
 
-def drive(job: Job, fault_at: float | None, act) -> tuple[dict, list[Sequence], float]:
-    """All requests of a run; its outputs by (step, sequence, layer), and the longest wait."""
-    outputs = {}
-    longest = 0.0
-    begin = time.monotonic()
-    with fovea.connect(job.address, timeout=30, retry=30) as client:
-        sequences = [Sequence(client, i) for i in range(len(SHARDINGS))]
-        for step, number, layer in plan():
+class Drive:
+    """All requests of a run: its outputs by (step, sequence, layer), and the longest wait."""
+
+    def __init__(self, client: fovea.Client) -> None:
+        self.client = client
+        self.outputs: dict[tuple[int, int, int], np.ndarray] = {}
+        self.longest = 0.0
+        self.sequences = [Sequence(client, i) for i in range(len(SHARDINGS))]
+
+    def run(self, fault_at: float | None, act: Callable[[], None]) -> None:
+        begin = time.monotonic()
+        for key in plan():
             if fault_at is not None and time.monotonic() - begin >= fault_at:
                 act()
                 fault_at = None
             called = time.monotonic()
-            s = sequences[number]
-            try:
-                outputs[step, number, layer] = s.attend(client, layer, PREFILL if step == 0 else 1)
-            except fovea.FoveaError as error:
-                if error.code.name not in ("DATA_LOSS", "NOT_FOUND"):
-                    raise
-                s.n_lost += 1
-                s.open(client)
-                for redo in range(step + 1):
-                    for each in range(layer + 1 if redo == step else SPEC.n_layers):
-                        outputs[redo, number, each] = s.attend(client, each, PREFILL if redo == 0 else 1)
-            longest = max(longest, time.monotonic() - called)
-        for s in sequences:
+            self.one(*key)
+            self.longest = max(self.longest, time.monotonic() - called)
+        if fault_at is not None:  # it was quicker than that
+            act()
+        for s in self.sequences:
+            called = time.monotonic()
             lengths = list(s.session.info().layer_tokens)
             assert lengths == s.lengths, f"lengths {lengths}, acknowledged {s.lengths}"
-    return outputs, sequences, longest
+            s.session.close()
+            self.longest = max(self.longest, time.monotonic() - called)
 
-
-def faults(rng: random.Random, n_runs: int) -> Iterator[tuple[str, str | None, str, str]]:
-    """(name, FV_FAULT or None, victim, signal): stations first, then random times, round and round."""
-    stations = [(1, s) for s in (5, 6, 7, 8, 9, 10)] + [(0, s) for s in range(1, 11)]
-    fixed = [(who, s, kind) for kind in ("kill", "stop") for who, s in stations]
-    loose = [(v, k) for k in ("KILL", "STOP") for v in ("worker", "spare", "coordinator", "mpirun")]
-    loose.remove(("mpirun", "STOP"))  # it has no part in a step: nothing happens
-    for i in range(n_runs):
-        if i % (len(fixed) + len(loose)) < len(fixed):
-            who, s, kind = fixed[i % (len(fixed) + len(loose))]
-            count = rng.randint(8, 2 * STEPS)
-            yield f"{kind} {'coordinator' if who == 0 else 'worker'} at station {s}, time {count}", \
-                f"{who}:{s}:{count}:{kind}", "", ""
-        else:
-            victim, kind = loose[i % (len(fixed) + len(loose)) - len(fixed)]
-            yield f"{kind.lower()} {victim} at a random time", None, victim, kind
-
-
-def one_run(fovead: Path, options: list[str], rng: random.Random, fault, expected) -> tuple[dict, float, int]:
-    name, text, victim, kind = fault
-
-    def act() -> None:
-        pids = {"worker": rng.choice([1, 2]), "spare": SPARE, "coordinator": 0}
-        pid = job.mpirun() if victim == "mpirun" else job.pid_of(pids[victim])
-        assert pid is not None, f"no {victim}"
-        os.kill(pid, getattr(signal, "SIG" + kind))
-
-    with tempfile.TemporaryDirectory(prefix="fv-") as folder:
-        job = Job(Path(folder), fovead, text, options)
+    def one(self, step: int, number: int, layer: int) -> None:
+        s = self.sequences[number]
         try:
-            outputs, sequences, longest = drive(job, rng.uniform(0.0, 0.3) if victim else None, act)
-            if text is not None:
-                assert (Path(folder) / "once").exists(), "the fault did not happen"
-            if expected is not None:
-                assert outputs.keys() == expected.keys()
-                for key, out in outputs.items():
-                    if sequences[key[1]].n_lost > 0:  # it lies elsewhere now: merged in another order
-                        np.testing.assert_allclose(out, expected[key], rtol=1e-5, atol=1e-6)
-                    else:
-                        assert out.tobytes() == expected[key].tobytes(), f"other bits at {key}"
-            assert job.stop() == 0, "no clean stop"
-            return outputs, longest, sum(s.n_lost for s in sequences)
-        except BaseException:
-            sys.stderr.write(f"--- {name}\n{job.output()}\n")
-            if job.process.poll() is None:
-                job.process.kill()
-            raise
+            self.outputs[step, number, layer] = s.attend(self.client, layer, PREFILL if step == 0 else 1)
+        except fovea.FoveaError as error:
+            if error.code.name not in ("DATA_LOSS", "NOT_FOUND"):
+                raise
+            s.n_lost += 1
+            s.open(self.client)
+            for redo in range(step + 1):
+                for each in range(layer + 1 if redo == step else SPEC.n_layers):
+                    self.outputs[redo, number, each] = s.attend(self.client, each, PREFILL if redo == 0 else 1)
+
+    def compare(self, expected: dict) -> None:
+        assert self.outputs.keys() == expected.keys()
+        for key, out in self.outputs.items():
+            if self.sequences[key[1]].n_lost > 0:  # it lies elsewhere now: merged in another order
+                np.testing.assert_allclose(out, expected[key], rtol=1e-5, atol=1e-6)
+            else:
+                assert out.tobytes() == expected[key].tobytes(), f"other bits at {key}"
+
+
+class Matrix:
+    """Jobs one after another, each for many runs."""
+
+    def __init__(self, fovead: Path, options: list[str], seed: int, spares: int) -> None:
+        self.fovead = fovead
+        self.options = ["--spares", str(spares), "--kv-memory", "32m", "--threads", "1", *options]
+        self.rng = random.Random(seed)
+        self.job: Job | None = None
+        self.expected: dict | None = None
+        self.visits: dict[tuple[bool, int], int] = {}
+        self.n_runs = 0
+
+    def begin(self) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="fv-")
+        folder = Path(self.folder.name)
+        self.job = Job(folder, self.fovead, N_RANKS, f"unix:{folder}/s", self.options)
+        self.job.await_start()
+        self.client = fovea.connect(self.job.address, timeout=30, retry=30)
+        self.n_runs = 0
+        before = self.job.page.visits()
+        called = time.monotonic()
+        self.undisturbed()
+        self.seconds = time.monotonic() - called
+        self.visits = {key: n - before[key] for key, n in self.job.page.visits().items()}
+
+    def undisturbed(self) -> None:
+        drive = Drive(self.client)
+        drive.run(None, lambda: None)
+        if self.expected is None:
+            self.expected = drive.outputs
+        drive.compare(self.expected)
+
+    def end(self) -> None:
+        if self.job is None:
+            return
+        try:
+            self.undisturbed()
+            self.client.close()
+            assert self.job.stop() == 0, "no clean stop"
+        finally:
+            self.drop()
+
+    def drop(self) -> None:
+        if self.job is not None:
+            if self.job.process.poll() is None:
+                self.job.kill()
+            self.job = None
+            self.folder.cleanup()
+
+    def arm(self, victim: str, kind: str, station: int) -> Callable[[], None]:
+        """Armed at a station at once; at a random time by what is returned."""
+        job = self.job
+        assert job is not None
+        number = getattr(signal, "SIG" + kind)
+
+        def act() -> None:
+            pids = job.pids(victim)
+            assert pids, f"no {victim}"
+            self.victim = self.rng.choice(pids)
+            watched = job.pids("coordinator") if victim == "mpirun" and kind == "KILL" else []
+            os.kill(self.victim, number)
+            while watched and is_running(watched[0]):  # it follows mpirun: in this run, not in the next
+                time.sleep(0.005)
+
+        if station == 0:
+            return act
+        n = self.visits[victim == "worker", station]
+        assert n > 0, f"no {victim} comes to station {station}"
+        job.page.arm(victim == "worker", station, self.rng.randint(1, max(1, n * 3 // 4)), number)
+        return lambda: None
+
+    def run(self, victim: str, kind: str, station: int) -> tuple[float, int, str]:
+        """The longest wait, sessions that were lost, and what followed the fault."""
+        if self.job is None or self.n_runs >= RUNS_PER_JOB:
+            self.end()
+            self.begin()
+        job = self.job
+        assert job is not None and self.expected is not None
+        self.n_runs += 1
+        if victim == "spare" and not job.pids("spare"):
+            self.end()
+            self.begin()
+            job = self.job
+        before = job.counts()
+        act = self.arm(victim, kind, station)
+        drive = Drive(self.client)
+        drive.run(self.rng.uniform(0.0, self.seconds * 0.8) if station == 0 else None, act)
+        if station > 0:
+            assert job.page.disarm(), "the fault did not happen"
+        elif (victim, kind) == ("mpirun", "STOP"):
+            os.kill(self.victim, signal.SIGCONT)
+        drive.compare(self.expected)
+        followed = [name for name, n in job.counts().items() if n > before[name]]
+        return drive.longest, sum(s.n_lost for s in drive.sequences), "+".join(followed) or "nothing"
+
+
+def faults(n_runs: int) -> Iterator[tuple[str, str, int]]:
+    """(victim, signal, station or 0 for a random time): kinds turn by turn, each with its own turn of stations."""
+    stations = {"worker": (0, 5, 6, 7, 8, 9, 10), "coordinator": (0, *range(1, 11))}
+    kinds = [(v, k) for k in ("KILL", "STOP") for v in ("worker", "spare", "coordinator", "mpirun")]
+    for i in range(n_runs):
+        victim, kind = kinds[i % len(kinds)]
+        turn = stations.get(victim, (0,))
+        yield victim, kind, turn[i // len(kinds) % len(turn)]
 
 
 def percentile(values: list[float], p: float) -> float:
@@ -208,50 +256,55 @@ def percentile(values: list[float], p: float) -> float:
     return values[min(len(values) - 1, int(p * len(values)))] if values else 0.0
 
 
+def report(waits: dict[str, list[float]]) -> None:
+    for kind, values in sorted(waits.items()):
+        print(f"{kind:42} longest wait of a client: p50 {percentile(values, .5) * 1000:5.0f} ms, "
+              f"p99 {percentile(values, .99) * 1000:5.0f} ms, max {max(values) * 1000:5.0f} ms, n {len(values)}")  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fovead", type=Path, required=True, help="fovead_faulty of a build with tests")
-    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--runs", type=int, default=400)
+    parser.add_argument("--seconds", type=float, default=0, help="end after so long, whatever --runs says")
     parser.add_argument("--seed", type=int, default=int(os.environ.get("FV_SEED", "1")))
     parser.add_argument("--only", default="", help="faults whose name has this")
     parser.add_argument("--durability", default="process", help="of the service")
-    parser.add_argument("options", nargs="*", help="of fovead-run")
-    args = parser.parse_args()
-    if not any(args.only in name for name, *_ in faults(random.Random(args.seed), args.runs)):
-        parser.error(f'--only: given "{args.only}", expected a part of a fault that is among {args.runs} runs')
-    rng = random.Random(args.seed)
-    options = ["--restarts", "5", *args.options]
-    options += ["--durability", args.durability]
+    parser.add_argument("--spares", type=int, default=N_SPARES, help="of each start; 0: none")
+    args, args.options = parser.parse_known_args()
+    options = ["--restarts", "1000", "--backoff", "0", "--durability", args.durability, *args.options]
+    matrix = Matrix(args.fovead, options, args.seed, args.spares)
     print(f"seed {args.seed}, {args.runs} runs, durability {args.durability}", flush=True)
-    expected, _, _ = one_run(args.fovead, options, rng, ("undisturbed", None, "", ""), None)
-    one_run(args.fovead, options, rng, ("undisturbed, again", None, "", ""), expected)
+    begin = time.monotonic()
     waits: dict[str, list[float]] = {}
-    n_failed = n_lost = n = 0
-    for fault in faults(rng, args.runs):
-        if args.only not in fault[0]:
+    n_failed = n = 0
+    for victim, kind, station in faults(args.runs):
+        name = f"{kind.lower()} {victim} " + (f"at station {station}" if station else "at a random time")
+        if args.only not in name or (victim == "spare" and args.spares == 0):
             continue
+        if args.seconds and time.monotonic() - begin > args.seconds:
+            break
         n += 1
         try:
-            _, longest, lost = one_run(args.fovead, options, rng, fault, expected)
+            longest, lost, followed = matrix.run(victim, kind, station)
+            if lost and args.durability != "none":
+                raise AssertionError(f"{lost} sessions lost")
         except Exception as error:  # noqa: BLE001 (the others are run all the same)
             n_failed += 1
-            print(f"FAIL  {fault[0]}: {type(error).__name__}: {error}", flush=True)
+            output = matrix.job.output() if matrix.job is not None else ""
+            print(f"FAIL  {name}: {type(error).__name__}: {error}", flush=True)
+            sys.stderr.write(f"--- {name}\n" + "\n".join(output.splitlines()[-60:]) + "\n")
+            matrix.drop()
             continue
-        if lost and args.durability != "none":
-            n_failed += 1
-            print(f"FAIL  {fault[0]}: {lost} sessions lost", flush=True)
-            continue
-        n_lost += lost
-        kind = " ".join(fault[0].split()[:2])
-        waits.setdefault(kind, []).append(longest)
+        waits.setdefault(f"{kind.lower()} {victim}, then {followed}", []).append(longest)
         anew = f", {lost} sessions begun anew" if lost else ""
-        print(f"ok    {fault[0]}: {longest * 1000:.0f} ms{anew}", flush=True)
-    print(f"{n} runs, {n_failed} failed; acknowledged tokens lost: 0, doubled: 0, outputs of other bits: 0"
-          if n_failed == 0 else f"{n} runs, {n_failed} FAILED")  # fmt: skip
-    for kind, values in waits.items():
-        print(f"{kind:18} longest wait of a client: p50 {percentile(values, .5) * 1000:5.0f} ms, "
-              f"p99 {percentile(values, .99) * 1000:5.0f} ms, n {len(values)}")  # fmt: skip
-    return 1 if n_failed else 0
+        print(f"ok    {name}: {longest * 1000:.0f} ms, then {followed}{anew}", flush=True)
+    matrix.end()
+    seconds = time.monotonic() - begin
+    print(f"{n} runs in {seconds:.0f} s, {n_failed} failed" + ("" if n_failed else
+          "; acknowledged tokens lost: 0, doubled: 0, outputs of other bits: 0"))  # fmt: skip
+    report(waits)
+    return 1 if n_failed or n == 0 else 0
 
 
 if __name__ == "__main__":

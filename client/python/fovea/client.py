@@ -31,9 +31,9 @@ _CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.enable_http_proxy", 0),  # a data plane never goes through a web proxy
-    ("grpc.initial_reconnect_backoff_ms", 100),  # a service that restarts is there again in a moment
+    ("grpc.initial_reconnect_backoff_ms", 20),  # a service that restarts is there again in a moment
     ("grpc.min_reconnect_backoff_ms", 1000),  # and the time of an attempt
-    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 250),
     ("grpc.use_local_subchannel_pool", 1),  # one connection per Client, so two Clients never share a pipe
 ]
 
