@@ -17,7 +17,7 @@
 # Without PARTs: tests e2e bench. Every command is bounded, and all together by FV_RUN_SECONDS (560); a part that finds
 # no time left is reported as such. FV_KERNELS_GIB, FV_SERVICE_GIB: GPU memory to take there (0 = most of it);
 # FV_SERVICE_CASES: batch x context (1x131072 64x32768); FV_SCALE_ONLY=mla: only what bench_scale has of it;
-# FV_RUN_BACKEND=cpu FV_RUN_GPUS=2: a dry run without a GPU.
+# FV_RUN_RANKS=2: e2e and transformers only so many ranks; FV_RUN_BACKEND=cpu FV_RUN_GPUS=2: a dry run without a GPU.
 # RESULTS_DIR gets table.txt and results.tar.gz (logs and figures), rewritten after every command.
 # Exit status: of the first command that failed; every part is run.
 set -uo pipefail
@@ -164,7 +164,7 @@ part_sanitize() {
     sanitize racecheck race_cuda_kernels bf16 f16 f32 f16_wide bf16_q_parts
     for tool in memcheck initcheck synccheck; do
         sanitize "$tool" test_cuda_kernels bf16 f16 f32 f16_wide bf16_q_parts
-        for test in test_cuda_attend test_cuda_pages test_cuda_prefill; do
+        for test in test_cuda_attend test_cuda_pages test_cuda_prefill test_cuda_latent test_cuda_s2; do
             sanitize "$tool" "$test"
         done
     done
@@ -210,10 +210,10 @@ pytest() { # NAME SECONDS RANKS ARGS...
 
 part_e2e() {
     local n name words
-    for n in 1 2; do
+    for n in ${FV_RUN_RANKS:-1 2}; do
         [[ $n -le $n_gpus ]] || continue
         mapfile -t words < <(c_service "$n")
-        for name in test_e2e_attend test_e2e_session test_e2e_stream test_e2e_cli; do
+        for name in test_e2e_attend test_e2e_session test_e2e_stream test_e2e_latent test_e2e_cli; do
             has "$name" || continue
             [[ $name != test_e2e_cli || $n -eq 1 ]] || continue
             run "e2e-$name-$n" 180 env FV_TEST_FOVEAD="$bundle/bin/fovead --backend=$backend" "${words[@]}" \
@@ -280,7 +280,7 @@ part_mixed() {
 
 part_transformers() {
     local n
-    for n in 1 2; do
+    for n in ${FV_RUN_RANKS:-1 2}; do
         [[ $n -le $n_gpus ]] || continue
         pytest transformers 240 "$n" -s "$bundle/tests/python/test_transformers_device.py"
         pytest transformers-families 240 "$n" "$bundle/tests/python/test_transformers.py" -k "$(served)"

@@ -135,9 +135,7 @@ fv_lean_fold(fv_lean_smem_t *s, float2 *dump, float (*o)[4], float m[2], float l
     float2 *at = dump + fv_lean_warp() * N_TILES * 32U + (threadIdx.x & 31U);
     float2 *ml = &s->fold_ml[fv_lean_thread()];
 
-    for (int i = 0; i < FV_LEAN_BARRIERS; i++) {
-        fv_lean_sync<2>(); /* the rows and the piece before are out */
-    }
+    fv_lean_sync<2>(); /* the rows and the piece before are out */
     if (fv_lean_team() == 1U) {
 #pragma unroll
         for (int n = 0; n < N_TILES; n++) {

@@ -73,10 +73,28 @@ static __device__ __forceinline__ uint32_t fv_lean_warp()
     return fv_lean_thread() / 32U;
 }
 
+/*
+ * What racecheck can follow. It knows that the thread which arrives at an mbarrier is done with what it read, and does
+ * not know __syncwarp(): with FV_LEAN_ALL_ARRIVE every lane arrives itself, where a slot is given back and where a share
+ * is told. It dates an access by who has entered a barrier, too: a team that waits there early seems to write before the
+ * other has read, so that barriers of two teams come twice (docs/gpu.md). Neither changes what is ordered before what.
+ */
+#if defined(FV_LEAN_ALL_ARRIVE)
+#    define FV_LEAN_RELEASES FV_LEAN_TEAM
+#    define FV_LEAN_TELLS    32
+#    define FV_LEAN_BARRIERS 2
+#else
+#    define FV_LEAN_RELEASES FV_LEAN_WARPS
+#    define FV_LEAN_TELLS    1
+#    define FV_LEAN_BARRIERS 1
+#endif
+
 /* All computing threads meet; those of one team do. */
 template <int TEAMS> static __device__ __forceinline__ void fv_lean_sync()
 {
-    fv_bar_sync(1, TEAMS * FV_LEAN_TEAM);
+    for (int i = 0; i < ((TEAMS == 2) ? FV_LEAN_BARRIERS : 1); i++) {
+        fv_bar_sync(1, TEAMS * FV_LEAN_TEAM);
+    }
 }
 
 static __device__ __forceinline__ void fv_lean_sync_team()
@@ -116,22 +134,7 @@ static __device__ __forceinline__ void fv_lean_mark_copier(const fv_lean_launch_
 #    define FV_LEAN_MARK_FIRST(p, i)
 #endif
 
-/*
- * A computing warp is done with a slot. One lane says so for all: __syncwarp() puts their reads before it. racecheck
- * does not follow that; FV_LEAN_ALL_ARRIVE makes every lane arrive itself, here and where a share is told. It dates an
- * access by who has entered a barrier, too: a team that waits there early seems to write before others have read, so
- * that such a barrier comes twice (docs/gpu.md). Neither changes what is ordered before what.
- */
-#if defined(FV_LEAN_ALL_ARRIVE)
-#    define FV_LEAN_RELEASES FV_LEAN_TEAM
-#    define FV_LEAN_TELLS    32
-#    define FV_LEAN_BARRIERS 2
-#else
-#    define FV_LEAN_RELEASES FV_LEAN_WARPS
-#    define FV_LEAN_TELLS    1
-#    define FV_LEAN_BARRIERS 1
-#endif
-
+/* A computing warp is done with a slot. One lane says so for all: __syncwarp() puts their reads before it. */
 static __device__ __forceinline__ void fv_lean_release(uint64_t *bar)
 {
     __syncwarp();

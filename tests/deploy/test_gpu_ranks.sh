@@ -47,9 +47,10 @@ rank_pid() { # RANK: its process among mpirun's children
     done
 }
 
-until_steps() {
+until_steps() { # (no retries: a service that is gone shall not be waited for)
     for _ in {1..100}; do
-        "$fovea" --address "$address" status --json 2>/dev/null | grep -qE '"n_steps":[[:space:]]*[1-9][0-9]' && return 0
+        kill -0 "$job" 2>/dev/null || return 1
+        timeout 5 "$fovea" --address "$address" --retry 0 status --json 2>/dev/null | grep -qE '"n_steps":[[:space:]]*[1-9][0-9]' && return 0
         sleep 0.1
     done
     return 1
@@ -66,7 +67,11 @@ lose() { # SIGNAL OPTION...
     timeout 60 "$fovea" --address "$address" --retry 0 bench --layers 1 --context 300 --duration 40 --sharding context \
         --shard-tokens 64 >"$work/bench" 2>&1 &
     client=$!
-    until_steps || fail "$what: no step ran"
+    if ! until_steps; then
+        fail "$what: no step ran"
+        kill -KILL "$client" "$job" 2>/dev/null
+        return
+    fi
     pids=$(pgrep -P "$job")
     kill "-$signal" "$(rank_pid 1)" || fail "$what: rank 1 is not there"
     begin=$SECONDS
@@ -84,6 +89,10 @@ lose() { # SIGNAL OPTION...
     code=$?
     [[ $code -eq 1 ]] || fail "$what: the client ended with $code, expected 1"
     grep -qi unavailable "$work/bench" || fail "$what: the client was not told UNAVAILABLE"
+    for _ in {1..50}; do # mpirun may end before rank 0 has written it down
+        [[ ! -s $work/exit ]] || break
+        sleep 0.1
+    done
     [[ $(cat "$work/exit" 2>/dev/null) == 3 ]] || fail "$what: rank 0 ended with $(cat "$work/exit" 2>&1), expected 3"
     for pid in $pids; do
         for ((; i < LIMIT_S * 10; i++)); do # the driver takes its time to clear up after a process

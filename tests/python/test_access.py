@@ -308,7 +308,7 @@ def test_quota_of_requests_in_flight(guarded):
     session = small.open_session(small.register_model(spec))
     q, k, v = decode_step(spec, 2048)
     with small.stream() as stream:
-        futures = [stream.submit(0, [(session, i * 2048, 2048)], q, k, v) for i in range(4)]
+        futures = [stream.submit(0, [(session, i * 2048, 2048)], q, k, v) for i in range(16)]
         failed = [f.exception(60) for f in futures]
     refused = [f for f in failed if isinstance(f, fovea.ResourceExhausted)]
     assert failed[0] is None and refused

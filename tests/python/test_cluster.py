@@ -14,6 +14,7 @@ import fovea
 from helpers import Known, attend, small_spec
 
 N_RANKS = int(os.environ.get("FV_TEST_RANKS", "1"))
+BACKEND = "cuda" if "--backend=cuda" in os.environ.get("FOVEAD_ARGS", "").split() else "cpu"
 
 
 def test_status_counts(client, rng):
@@ -38,8 +39,8 @@ def test_status_of_ranks(client):
     status = client.status()
     assert [rank.rank for rank in status.ranks] == list(range(N_RANKS))
     for rank in status.ranks:
-        assert (rank.backend, rank.state) == ("cpu", "ready")
-        assert rank.host and rank.device and rank.threads >= 1
+        assert (rank.backend, rank.state) == (BACKEND, "ready")
+        assert rank.host and rank.device and (rank.threads >= 1 or BACKEND == "cuda")
         assert rank.kv_bytes_total > 0
     assert sum(rank.kv_bytes_total for rank in status.ranks) == status.kv_bytes_total
     assert status.exchange in (("mpi", "nccl") if N_RANKS > 1 else ("none",))

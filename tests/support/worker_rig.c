@@ -35,6 +35,7 @@ void fv_rig_create_through(fv_rig_t *rig,
     rig->n_ranks = n_ranks;
     rig->door = *door;
     rig->move_bytes = door->move_bytes;
+    rig->is_cuda = (backend != NULL) && (strcmp(backend->name, "cuda") == 0);
     rig->random.state = seed;
     for (uint32_t r = 0; r < n_ranks; r++) {
         fv_worker_config_t config = {

@@ -57,6 +57,7 @@ typedef struct fv_rig_door {
 typedef struct fv_rig {
     uint32_t n_ranks;
     fv_rig_door_t door;
+    bool is_cuda;        /* its results differ from the oracle's by a little more */
     fv_local_hub_t *hub; /* of the rig's own exchange */
     fv_worker_t *workers[FV_RIG_RANKS];
     uint32_t n_models;

@@ -267,19 +267,59 @@ static void append_shadow(fv_rig_t *rig, const fv_rig_item_t *item)
     layer->n_tokens = item->kv_end;
 }
 
-static void assert_near(double given, double expected, double tolerance)
+/* What an item's results may differ by from the oracle's. */
+typedef struct slack {
+    double out, lse;
+} slack_t;
+
+/*
+ * |v| <= 1. The first row of attn_case.h's table, and what GPUs add to it: weights rounded to the cache's dtype where the
+ * tensor cores take them in one part (prompts; latents), and norms that they add up in another order, so that an element
+ * of the cache may round the other way.
+ */
+static slack_t slack_of(const fv_rig_t *rig, const fv_rig_item_t *item)
+{
+    static const double k_out[] = {0.0, 2e-5, 1e-3, 8e-3};             /* by dtype of out */
+    static const double k_weight[] = {0.0, 0.0, 0x1p-11, 0x1p-8, 0.0}; /* by dtype of the cache */
+    const fv_model_spec_t *spec = spec_of(rig, item);
+    const double weight = k_weight[spec->kv_dtype];
+    slack_t slack = {k_out[item->dtype], 2e-5};
+
+    if (!rig->is_cuda) {
+        return slack;
+    }
+    if (fv_model_is_latent(spec) || (item->dtype == spec->kv_dtype)) {
+        slack.out += weight;
+    }
+    if (spec->latent_norm.mode != FV_NORM_NONE) {
+        slack.out += weight;
+        slack.lse += weight;
+    }
+    return slack;
+}
+
+static void assert_near(const fv_rig_item_t *item,
+                        const char *what,
+                        size_t i,
+                        double given,
+                        double expected,
+                        double tolerance)
 {
     bool same_inf = isinf(expected) && (given == expected);
 
     if (!same_inf && !(fabs(given - expected) <= tolerance)) {
-        fail_msg("given %.9g, expected %.9g, tolerance %.3g", given, expected, tolerance);
+        fail_msg(
+            "%s[%zu] of session %u, layer %u, tokens %llu to %llu: given %.9g, expected %.9g, tolerance %.3g",
+            what, i, (unsigned)item->session, (unsigned)item->layer,
+            (unsigned long long)item->position, (unsigned long long)item->kv_end, given, expected,
+            tolerance);
     }
 }
 
 /* The oracle for token t of the item alone: a row depends on its own position only. */
 static void check_token(const fv_rig_t *rig, const fv_rig_item_t *item, size_t t)
 {
-    static const double tolerances[] = {0.0, 2e-5, 1e-3, 8e-3}; /* by dtype of out; |v| <= 1 */
+    const slack_t slack = slack_of(rig, item);
     const fv_model_spec_t *spec = spec_of(rig, item);
     const fv_rig_layer_t *layer = &rig->sessions[item->session].layers[item->layer];
     size_t n_rows = (size_t)spec->n_q_heads;
@@ -321,11 +361,13 @@ static void check_token(const fv_rig_t *rig, const fv_rig_item_t *item, size_t t
                        : 0U;
     for (size_t i = 0; i < n_rows * dim; i++) {
         assert_near(
+            item, "out", t * n_rows * dim + i,
             (double)fv_load_element(item->full.out, (fv_dtype_t)item->dtype, t * n_rows * dim + i),
-            out[i / dim * (size_t)spec->head_dim_v + first + i % dim], tolerances[item->dtype]);
+            out[i / dim * (size_t)spec->head_dim_v + first + i % dim], slack.out);
     }
     for (size_t i = 0; (item->full.lse != NULL) && (i < n_rows); i++) {
-        assert_near((double)item->full.lse[t * n_rows + i], lse[i], 2e-5);
+        assert_near(item, "lse", t * n_rows + i, (double)item->full.lse[t * n_rows + i], lse[i],
+                    slack.lse);
     }
     free(q);
     free(out);
