@@ -28,7 +28,7 @@ typedef struct fv_meeting {
  * are filled in. control_address: "auto", "unix:/path", or "host:port" (port 0 = any) on which rank 0 listens.
  * Rank 0: out_fds[r] is the control socket of rank r (-1 for itself), out_beat_fds[r] that of its heartbeat,
  * out_hellos[r] its introduction.
- * Others: out_fds[0] and out_beat_fds[0] are the sockets to rank 0; out_hellos is not used.
+ * Others: out_fds[0] and out_beat_fds[0] are the sockets to rank 0, all others -1; out_hellos is not used.
  * Errors: FV_ERR_TIMED_OUT naming who did not come; FV_ERR_SYSTEM; FV_ERR_MPI.
  */
 FV_MUST_CHECK fv_status_t fv_bootstrap(void *mpi_comm,

@@ -296,6 +296,10 @@ fv_status_t fv_bootstrap(void *mpi_comm,
 
     (void)MPI_Comm_rank(comm, &rank);
     (void)MPI_Comm_size(comm, &n_ranks);
+    for (int r = 0; r < n_ranks; r++) {
+        out_fds[r] = -1;
+        out_beat_fds[r] = -1;
+    }
     (void)gethostname(hello->host, sizeof(hello->host) - 1U);
     bool one_host = is_one_host(comm, hello->host);
     if (rank == 0) {
@@ -310,10 +314,6 @@ fv_status_t fv_bootstrap(void *mpi_comm,
         status = fv_bootstrap_enter(&meeting, epoch, hello, &out_fds[0], &out_beat_fds[0]);
         fv_secret_wipe(&meeting, sizeof(meeting));
         return status;
-    }
-    for (int r = 0; r < n_ranks; r++) {
-        out_fds[r] = -1;
-        out_beat_fds[r] = -1;
     }
     out_hellos[0] = *hello;
     status = fv_bootstrap_accept(&meeting, listen_fd, control_address, epoch, (uint32_t)n_ranks,
