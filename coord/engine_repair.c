@@ -35,7 +35,9 @@ void fv_engine_note_broken_command(fv_engine_t *engine,
         engine->broken_command.placement = *placement;
     }
     engine->broken_command.n_bytes = n_bytes;
-    memcpy(&engine->broken_command.body, body, n_bytes);
+    if (n_bytes > 0) { /* KEEP_END has no body */
+        memcpy(&engine->broken_command.body, body, n_bytes);
+    }
 }
 
 /* To the ranks of a placement, whatever they say: a rank that has it, or is new, refuses. */
@@ -88,9 +90,14 @@ static fv_status_t mend_command(fv_engine_t *engine)
         fv_session_id_t id = session->id;
         return close_everywhere(engine, &id);
     }
-    return send_again(
+    FV_RETURN_IF_ERR(send_again(
         engine, engine->broken_command.has_placement ? &engine->broken_command.placement : NULL,
-        engine->broken_command.type, &engine->broken_command.body, engine->broken_command.n_bytes);
+        engine->broken_command.type, &engine->broken_command.body, engine->broken_command.n_bytes));
+    if (engine->broken_command.type == FV_CTL_MODEL) { /* who asks again finds it, and uses it */
+        const fv_ctl_model_t *model = &engine->broken_command.body.model;
+        return fv_ledger_note_model(engine->config.ledger, model->model_slot, &model->spec);
+    }
+    return FV_OK;
 }
 
 /* ------------------------------------------------------------------ steps */

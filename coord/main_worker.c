@@ -72,7 +72,7 @@ static fv_status_t enlist(fv_process_t *p, fv_ctl_epoch_t *epoch)
 
 int fv_main_run_worker(fv_process_t *p)
 {
-    static fv_ctl_epoch_t next; /* large; one thread */
+    fv_ctl_epoch_t next;
     fv_status_t status = FV_OK;
     bool is_stop = false;
 
