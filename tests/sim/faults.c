@@ -1,0 +1,76 @@
+/*
+ * faults.c - processes die at a random moment or at a random system call, stop for a while, are cut off; networks are slow.
+ */
+#include "common/fault.h"
+#include "tests/sim/job.h"
+
+static uint32_t s_n_hosts;
+
+/* The ten stations of a step are places to die at, as system calls are. */
+static void on_station(int station)
+{
+    (void)station;
+    sim_call();
+}
+
+static uint32_t some_process(void)
+{
+    uint32_t n = sim_job_n_processes();
+
+    return sim_chance(4) ? 0U : (uint32_t)sim_pick(0, (int64_t)n - 1); /* rank 0 more often */
+}
+
+static void strike(void *a, uint64_t b)
+{
+    uint32_t number = some_process();
+    int64_t dice = sim_pick(0, 99);
+
+    (void)a;
+    (void)b;
+    if (sim_process_is_alive(number)) {
+        sim_job_note_fault();
+        if (dice < 25) {
+            sim_say("fault: process %u is killed", number);
+            g_sim_counts.n_kills++;
+            sim_kill(number);
+        } else if (dice < 60) {
+            uint32_t n_calls = (uint32_t)sim_pick(1, sim_chance(2) ? 60 : 1500);
+            sim_say("fault: process %u dies at its %u. call from now", number, n_calls);
+            g_sim_counts.n_kills++;
+            sim_kill_after(number, n_calls);
+        } else if (dice < 80) {
+            int64_t length_us = sim_pick(1000, 2 * SIM_SECOND);
+            sim_say("fault: process %u stops for %lld ms", number, (long long)length_us / 1000);
+            g_sim_counts.n_stops++;
+            sim_stop_until(number, sim_now_us() + length_us);
+        } else if (s_n_hosts > 1) {
+            uint32_t host = (uint32_t)sim_pick(0, (int64_t)s_n_hosts - 1);
+            int64_t length_us = sim_pick(1000, 12 * SIM_SECOND);
+            sim_say("fault: host %u is cut off for %lld ms", host, (long long)length_us / 1000);
+            g_sim_counts.n_partitions++;
+            sim_partition(host, sim_now_us() + length_us);
+        }
+    }
+}
+
+static void calm_down(void *a, uint64_t b)
+{
+    (void)a;
+    (void)b;
+    for (uint32_t i = 0; i < sim_job_n_processes(); i++) {
+        sim_kill_after(i, 0);
+    }
+}
+
+void sim_faults_begin(const sim_job_config_t *config, int64_t until_us)
+{
+    s_n_hosts = config->n_hosts;
+    fv_fault_hook = on_station;
+    if (sim_chance(4)) {
+        sim_set_delay(1000, sim_pick(2000, 200000)); /* a slow network between hosts */
+    }
+    for (int64_t n = sim_pick(0, 5); n > 0; n--) {
+        sim_at(sim_pick(sim_now_us(), until_us), strike, NULL, 0);
+    }
+    sim_at(until_us + 1, calm_down, NULL, 0);
+}

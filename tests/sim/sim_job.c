@@ -1,0 +1,71 @@
+/*
+ * sim_job.c - deterministic simulation of a whole job: scheduler, control protocol, fencing and recovery.
+ *
+ * Goal:   whatever dies, stops, is cut off, comes late or is repeated: no acknowledged token is lost, none is doubled, every
+ *         request ends with one answer in bounded time, a refusal changes nothing, epochs never go back, nothing of an older
+ *         epoch is accepted, and at the end all memory and all quotas are free and every process leaves cleanly.
+ * Method: real code of coordinator, workers, spares, ledger and stores in a virtual world (tests/sim/world.h): one seed is
+ *         one story. FV_SEED tells one story (FV_SIM_TELL=1 says what happens), FV_SIM_STORIES sets how many from there on.
+ */
+#include "tests/sim/job.h"
+#include "tests/support/test.h"
+
+#include <stdlib.h>
+#include <time.h>
+
+#define N_STORIES 300
+
+/* Seeds of stories that failed once. */
+static const uint64_t k_named[] = {1};
+
+static void test_named_stories(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < FV_COUNT(k_named); i++) {
+        sim_story(k_named[i]);
+    }
+    sim_story_clean();
+}
+
+static void test_stories(void **state)
+{
+    const char *text = getenv("FV_SIM_STORIES");
+    int n_stories = (text != NULL) ? atoi(text) : ((getenv("FV_SEED") != NULL) ? 1 : N_STORIES);
+    uint64_t first = fv_random_seed(1);
+    const sim_counts_t *n = &g_sim_counts;
+
+    (void)state;
+    *(sim_counts_t *)&g_sim_counts = (sim_counts_t){0};
+    for (int i = 0; i < n_stories; i++) {
+        if ((i > 0) && ((i % 1000) == 0)) {
+            print_message("%d stories\n", i);
+        }
+        sim_story(first + (uint64_t)i);
+    }
+    sim_story_clean();
+    print_message("%d stories: %llu operations, %llu served, %llu tried again, %llu refused, %llu "
+                  "for want of memory, %llu left in the middle, %llu sessions lost; %llu killed, "
+                  "%llu stopped, %llu cut off; %llu starts, %llu epochs, %llu messages\n",
+                  n_stories, (unsigned long long)n->n_operations, (unsigned long long)n->n_served,
+                  (unsigned long long)n->n_retries, (unsigned long long)n->n_refused,
+                  (unsigned long long)n->n_exhausted, (unsigned long long)n->n_cancelled,
+                  (unsigned long long)n->n_lost, (unsigned long long)n->n_kills,
+                  (unsigned long long)n->n_stops, (unsigned long long)n->n_partitions,
+                  (unsigned long long)n->n_starts, (unsigned long long)n->n_epochs,
+                  (unsigned long long)n->n_messages);
+    if (n_stories >= 100) { /* the stories must have something to tell */
+        assert_true((n->n_served > 1000) && (n->n_retries > 100) && (n->n_refused > 100));
+        assert_true((n->n_exhausted > 10) && (n->n_cancelled > 100) && (n->n_epochs > 10));
+        assert_true((n->n_kills > 50) && (n->n_stops > 10) && (n->n_partitions > 3));
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_named_stories),
+        cmocka_unit_test(test_stories),
+    };
+
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
