@@ -4,7 +4,7 @@ set(FV_SIM_WRAPPED malloc calloc realloc aligned_alloc posix_memalign strdup fre
                    _exit pthread_create pthread_join fv_log_write)
 list(TRANSFORM FV_SIM_WRAPPED PREPEND "LINKER:--wrap=")
 if(NOT "${FV_SANITIZE}" STREQUAL "thread") # it has one thread
-    fv_add_test(sim_job sim SOURCES sim/sim_job.c sim/story.c sim/clients.c sim/door.c sim/job.c sim/faults.c sim/laws.c
+    fv_add_test(sim_job sim SOURCES sim/sim_job.c sim/story.c sim/clients.c sim/door.c sim/job.c sim/recruit.c sim/faults.c sim/laws.c
                 sim/world.c sim/world_memory.c sim/world_calls.c sim/world_socket.c sim/world_mpi.c
                 ${PROJECT_SOURCE_DIR}/coord/main_coordinator.c ${PROJECT_SOURCE_DIR}/coord/main_worker.c
                 ${PROJECT_SOURCE_DIR}/coord/main_repair.c ${PROJECT_SOURCE_DIR}/coord/main_parts.c

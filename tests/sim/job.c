@@ -12,6 +12,7 @@
 #include "coord/main_exit.h"
 #include "coord/main_parts.h"
 #include "coord/main_ranks.h"
+#include "coord/main_recruit.h"
 #include "coord/main_worker.h"
 
 #include <stdio.h>
@@ -27,6 +28,7 @@ static struct {
     fv_ctl_hello_t hellos[SIM_PROCESSES_MAX];
     int fds[SIM_PROCESSES_MAX][2], beat_fds[SIM_PROCESSES_MAX][2];
     bool is_here[SIM_PROCESSES_MAX], is_met;
+    bool is_recruit[SIM_PROCESSES_MAX];
     bool may_lose, has_fault, is_over;
     uint32_t slot_hosts[SIM_PROCESSES_MAX]; /* where a rank's files are the newest */
     int codes[SIM_PROCESSES_MAX];
@@ -45,6 +47,11 @@ static fv_status_t attend(fv_backend_t *backend, const fv_attn_item_t *items, si
 
 /* ------------------------------------------------------------------ a process */
 
+void sim_job_name_host(uint32_t number, char out[64])
+{
+    (void)snprintf(out, 64, "host%u", sim_process_host(number));
+}
+
 /* Every process reports here; rank 0 connects them. */
 fv_status_t fv_bootstrap(void *mpi_comm,
                          const char *control_address,
@@ -59,7 +66,7 @@ fv_status_t fv_bootstrap(void *mpi_comm,
     (void)mpi_comm;
     (void)control_address;
     (void)epoch;
-    (void)snprintf(hello->host, sizeof(hello->host), "host%u", sim_process_host(own));
+    sim_job_name_host(own, hello->host);
     j.hellos[own] = *hello;
     j.is_here[own] = true;
     for (uint32_t i = 0; i < j.n_world; i++) {
@@ -125,6 +132,8 @@ static fv_status_t start_parts(fv_process_t *p)
     fv_crew_init(&p->crew, (uint32_t)p->n_ranks, (uint32_t)p->n_world, FV_MAIN_EPOCH);
     p->crew.deadline_ms = (uint32_t)p->config.repair_deadline_ms;
     p->crew.lost_code = FV_EXIT_RANK_LOST;
+    p->crew.config = &p->config;
+    p->crew.may_recruit = fv_recruit_is_possible(&p->config);
     p->crew.exchange = &p->exchange;
     p->exchange = (fv_main_exchange_t){.name = "none", .text = "none"};
     FV_RETURN_IF_ERR(fv_main_store_open(&p->config, p->config.job, (uint32_t)p->rank,
@@ -133,7 +142,7 @@ static fv_status_t start_parts(fv_process_t *p)
         p->hello = (fv_ctl_hello_t){.rank = (uint32_t)p->rank, .backend = "spare"};
         return FV_OK;
     }
-    FV_RETURN_IF_ERR(fv_crew_make_comm(&p->crew));
+    FV_RETURN_IF_ERR(fv_crew_make_comm(&p->crew, (uint32_t)p->rank));
     FV_RETURN_IF_ERR(fv_exchange_mpi_create(&p->crew.comm, &exchange));
     p->exchange.ops = &fv_exchange_mpi_ops;
     p->exchange.ctx = exchange;
@@ -156,6 +165,10 @@ static int run(sim_process_t *process)
     p->n_local_ranks = 1;
     p->is_with_coordinator = sim_process_host(number) == sim_process_host(0);
     p->backend = &s_backend;
+    if (j.is_recruit[number]) {
+        p->is_recruit = true;
+        return fv_main_run_worker(p);
+    }
     fv_deadline_arm(START_MS, FV_EXIT_START, "start");
     fv_status_t status = start_parts(p);
     if (status == FV_OK) {
@@ -191,8 +204,18 @@ static void start_all(void *a, uint64_t b)
             j.slot_hosts[i] = host;
         }
         j.codes[i] = -2;
+        j.is_recruit[i] = false;
         (void)sim_process_start(i, host, run, end_process);
     }
+}
+
+/* On the host of whom it replaces. */
+void sim_job_start_recruit(uint32_t number)
+{
+    sim_say("process %u is started anew", number);
+    j.is_recruit[number] = true;
+    j.codes[number] = -2;
+    (void)sim_process_start(number, sim_process_host(number), run, end_process);
 }
 
 static void kill_all(void *a, uint64_t n_starts)
@@ -235,6 +258,7 @@ void sim_job_begin(const sim_job_config_t *config)
     j.config = *config;
     j.n_world = config->n_ranks + config->n_spares;
     j.may_lose = !config->is_durable;
+    sim_recruits_begin(config->has_recruits);
     s_backend = fv_backend_null;
     s_backend.attend = attend;
     for (uint32_t i = 0; i < j.n_world; i++) {

@@ -2,6 +2,7 @@
  * job.h - a job of simulated processes: what mpirun and fovead-run do, and what goes wrong.
  *
  *   job.c       starts ranks and spares, starts them again when the coordinator has left
+ *   recruit.c   starts a rank anew, in a lost one's place
  *   door.c      the coordinator's gRPC door, and how clients come to it
  *   faults.c    deaths, stops, partitions, slow networks
  *   laws.c      what must hold of every control message
@@ -24,6 +25,7 @@ typedef struct sim_job_config {
     uint32_t n_ranks, n_spares, n_hosts;
     bool is_durable;
     bool is_dedicated; /* rank 0 has no share */
+    bool has_recruits; /* a lost rank without a spare is started anew */
     uint64_t kv_bytes; /* of a rank */
     int32_t prefill_tokens_per_step;
     const char *dir; /* empty; for what outlives processes */
@@ -49,6 +51,13 @@ void sim_job_note_rank(uint32_t rank, uint32_t process);
 void sim_job_note_fault(void);
 /* After a Drain: every process has left, as it should. */
 bool sim_job_has_ended(void);
+
+void sim_job_start_recruit(uint32_t number);
+void sim_job_name_host(uint32_t number, char out[64]);
+
+/* ------------------------------------------------------------------ recruit.c */
+
+void sim_recruits_begin(bool is_on);
 
 /* ------------------------------------------------------------------ door.c */
 

@@ -214,6 +214,7 @@ static sim_job_config_t make_config(void)
                               .n_hosts = sim_chance(3) ? (uint32_t)sim_pick(2, 3) : 1U,
                               .is_durable = !sim_chance(8),
                               .is_dedicated = sim_chance(6),
+                              .has_recruits = sim_chance(2),
                               .kv_bytes = (uint64_t)sim_pick(1, 4) << 17,
                               .prefill_tokens_per_step = pieces[sim_pick(0, 3)],
                               .dir = s.dir};
