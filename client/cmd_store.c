@@ -2,6 +2,7 @@
  * cmd_store.c - `fovea store`: the durable state of services on this host, running or not. Talks to no service.
  */
 #include "client/cli.h"
+#include "common/disklog.h"
 #include "common/store.h"
 #include "proto/ledger.h"
 
@@ -16,7 +17,8 @@ typedef struct fv_store_args {
 } fv_store_args_t;
 
 static const struct argp_option k_store_options[] = {
-    {"dir", 'd', "DIR", 0, "The services' --store-dir; default: /dev/shm/fovea-UID", 0},
+    {"dir", 'd', "DIR", 0, "The services' --store-dir, or --disk-dir; default: /dev/shm/fovea-UID",
+     0},
     {0},
 };
 
@@ -84,16 +86,27 @@ static fv_status_t count_session(void *arg, const fv_journal_record_t *record)
     return FV_OK;
 }
 
-static void show_journal(look_t *look, const char *path, const char *name)
+/* The journal's records in a log: many at once. */
+static fv_status_t count_table(void *arg, const void *records, size_t n_bytes)
+{
+    fv_journal_report_t report;
+
+    return fv_journal_scan(records, n_bytes, count_session, arg, &report);
+}
+
+static void show_journal(look_t *look, const char *path, const char *name, bool is_log)
 {
     fv_journal_head_t head = {0};
     fv_journal_report_t r = {0};
     bool is_locked = false;
     int64_t n_sessions = 0;
+    const fv_disklog_reader_t reader = {.table = count_table, .arg = &n_sessions};
     fv_status_t status =
-        fv_journal_inspect(path, count_session, &n_sessions, &head, &r, &is_locked);
-    bool is_damaged =
-        (status != FV_OK) || (r.n_damaged > 0) || (r.n_holes > 0) || (r.tail_bytes > 0);
+        is_log ? fv_disklog_inspect(path, &reader, &head, &r, &is_locked)
+               : fv_journal_inspect(path, count_session, &n_sessions, &head, &r, &is_locked);
+    /* a batch that did not get through is no damage: it is cut; one may be under way */
+    bool is_damaged = (status != FV_OK) || (r.n_damaged > 0) || (r.n_holes > 0) ||
+                      ((r.tail_bytes > 0) && !is_log);
 
     look->has_failed = look->has_failed || is_damaged;
     if (status != FV_OK) {
@@ -124,8 +137,8 @@ static void show_file(look_t *look, const char *dir, const char *name)
     if (snprintf(path, sizeof(path), "%s/%s", dir, name) >= (int)sizeof(path)) {
         return;
     }
-    if (ends_with(name, ".journal")) {
-        show_journal(look, path, name);
+    if (ends_with(name, ".journal") || ends_with(name, ".log")) {
+        show_journal(look, path, name, ends_with(name, ".log"));
     } else if (ends_with(name, ".kv") && (stat(path, &info) == 0)) {
         (void)printf("  %-24s %8.1f MiB, %.1f MiB of memory\n", name,
                      (double)info.st_size / 1048576.0, (double)info.st_blocks * 512.0 / 1048576.0);

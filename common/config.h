@@ -95,6 +95,7 @@ typedef struct fv_config {
     /* durability */
     char durability[FV_CONFIG_TEXT_BYTES]; /* "none", "process", "host" */
     char store_dir[FV_CONFIG_PATH_BYTES];  /* "" = /dev/shm/fovea-UID */
+    char disk_dir[FV_CONFIG_PATH_BYTES];   /* "" = none */
     char job[FV_CONFIG_PATH_BYTES];        /* "" = from the first address */
     bool store_keep, store_discard;
 } fv_config_t;

@@ -5,7 +5,7 @@
 
 #include "common/journal.h"
 
-#include "common/clock.h"
+#include "common/disklog.h"
 #include "common/journal_format.h"
 
 #include <errno.h>
@@ -15,13 +15,12 @@
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
-#define PATH_BYTES  800
-#define GROW_BYTES  ((uint64_t)256 << 10) /* the file is allocated ahead in such pieces, at least */
-#define FLUSH_BYTES ((size_t)1 << 20)     /* of a rewrite: written when so much has gathered */
-#define NAP_MS      5
+#define PATH_BYTES   800
+#define GROW_BYTES   ((uint64_t)256 << 10) /* the file is allocated ahead in such pieces, at least */
+#define FLUSH_BYTES  ((size_t)1 << 20)     /* of a rewrite: written when so much has gathered */
+#define BATCH_FACTOR 3U                    /* a batch of the smallest record, to that record */
 
 /* An open file with its mapped head. */
 typedef struct journal_file {
@@ -36,19 +35,12 @@ struct fv_journal {
     char path[PATH_BYTES];
     fv_journal_head_t head;
     journal_file_t file, next; /* next.fd >= 0: a rewrite is under way */
+    fv_disklog_t *disk;        /* has all of it, too, and before it; NULL: none */
     uint8_t *buffer;           /* added, not yet written */
     size_t n_buffered, buffer_cap;
 };
 
 /* ------------------------------------------------------------------ files */
-
-static fv_status_t system_error(const char *path, const char *what)
-{
-    return fv_fail(((errno == ENOSPC) || (errno == EDQUOT) || (errno == EFBIG)) ? FV_ERR_EXHAUSTED
-                                                                                : FV_ERR_SYSTEM,
-                   "%s: %s: %s", path, what,
-                   (errno == ENOSPC) ? "the file system is full" : strerror(errno));
-}
 
 static void file_close(journal_file_t *file)
 {
@@ -71,7 +63,7 @@ static fv_status_t file_write(const char *path, int fd, const void *data, size_t
             continue;
         }
         if (done <= 0) {
-            return system_error(path, "write");
+            return fv_journal_system_error(path, "write");
         }
         from += done;
         at += (uint64_t)done;
@@ -93,12 +85,25 @@ static fv_status_t file_write_head(const char *path, int fd, const fv_journal_he
     return file_write(path, fd, page, sizeof(page), 0);
 }
 
+static fv_status_t file_write_id(const char *path, int fd, fv_journal_head_t *head)
+{
+    fv_journal_disk_head_t disk = {.magic = FV_JOURNAL_MAGIC, .version = FV_JOURNAL_VERSION};
+
+    if (head->disk_id == 0U) {
+        return FV_OK;
+    }
+    head->disk_id = 0;
+    disk.head = *head;
+    disk.crc = fv_journal_head_crc(&disk);
+    return file_write(path, fd, &disk, sizeof(disk), 0);
+}
+
 static fv_status_t file_map_head(const char *path, journal_file_t *file)
 {
     void *head = mmap(NULL, FV_JOURNAL_HEAD_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, file->fd, 0);
 
     if (head == MAP_FAILED) {
-        return system_error(path, "mmap");
+        return fv_journal_system_error(path, "mmap");
     }
     file->head = head;
     return FV_OK;
@@ -121,7 +126,7 @@ static fv_status_t file_allocate(const char *path, journal_file_t *file, uint64_
     if ((fallocate(file->fd, FALLOC_FL_KEEP_SIZE, (off_t)(FV_JOURNAL_HEAD_BYTES + file->allocated),
                    (off_t)grow) != 0) &&
         (errno != EOPNOTSUPP)) {
-        return system_error(path, "no room for more records");
+        return fv_journal_system_error(path, "no room for more records");
     }
     file->allocated += grow;
     return FV_OK;
@@ -129,91 +134,32 @@ static fv_status_t file_allocate(const char *path, journal_file_t *file, uint64_
 
 /* ------------------------------------------------------------------ opening */
 
-static bool is_same_file(const char *path, int fd)
-{
-    struct stat a;
-    struct stat b;
-
-    return (fstat(fd, &a) == 0) && (stat(path, &b) == 0) && (a.st_ino == b.st_ino) &&
-           (a.st_dev == b.st_dev);
-}
-
-/* The file, ours alone. Another may have renamed or removed it meanwhile. */
-static fv_status_t open_locked(const char *path, uint32_t wait_ms, int *out_fd)
-{
-    int64_t until_us = fv_clock_us() + (int64_t)wait_ms * 1000;
-
-    for (;;) {
-        int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-        if (fd < 0) {
-            return system_error(path, "open");
-        }
-        if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
-            (void)close(fd);
-            if (fv_clock_us() >= until_us) {
-                return fv_fail(FV_ERR_PRECONDITION,
-                               "%s is in use by another process: two services never share a store "
-                               "(job)",
-                               path);
-            }
-            (void)nanosleep(&(struct timespec){.tv_nsec = NAP_MS * 1000000L}, NULL);
-            continue;
-        }
-        if (is_same_file(path, fd)) {
-            *out_fd = fd;
-            return FV_OK;
-        }
-        (void)close(fd);
-    }
-}
-
-static fv_status_t
-check_head(const char *path, const fv_journal_head_t *found, const fv_journal_head_t *wanted)
-{
-    const char *advice = "start with the settings that made it, or remove it (fovea store rm)";
-
-    if ((strncmp(found->kind, wanted->kind, sizeof(found->kind)) != 0) ||
-        (strncmp(found->job, wanted->job, sizeof(found->job)) != 0)) {
-        return fv_fail(FV_ERR_PRECONDITION, "%s: %s of job %s, expected %s of job %s; %s", path,
-                       found->kind, found->job, wanted->kind, wanted->job, advice);
-    }
-    if ((found->slot != wanted->slot) || (found->n_slots != wanted->n_slots)) {
-        return fv_fail(FV_ERR_PRECONDITION, "%s: rank %u of %u, expected rank %u of %u; %s", path,
-                       found->slot, found->n_slots, wanted->slot, wanted->n_slots, advice);
-    }
-    if (strncmp(found->layout, wanted->layout, sizeof(found->layout)) != 0) {
-        return fv_fail(FV_ERR_PRECONDITION, "%s: pages of backend %s, expected %s; %s", path,
-                       found->layout, wanted->layout, advice);
-    }
-    if (found->kv_bytes != wanted->kv_bytes) {
-        return fv_fail(FV_ERR_PRECONDITION, "%s: %llu bytes of KV (kv_memory), expected %llu; %s",
-                       path, (unsigned long long)found->kv_bytes,
-                       (unsigned long long)wanted->kv_bytes, advice);
-    }
-    return FV_OK;
-}
-
 static fv_status_t
 open_file(fv_journal_t *journal, const fv_journal_head_t *head, uint32_t wait_ms, bool *out_is_new)
 {
     struct stat info;
     journal_file_t *file = &journal->file;
 
-    FV_RETURN_IF_ERR(open_locked(journal->path, wait_ms, &file->fd));
+    FV_RETURN_IF_ERR(fv_journal_open_locked(journal->path, wait_ms, &file->fd));
     if (fstat(file->fd, &info) != 0) {
-        return system_error(journal->path, "stat");
+        return fv_journal_system_error(journal->path, "stat");
     }
     *out_is_new = info.st_size < (off_t)FV_JOURNAL_HEAD_BYTES; /* also one that died at birth */
     if (!*out_is_new) {
         FV_RETURN_IF_ERR(
             fv_journal_read_head(journal->path, file->fd, &journal->head, &file->committed));
-        *out_is_new = file->committed == 0U; /* nothing in it: it may become another one */
+        /* nothing in it: it may become another one */
+        *out_is_new = (file->committed == 0U) || (journal->head.disk_id == FV_JOURNAL_UNSETTLED);
+        file->committed = *out_is_new ? 0U : file->committed;
     }
     if (*out_is_new) {
         FV_RETURN_IF_ERR(file_write_head(journal->path, file->fd, head));
         journal->head = *head;
     } else {
-        FV_RETURN_IF_ERR(check_head(journal->path, &journal->head, head));
+        FV_RETURN_IF_ERR(fv_journal_check_head(journal->path, &journal->head, head));
+        if (head->disk_id == 0U) { /* what is added from here on is on no disk */
+            FV_RETURN_IF_ERR(file_write_id(journal->path, file->fd, &journal->head));
+        }
         file->written = file->committed;
         file->allocated = file->committed;
     }
@@ -266,6 +212,12 @@ void fv_journal_remove(fv_journal_t *journal)
     }
 }
 
+void fv_journal_set_disk(fv_journal_t *journal, fv_disklog_t *disk, uint64_t disk_id)
+{
+    journal->disk = disk;
+    journal->head.disk_id = disk_id;
+}
+
 const fv_journal_head_t *fv_journal_head(const fv_journal_t *journal)
 {
     return &journal->head;
@@ -302,6 +254,9 @@ static fv_status_t flush(fv_journal_t *journal)
 {
     journal_file_t *file = target(journal);
 
+    if (journal->disk != NULL) {
+        FV_RETURN_IF_ERR(fv_disklog_commit(journal->disk, journal->buffer, journal->n_buffered));
+    }
     FV_RETURN_IF_ERR(file_write(journal->path, file->fd, journal->buffer, journal->n_buffered,
                                 FV_JOURNAL_HEAD_BYTES + file->written));
     file->written += journal->n_buffered;
@@ -329,6 +284,10 @@ fv_status_t fv_journal_reserve(fv_journal_t *journal, size_t n_bytes)
         journal->buffer = buffer;
         journal->buffer_cap = cap;
     }
+    if (journal->disk != NULL) {
+        /* each record may be committed by itself, in a batch of its own */
+        FV_RETURN_IF_ERR(fv_disklog_reserve(journal->disk, n, BATCH_FACTOR * n));
+    }
     return (file->written + n <= file->allocated)
                ? FV_OK
                : file_allocate(journal->path, file, file->written + n);
@@ -339,28 +298,26 @@ void fv_journal_add(fv_journal_t *journal,
                     const void *more,
                     size_t more_bytes)
 {
-    size_t n_body = record->n_bytes + more_bytes;
-    uint8_t *to = journal->buffer + journal->n_buffered;
-    uint8_t *body = to + sizeof(fv_journal_disk_record_t);
-    fv_journal_disk_record_t disk = {.magic = FV_JOURNAL_RECORD_MAGIC,
-                                     .type = (uint16_t)record->type,
-                                     .flags = (uint16_t)record->flags,
-                                     .key = record->key,
-                                     .n_bytes = (uint32_t)n_body,
-                                     .number = record->number};
+    FV_ASSERT(journal->n_buffered + fv_journal_size(record->n_bytes + more_bytes) <=
+              journal->buffer_cap);
+    journal->n_buffered +=
+        fv_journal_put_record(journal->buffer + journal->n_buffered, record, more, more_bytes);
+}
 
-    FV_ASSERT(journal->n_buffered + fv_journal_size(n_body) <= journal->buffer_cap);
-    if (record->n_bytes > 0) {
-        memcpy(body, record->body, record->n_bytes);
-    }
-    if (more_bytes > 0) {
-        memcpy(body + record->n_bytes, more, more_bytes);
-    }
-    memset(body + n_body, 0, fv_journal_padded(n_body) - n_body);
-    disk.body_crc = fv_crc32c(0, body, n_body);
+void fv_journal_add_raw(fv_journal_t *journal, const void *records, size_t n_bytes)
+{
+    FV_ASSERT(journal->n_buffered + n_bytes <= journal->buffer_cap);
+    memcpy(journal->buffer + journal->n_buffered, records, n_bytes);
+    journal->n_buffered += n_bytes;
+}
+
+void fv_journal_add_damaged(fv_journal_t *journal, uint32_t key)
+{
+    fv_journal_disk_record_t disk = {
+        .magic = FV_JOURNAL_RECORD_MAGIC, .key = key, .body_crc = ~fv_crc32c(0, NULL, 0)};
+
     disk.head_crc = fv_journal_record_crc(&disk);
-    memcpy(to, &disk, sizeof(disk));
-    journal->n_buffered += fv_journal_size(n_body);
+    fv_journal_add_raw(journal, &disk, sizeof(disk));
 }
 
 fv_status_t fv_journal_commit(fv_journal_t *journal)
@@ -368,7 +325,7 @@ fv_status_t fv_journal_commit(fv_journal_t *journal)
     journal_file_t *file = &journal->file;
 
     FV_ASSERT(journal->next.fd < 0);
-    if (journal->n_buffered == 0) {
+    if (journal->n_buffered == 0) { /* pages that no record speaks of are nobody's */
         return FV_OK;
     }
     fv_status_t status = flush(journal);
@@ -396,10 +353,10 @@ fv_status_t fv_journal_rewrite_begin(fv_journal_t *journal)
     next_path(journal, path);
     next.fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
     if (next.fd < 0) {
-        return system_error(path, "open");
+        return fv_journal_system_error(path, "open");
     }
     fv_status_t status =
-        (flock(next.fd, LOCK_EX | LOCK_NB) == 0) ? FV_OK : system_error(path, "lock");
+        (flock(next.fd, LOCK_EX | LOCK_NB) == 0) ? FV_OK : fv_journal_system_error(path, "lock");
     if (status == FV_OK) {
         status = file_write_head(path, next.fd, &journal->head);
     }
@@ -407,6 +364,9 @@ fv_status_t fv_journal_rewrite_begin(fv_journal_t *journal)
         status = file_map_head(path, &next);
     }
     journal->next = next;
+    if ((status == FV_OK) && (journal->disk != NULL)) {
+        status = fv_disklog_snapshot_begin(journal->disk);
+    }
     if (status != FV_OK) {
         fv_journal_rewrite_abort(journal);
     }
@@ -418,10 +378,13 @@ fv_status_t fv_journal_rewrite_end(fv_journal_t *journal)
     char path[PATH_BYTES + 8];
 
     FV_RETURN_IF_ERR(flush(journal));
+    if (journal->disk != NULL) { /* a death in between: both say the same */
+        FV_RETURN_IF_ERR(fv_disklog_snapshot_end(journal->disk));
+    }
     file_publish(&journal->next);
     next_path(journal, path);
     if (rename(path, journal->path) != 0) {
-        return system_error(path, "rename");
+        return fv_journal_system_error(path, "rename");
     }
     file_close(&journal->file);
     journal->file = journal->next;
@@ -437,6 +400,9 @@ void fv_journal_rewrite_abort(fv_journal_t *journal)
         next_path(journal, path);
         (void)unlink(path);
         file_close(&journal->next);
+        if (journal->disk != NULL) {
+            fv_disklog_snapshot_abort(journal->disk);
+        }
     }
     journal->n_buffered = 0;
 }

@@ -25,11 +25,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FV_JOURNAL_VERSION    2U
+#define FV_JOURNAL_VERSION    3U
 #define FV_JOURNAL_HEAD_BYTES 4096U
 #define FV_JOURNAL_BODY_MAX   (1U << 30)
 #define FV_JOURNAL_JOB_BYTES  64
 #define FV_JOURNAL_FIRST      1U /* flag of a record: its key begins anew */
+/* disk_id of one that was read from a disk, and that nobody has looked through yet: opened again, it is new. */
+#define FV_JOURNAL_UNSETTLED UINT64_MAX
 
 /* Whose journal it is: opening one with another head is refused. Plain data, zero-padded texts. */
 typedef struct fv_journal_head {
@@ -38,6 +40,7 @@ typedef struct fv_journal_head {
     char job[FV_JOURNAL_JOB_BYTES];
     uint32_t slot, n_slots; /* of the job's worker slots, this one's */
     uint64_t kv_bytes;      /* of the pages beside it */
+    uint64_t disk_id; /* of the log on a disk that has all of it, too (disklog.h); 0: none has */
 } fv_journal_head_t;
 
 typedef struct fv_journal_record {
@@ -62,6 +65,7 @@ typedef struct fv_journal_report {
 typedef fv_status_t (*fv_journal_visit_t)(void *arg, const fv_journal_record_t *record);
 
 typedef struct fv_journal fv_journal_t;
+struct fv_disklog;
 
 /*
  * Opens `path`, or makes it with `head` (mode 0600). Waits at most wait_ms for another
@@ -79,6 +83,12 @@ FV_MUST_CHECK fv_status_t fv_journal_open(const char *path,
 void fv_journal_close(fv_journal_t *journal);
 /* The same, and the file goes. */
 void fv_journal_remove(fv_journal_t *journal);
+
+/*
+ * From here on all that is committed is on that disk's log before it is in the file; the next one that is written anew says so in
+ * its head (disk_id). Borrowed; NULL: no longer.
+ */
+void fv_journal_set_disk(fv_journal_t *journal, struct fv_disklog *disk, uint64_t disk_id);
 
 const fv_journal_head_t *fv_journal_head(const fv_journal_t *journal);
 uint64_t fv_journal_bytes(const fv_journal_t *journal); /* committed */
@@ -100,6 +110,10 @@ void fv_journal_add(fv_journal_t *journal,
                     const fv_journal_record_t *record,
                     const void *more,
                     size_t more_bytes);
+/* Records as they are in another journal, whole or not; their room was reserved. */
+void fv_journal_add_raw(fv_journal_t *journal, const void *records, size_t n_bytes);
+/* One that readers will report as damaged: what is known of `key` is not to be trusted. Its room was reserved. */
+void fv_journal_add_damaged(fv_journal_t *journal, uint32_t key);
 /* All that was added, or nothing. Errors: FV_ERR_SYSTEM, FV_ERR_EXHAUSTED: nothing was committed. */
 FV_MUST_CHECK fv_status_t fv_journal_commit(fv_journal_t *journal);
 

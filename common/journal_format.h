@@ -66,6 +66,25 @@ static inline bool fv_journal_unpack_committed(uint64_t word, uint64_t *out_byte
     return fv_journal_pack_committed(n_bytes) == word;
 }
 
+/* Whether a record's head can stand at `at` of n_bytes; its body lies inside. */
+bool fv_journal_read_record(const uint8_t *data,
+                            size_t n_bytes,
+                            size_t at,
+                            fv_journal_disk_record_t *out);
+/* A record at `to`, of a body in two pieces; returns its bytes. */
+size_t fv_journal_put_record(uint8_t *to,
+                             const fv_journal_record_t *record,
+                             const void *more,
+                             size_t more_bytes);
+/* Whether `found` is the journal or log that `wanted` says. Errors: FV_ERR_PRECONDITION naming what differs. */
+FV_MUST_CHECK fv_status_t fv_journal_check_head(const char *path,
+                                                const fv_journal_head_t *found,
+                                                const fv_journal_head_t *wanted);
+/* errno of a call on `path` as a status: FV_ERR_EXHAUSTED when there is no room, else FV_ERR_SYSTEM. */
+fv_status_t fv_journal_system_error(const char *path, const char *what);
+/* Opens or makes a file and locks it; it is the one that the path names. Errors: FV_ERR_PRECONDITION: in use. */
+FV_MUST_CHECK fv_status_t fv_journal_open_locked(const char *path, uint32_t wait_ms, int *out_fd);
+
 /* The head of an open file, checked. Errors: FV_ERR_DATA_LOSS; FV_ERR_SYSTEM. */
 FV_MUST_CHECK fv_status_t fv_journal_read_head(const char *path,
                                                int fd,

@@ -12,9 +12,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* Whether a record's head can stand at `at`; its body lies inside. */
-static bool
-read_record(const uint8_t *data, size_t n_bytes, size_t at, fv_journal_disk_record_t *out)
+bool fv_journal_read_record(const uint8_t *data,
+                            size_t n_bytes,
+                            size_t at,
+                            fv_journal_disk_record_t *out)
 {
     if (n_bytes - at < sizeof(*out)) {
         return false;
@@ -37,7 +38,7 @@ fv_status_t fv_journal_scan(const uint8_t *data,
 
     *out = (fv_journal_report_t){.n_bytes = n_bytes};
     while (n_bytes - at >= sizeof(disk)) {
-        if (!read_record(data, n_bytes, at, &disk)) {
+        if (!fv_journal_read_record(data, n_bytes, at, &disk)) {
             at += 8U; /* a hole: records begin at multiples of 8 */
             continue;
         }
@@ -69,7 +70,8 @@ fv_journal_read_head(const char *path, int fd, fv_journal_head_t *out_head, uint
     uint64_t word = 0;
     struct stat file;
 
-    if ((fstat(fd, &file) != 0) || (file.st_size < (off_t)FV_JOURNAL_HEAD_BYTES) || (pread(fd, &disk, sizeof(disk), 0) != (ssize_t)sizeof(disk)) ||
+    if ((fstat(fd, &file) != 0) || (file.st_size < (off_t)FV_JOURNAL_HEAD_BYTES) ||
+        (pread(fd, &disk, sizeof(disk), 0) != (ssize_t)sizeof(disk)) ||
         (pread(fd, &word, sizeof(word), FV_JOURNAL_COMMITTED_AT) != (ssize_t)sizeof(word))) {
         return fv_fail(FV_ERR_DATA_LOSS, "%s: too short for a journal's head", path);
     }

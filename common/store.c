@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #define JOURNAL_END   ".journal"
+#define LOG_END       ".log"
 #define PREPARE_TRIES 100
 #define SETTLED_S     10
 
@@ -72,6 +73,16 @@ fv_status_t fv_store_place_make(const char *dir,
     return FV_OK;
 }
 
+fv_status_t fv_store_place_disk(fv_store_place_t *place, const char *disk_dir)
+{
+    int n = snprintf(place->disk_dir, sizeof(place->disk_dir), "%s/%s", disk_dir, place->job);
+
+    return (n < (int)sizeof(place->disk_dir))
+               ? FV_OK
+               : fv_fail(FV_ERR_INVALID_ARG, "disk_dir: given %s, expected a shorter path",
+                         disk_dir);
+}
+
 /* A folder of ours that nobody else writes to, nor has put a link in the place of. */
 static fv_status_t make_dir(const char *path)
 {
@@ -94,20 +105,26 @@ static fv_status_t make_dir(const char *path)
     return FV_OK;
 }
 
-fv_status_t fv_store_prepare(const fv_store_place_t *place)
+static fv_status_t prepare(const char *dir)
 {
     char base[FV_STORE_DIR_BYTES];
 
-    (void)snprintf(base, sizeof(base), "%s", place->dir);
+    (void)snprintf(base, sizeof(base), "%s", dir);
     *strrchr(base, '/') = '\0';
     fv_status_t status = FV_ERR_SYSTEM;
     for (int i = 0; (i < PREPARE_TRIES) && (status == FV_ERR_SYSTEM); i++) {
         status = make_dir(base); /* another service may take it away again while it is empty */
         if (status == FV_OK) {
-            status = make_dir(place->dir);
+            status = make_dir(dir);
         }
     }
     return status;
+}
+
+fv_status_t fv_store_prepare(const fv_store_place_t *place)
+{
+    FV_RETURN_IF_ERR(prepare(place->dir));
+    return (place->disk_dir[0] == '\0') ? FV_OK : prepare(place->disk_dir);
 }
 
 void fv_store_path(const fv_store_place_t *place,
@@ -122,6 +139,13 @@ void fv_store_path(const fv_store_place_t *place,
     case FV_STORE_PAGES:
         (void)snprintf(out, FV_STORE_PATH_BYTES, "%s/slot-%04u.kv", place->dir, place->slot);
         break;
+    case FV_STORE_LOG:
+        (void)snprintf(out, FV_STORE_PATH_BYTES, "%s/slot-%04u" LOG_END, place->disk_dir,
+                       place->slot);
+        break;
+    case FV_STORE_COORDINATOR_LOG:
+        (void)snprintf(out, FV_STORE_PATH_BYTES, "%s/coordinator" LOG_END, place->disk_dir);
+        break;
     case FV_STORE_COORDINATOR:
     default:
         (void)snprintf(out, FV_STORE_PATH_BYTES, "%s/coordinator" JOURNAL_END, place->dir);
@@ -129,14 +153,22 @@ void fv_store_path(const fv_store_place_t *place,
     }
 }
 
-void fv_store_leave(const fv_store_place_t *place)
+static void leave(const char *dir)
 {
     char base[FV_STORE_DIR_BYTES];
 
-    (void)snprintf(base, sizeof(base), "%s", place->dir);
+    (void)snprintf(base, sizeof(base), "%s", dir);
     *strrchr(base, '/') = '\0';
-    (void)rmdir(place->dir); /* the last one succeeds */
+    (void)rmdir(dir); /* the last one succeeds */
     (void)rmdir(base);
+}
+
+void fv_store_leave(const fv_store_place_t *place)
+{
+    leave(place->dir);
+    if (place->disk_dir[0] != '\0') {
+        leave(place->disk_dir);
+    }
 }
 
 void fv_store_job_name(const char *address, char out[FV_JOURNAL_JOB_BYTES])
@@ -191,7 +223,9 @@ static bool is_store_file(const char *name)
 {
     return ((strncmp(name, "slot-", 5) == 0) || (strncmp(name, "coordinator.", 12) == 0)) &&
            (ends_with(name, JOURNAL_END) || ends_with(name, JOURNAL_END ".new") ||
-            ends_with(name, JOURNAL_END ".damaged") || ends_with(name, ".kv"));
+            ends_with(name, JOURNAL_END ".damaged") || ends_with(name, ".kv") ||
+            ends_with(name, LOG_END) || ends_with(name, LOG_END ".new") ||
+            ends_with(name, LOG_END ".damaged"));
 }
 
 fv_status_t fv_store_each(const char *dir, fv_store_visit_t visit, void *arg)
@@ -242,15 +276,16 @@ static bool each_file(const char *job_dir, bool (*use)(const char *path))
     return is_fine;
 }
 
-/* A slot's files belong to whoever has its journal locked: slot-0002.kv goes by slot-0002.journal. */
+/* A slot's files belong to whoever has its journal locked, slot-0002.kv goes by slot-0002.journal; or its log, on a disk. */
 static bool lock_path(const char *path, char out[FV_STORE_PATH_BYTES])
 {
     const char *name = strrchr(path, '/');
     int n_dir = (name == NULL) ? 0 : (int)(name + 1 - path);
     int n_stem = (int)strcspn(path + n_dir, ".");
+    bool is_log = strncmp(path + n_dir + n_stem, LOG_END, strlen(LOG_END)) == 0;
 
-    return snprintf(out, FV_STORE_PATH_BYTES, "%.*s" JOURNAL_END, n_dir + n_stem, path) <
-           FV_STORE_PATH_BYTES;
+    return snprintf(out, FV_STORE_PATH_BYTES, "%.*s%s", n_dir + n_stem, path,
+                    is_log ? LOG_END : JOURNAL_END) < FV_STORE_PATH_BYTES;
 }
 
 /*
@@ -361,6 +396,9 @@ static bool clear_one(const char *path)
 void fv_store_clear(const fv_store_place_t *place)
 {
     (void)each_file(place->dir, clear_one);
+    if (place->disk_dir[0] != '\0') {
+        (void)each_file(place->disk_dir, clear_one);
+    }
 }
 
 /* Not one that just begins, and holds no lock yet. */

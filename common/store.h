@@ -4,6 +4,8 @@
  *   DIR/JOB/coordinator.journal   models, sessions, what was appended (coord/ledger.h)
  *   DIR/JOB/slot-0002.journal     page tables of worker slot 2 (worker/store.h)
  *   DIR/JOB/slot-0002.kv          its pages: the KV arena itself, or a mirror of a device's
+ *   DISK/JOB/coordinator.log      the same on a disk (disklog.h), for level `host`
+ *   DISK/JOB/slot-0002.log
  *
  * DIR is /dev/shm/fovea-UID by default, so that files are memory, and outlive processes but not the host. A slot is a rank of
  * the job; a process that takes a dead rank's place attaches its slot's files (locks go with a process).
@@ -26,7 +28,8 @@
 
 /* A job's folder and this process's place in it. Plain data. */
 typedef struct fv_store_place {
-    char dir[FV_STORE_DIR_BYTES]; /* of the job */
+    char dir[FV_STORE_DIR_BYTES];      /* of the job */
+    char disk_dir[FV_STORE_DIR_BYTES]; /* of the job, on a disk; "" = level process */
     char job[FV_JOURNAL_JOB_BYTES];
     uint32_t slot, n_slots;
     uint32_t wait_ms; /* for a process that is leaving the slot */
@@ -36,6 +39,8 @@ typedef enum fv_store_file {
     FV_STORE_COORDINATOR,
     FV_STORE_TABLES, /* slot-N.journal */
     FV_STORE_PAGES,  /* slot-N.kv */
+    FV_STORE_COORDINATOR_LOG,
+    FV_STORE_LOG, /* slot-N.log */
 } fv_store_file_t;
 
 /* "" for dir = the default. Errors: FV_ERR_INVALID_ARG for a job that is no name (letters, digits, . _ -) or a path too long. */
@@ -44,6 +49,8 @@ FV_MUST_CHECK fv_status_t fv_store_place_make(const char *dir,
                                               uint32_t slot,
                                               uint32_t n_slots,
                                               fv_store_place_t *out);
+/* The place is on a disk, too. Errors: FV_ERR_INVALID_ARG for a path too long. */
+FV_MUST_CHECK fv_status_t fv_store_place_disk(fv_store_place_t *place, const char *disk_dir);
 /*
  * Makes the folders (0700); before anything below them is looked at. Errors: FV_ERR_SYSTEM naming the folder;
  * FV_ERR_PERMISSION when it is another user's, or a link.

@@ -237,8 +237,8 @@ fv_status_t fv_engine_recover(fv_engine_t *engine)
     FV_RETURN_IF_ERR(reconcile(engine, ALL_RANKS, has_holes));
     fv_engine_note_orphans(engine, fv_clock_us());
     fv_status_t status = fv_ledger_rewrite(ledger, engine->sched);
-    if (status ==
-        FV_ERR_EXHAUSTED) { /* the old one goes on: what is stored can be read, and closed */
+    if ((status == FV_ERR_EXHAUSTED) && !fv_ledger_is_undone(ledger)) {
+        /* the old one goes on: what is stored can be read, and closed */
         fv_warn("durability: %s: the coordinator's journal is not written anew",
                 fv_error_context());
         status = FV_OK;

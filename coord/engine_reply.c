@@ -73,7 +73,7 @@ static void reply_results(fv_job_t *job)
     size_t n_head = 0;
     fv_attend_response_t response = {.request_id = job->request.head.request_id,
                                      .timings = job->timings,
-                                     .durability = (job->ledger != NULL) ? 1 : 0,
+                                     .durability = fv_ledger_durability(job->ledger),
                                      .lse_bytes = job->lse_bytes,
                                      .out_bytes = job->out_bytes};
     fv_reply_piece_t pieces[4];

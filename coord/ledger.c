@@ -9,74 +9,10 @@
 #include "coord/ledger_internal.h"
 
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #define REWRITE_BYTES ((uint64_t)64 << 20)
 #define SPARE_BYTES   ((size_t)64 << 10) /* left for what gives memory back */
-
-static fv_status_t open_journal(fv_ledger_t *ledger, const fv_store_place_t *place)
-{
-    char path[FV_STORE_PATH_BYTES];
-    char aside[FV_STORE_PATH_BYTES + 16];
-    bool is_new = false;
-    fv_journal_head_t head = {.kind = "coordinator", .n_slots = place->n_slots};
-
-    memcpy(head.job, place->job, sizeof(head.job));
-    FV_RETURN_IF_ERR(fv_store_prepare(place));
-    fv_store_path(place, FV_STORE_COORDINATOR, path);
-    fv_status_t status = fv_journal_open(path, &head, place->wait_ms, &ledger->journal, &is_new);
-    if (status != FV_ERR_DATA_LOSS) {
-        return status;
-    }
-    (void)snprintf(aside, sizeof(aside), "%s.damaged", path);
-    fv_error("durability: %s: all sessions are lost; it is kept as %s", fv_error_context(), aside);
-    if (rename(path, aside) != 0) {
-        return fv_fail(FV_ERR_SYSTEM, "%s: cannot be renamed", path);
-    }
-    return fv_journal_open(path, &head, place->wait_ms, &ledger->journal, &is_new);
-}
-
-fv_status_t fv_ledger_open(const fv_store_place_t *place, fv_ledger_t **out)
-{
-    fv_ledger_t *ledger = calloc(1, sizeof(*ledger));
-
-    if (ledger == NULL) {
-        return fv_fail(FV_ERR_NO_MEMORY, "ledger");
-    }
-    ledger->place = *place;
-    fv_status_t status = open_journal(ledger, place);
-    ledger->is_new = (status == FV_OK) && (fv_journal_bytes(ledger->journal) == 0U);
-    if (status != FV_OK) {
-        fv_ledger_close(ledger);
-        return status;
-    }
-    *out = ledger;
-    return FV_OK;
-}
-
-bool fv_ledger_is_new(const fv_ledger_t *ledger)
-{
-    return (ledger != NULL) && ledger->is_new;
-}
-
-void fv_ledger_close(fv_ledger_t *ledger)
-{
-    if (ledger != NULL) {
-        fv_journal_close(ledger->journal);
-        free(ledger);
-    }
-}
-
-void fv_ledger_remove(fv_ledger_t *ledger)
-{
-    if (ledger != NULL) {
-        fv_journal_remove(ledger->journal);
-        fv_store_clear(&ledger->place);
-        fv_store_leave(&ledger->place);
-        free(ledger);
-    }
-}
 
 /* ------------------------------------------------------------------ single records */
 
@@ -312,6 +248,9 @@ static fv_status_t add_all(fv_ledger_t *ledger, const fv_sched_t *sched)
 
 fv_status_t fv_ledger_rewrite(fv_ledger_t *ledger, const fv_sched_t *sched)
 {
+    if (ledger->disk != NULL) { /* it has no pages: all of it is what is written here */
+        fv_disklog_want_fresh(ledger->disk);
+    }
     FV_RETURN_IF_ERR(fv_journal_rewrite_begin(ledger->journal));
     fv_status_t status = add_all(ledger, sched);
     if (status == FV_OK) {
@@ -322,6 +261,7 @@ fv_status_t fv_ledger_rewrite(fv_ledger_t *ledger, const fv_sched_t *sched)
         return status;
     }
     ledger->rewritten_bytes = fv_journal_bytes(ledger->journal);
+    ledger->is_undone = false;
     ledger->n_open = fv_session_table_count(fv_sched_sessions(sched));
     for (fv_session_t *s = first_session(sched); s != NULL; s = s->next) {
         s->last_noted = s->last_rewritten; /* only now: the old numbers are past */

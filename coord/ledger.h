@@ -20,6 +20,9 @@
 
 typedef struct fv_ledger fv_ledger_t;
 
+/* What it survives, as in attention.proto: 0 nothing (NULL), 1 the service's processes, 2 its hosts. */
+int32_t fv_ledger_durability(const fv_ledger_t *ledger);
+
 /* Errors: as fv_journal_open(). A damaged head: the file is set aside (.damaged), and nothing is known. */
 FV_MUST_CHECK fv_status_t fv_ledger_open(const fv_store_place_t *place, fv_ledger_t **out);
 bool fv_ledger_is_new(
@@ -61,6 +64,8 @@ FV_MUST_CHECK fv_status_t fv_ledger_note_step(fv_ledger_t *ledger, const fv_step
 /* Now and then, when nothing is noted: writes the journal anew when it has grown much. */
 void fv_ledger_tidy(fv_ledger_t *ledger, const fv_sched_t *sched);
 /* Writes it anew. */
+bool fv_ledger_is_undone(
+    const fv_ledger_t *ledger); /* its disk lacks something until it was written anew */
 FV_MUST_CHECK fv_status_t fv_ledger_rewrite(fv_ledger_t *ledger, const fv_sched_t *sched);
 
 #endif /* FV_COORD_LEDGER_H */

@@ -4,6 +4,7 @@
 #ifndef FV_COORD_LEDGER_INTERNAL_H
 #define FV_COORD_LEDGER_INTERNAL_H
 
+#include "common/disklog.h"
 #include "common/journal.h"
 #include "coord/ledger.h"
 #include "proto/ledger.h"
@@ -11,9 +12,11 @@
 struct fv_ledger {
     fv_store_place_t place;
     fv_journal_t *journal;
+    fv_disklog_t *disk; /* level host: has all of it, too; NULL: none */
     uint64_t rewritten_bytes;
     uint32_t n_open; /* sessions: each can be closed, even if the file system is full */
     bool is_new;     /* nothing was in it when it was opened */
+    bool is_undone;  /* the disk lacks something until it is written anew */
 };
 
 _Static_assert(FV_PLAN_REASON_BYTES == FV_LEDGER_REASON_BYTES, "a session's reason fits");

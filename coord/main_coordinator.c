@@ -148,7 +148,7 @@ static fv_status_t serve(fv_process_t *p, int signal_fd, bool *out_has_served, b
         .repair = can_repair(p) ? fv_crew_repair : NULL,
         .repair_ctx = &p->crew,
         .ledger = p->ledger,
-        .durability = p->store.is_on ? 1 : 0, /* DURABILITY_PROCESS */
+        .durability = fv_ledger_durability(p->ledger),
         .exchange = p->exchange.name,
         .ranks = p->hellos,
     };

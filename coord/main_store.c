@@ -3,6 +3,7 @@
  */
 #include "coord/main_store.h"
 
+#include "common/disklog.h"
 #include "common/log.h"
 #include "coord/resources.h"
 
@@ -29,8 +30,10 @@ static fv_status_t discard_old(const fv_store_place_t *place)
 {
     char path[FV_STORE_PATH_BYTES];
 
-    for (int file = FV_STORE_COORDINATOR; file <= FV_STORE_PAGES; file++) {
-        if ((file != FV_STORE_COORDINATOR) || (place->slot == 0)) {
+    for (int file = FV_STORE_COORDINATOR; file <= FV_STORE_LOG; file++) {
+        bool is_disk = (file == FV_STORE_LOG) || (file == FV_STORE_COORDINATOR_LOG);
+        bool is_coordinator = (file == FV_STORE_COORDINATOR) || (file == FV_STORE_COORDINATOR_LOG);
+        if ((!is_coordinator || (place->slot == 0)) && (!is_disk || (place->disk_dir[0] != '\0'))) {
             fv_store_path(place, (fv_store_file_t)file, path);
             FV_RETURN_IF_ERR(fv_store_delete_file(path));
         }
@@ -45,11 +48,12 @@ fv_status_t fv_main_store_open(const fv_config_t *config,
                                fv_main_store_t *out)
 {
     fv_main_store_t store = {.is_on = strcmp(config->durability, "none") != 0};
+    bool is_host = strcmp(config->durability, "host") == 0;
 
-    if (strcmp(config->durability, "host") == 0) {
-        return fv_fail(FV_ERR_UNIMPLEMENTED,
-                       "durability: given host, expected none or process: copies on disk or on "
-                       "another host are not there yet");
+    if (is_host && (config->disk_dir[0] == '\0')) {
+        return fv_fail(FV_ERR_INVALID_ARG,
+                       "disk_dir: given nothing, expected a folder on a disk, with durability = "
+                       "host");
     }
     if (strlen(config->job) >= FV_JOURNAL_JOB_BYTES) {
         return fv_fail(FV_ERR_INVALID_ARG, "job: given %s, expected at most %d characters",
@@ -58,6 +62,9 @@ fv_status_t fv_main_store_open(const fv_config_t *config,
     if (store.is_on) {
         store.is_anonymous = strncmp(job, FV_STORE_ANONYMOUS, strlen(FV_STORE_ANONYMOUS)) == 0;
         FV_RETURN_IF_ERR(fv_store_place_make(config->store_dir, job, rank, n_ranks, &store.place));
+        if (is_host) {
+            FV_RETURN_IF_ERR(fv_store_place_disk(&store.place, config->disk_dir));
+        }
         FV_RETURN_IF_ERR(fv_store_prepare(&store.place)); /* from here on it is known to be ours */
         uint32_t n_swept = fv_store_sweep(config->store_dir);
         if (n_swept > 0) {
@@ -80,9 +87,12 @@ static uint64_t known_bytes(const fv_store_place_t *place)
     bool is_locked = false;
 
     fv_store_path(place, FV_STORE_TABLES, path);
-    return (fv_journal_inspect(path, NULL, NULL, &head, &report, &is_locked) == FV_OK)
-               ? head.kv_bytes
-               : 0U;
+    if (fv_journal_inspect(path, NULL, NULL, &head, &report, &is_locked) == FV_OK) {
+        return head.kv_bytes;
+    }
+    fv_store_path(place, FV_STORE_LOG, path);
+    return ((place->disk_dir[0] != '\0') && (fv_disklog_head(path, &head) == FV_OK)) ? head.kv_bytes
+                                                                                     : 0U;
 }
 
 fv_status_t fv_main_store_kv_memory(const fv_main_store_t *store,

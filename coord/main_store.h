@@ -22,7 +22,7 @@ void fv_main_store_job(const fv_config_t *config, char out[FV_JOURNAL_JOB_BYTES]
 
 /*
  * Where this rank's state lies. Sweeps what nobody uses any more; with store_discard also what an earlier run left.
- * Errors: FV_ERR_UNIMPLEMENTED for level host; FV_ERR_INVALID_ARG for a name; FV_ERR_PRECONDITION: in use; FV_ERR_SYSTEM.
+ * Errors: FV_ERR_INVALID_ARG for a name, or level host without disk_dir; FV_ERR_PRECONDITION: in use; FV_ERR_SYSTEM.
  */
 FV_MUST_CHECK fv_status_t fv_main_store_open(const fv_config_t *config,
                                              const char *job,

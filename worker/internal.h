@@ -24,7 +24,8 @@ typedef struct fv_step_item {
     int32_t n_q_heads;           /* local query heads */
     uint32_t first_entry;        /* of the layer's table that this step may have changed */
     size_t first_copy, n_copies; /* of the work's copies: its own */
-    bool failed;                 /* its error is in item_errors; it goes on as the empty set */
+    size_t first_append, n_appends;
+    bool failed; /* its error is in item_errors; it goes on as the empty set */
 } fv_step_item_t;
 
 /* How long the parts of a step took. */

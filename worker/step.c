@@ -20,6 +20,7 @@
 #include "worker/mirror.h"
 #include "worker/move.h"
 #include "worker/partials.h"
+#include "worker/store_disk.h"
 
 #include <string.h>
 
@@ -115,8 +116,12 @@ static void fail_item(fv_step_item_t *item, fv_status_t status, fv_error_t *out_
     *out_error = fv_error_capture(status);
 }
 
-/* Page references and bytes that an append may add. */
-static void add_need(const fv_step_item_t *item, size_t *n_refs, size_t *n_bytes)
+/* Page references and bytes that an append may add; those on a disk. */
+static void add_need(const fv_worker_t *worker,
+                     const fv_step_item_t *item,
+                     size_t *n_refs,
+                     size_t *n_bytes,
+                     size_t *n_disk_bytes)
 {
     const fv_session_t *session = item->session;
     uint64_t end = fv_placement_pages(&session->placement, session->cp, item->ctl->kv_end);
@@ -124,6 +129,7 @@ static void add_need(const fv_step_item_t *item, size_t *n_refs, size_t *n_bytes
 
     *n_refs += n_new;
     *n_bytes += n_new * fv_model_page_bytes(&session->model->spec);
+    *n_disk_bytes += fv_store_disk_need(worker, item, n_new);
 }
 
 /* Nothing may fail for want of room in the store once pages are taken: without it, appends fail here. */
@@ -133,6 +139,7 @@ static void make_room(fv_worker_t *worker, fv_error_t *item_errors)
     fv_step_item_t *items = w->items.data;
     size_t n_refs = 0;
     size_t n_bytes = 0;
+    size_t n_disk_bytes = 0;
 
     w->is_store_full = false;
     if (worker->store == NULL) {
@@ -140,10 +147,10 @@ static void make_room(fv_worker_t *worker, fv_error_t *item_errors)
     }
     for (size_t i = 0; i < w->n_items; i++) {
         if (((items[i].ctl->flags & FV_ITEM_APPEND) != 0) && !items[i].failed) {
-            add_need(&items[i], &n_refs, &n_bytes);
+            add_need(worker, &items[i], &n_refs, &n_bytes, &n_disk_bytes);
         }
     }
-    fv_status_t status = fv_store_reserve(worker, w->n_items, n_refs, n_bytes);
+    fv_status_t status = fv_store_reserve(worker, w->n_items, n_refs, n_bytes, n_disk_bytes);
     w->is_store_full = status != FV_OK;
     for (size_t i = 0; (status != FV_OK) && (i < w->n_items); i++) {
         if (((items[i].ctl->flags & FV_ITEM_APPEND) != 0) && !items[i].failed) {
@@ -275,8 +282,11 @@ static fv_status_t reserve_item(fv_worker_t *worker, fv_step_item_t *item)
     w->n_copies +=
         n_copies; /* stay even if the next fails: the table points to the copies already */
     fv_status_t status = add_appends(w, item);
+    item->first_append = n_before;
+    item->n_appends = w->n_appends - n_before;
     if (status != FV_OK) {
         w->n_appends = n_before;
+        item->n_appends = 0;
         fv_session_trim(item->session, item->ctl->layer, worker->pool);
     }
     return status;
@@ -443,6 +453,7 @@ static fv_status_t settle(fv_worker_t *worker, const fv_error_t *item_errors, bo
             continue;
         }
         if (worker->store != NULL) {
+            fv_store_disk_note_item(worker, item);
             note_item(worker, item, frees);
         }
         if (frees) {

@@ -27,6 +27,7 @@
 #ifndef FV_WORKER_STORE_H
 #define FV_WORKER_STORE_H
 
+#include "common/disklog.h"
 #include "common/journal.h"
 #include "common/store.h"
 #include "worker/session.h"
@@ -73,11 +74,16 @@ typedef struct fv_store {
     fv_journal_t *journal;
     fv_segment_t *pages;  /* NULL: the backend keeps no KV at all */
     fv_backend_t *mirror; /* a CPU backend over `pages`; NULL: the arena itself, or no KV */
+    fv_disklog_t *disk;   /* level host: has all of it, too (worker/store_disk.h); NULL: none */
+    uint8_t *covered;     /* of what came from a disk: a bit for each page that it had; NULL: all */
+    bool must_rewrite;    /* at KEEP_END */
+    bool is_undone;       /* and the disk lacks something until then */
     bool is_attaching;    /* sessions are candidates until KEEP_END */
     bool is_discarded;    /* the files go with the store */
     bool
         is_behind; /* the journal still has what was given back: rewritten before anything new is noted */
-    uint64_t rewritten_bytes; /* of the journal when it was last written anew */
+    uint64_t rewritten_bytes;  /* of the journal when it was last written anew */
+    uint64_t tried_disk_bytes; /* of the log when it could not be begun anew */
     uint64_t n_damaged;
 } fv_store_t;
 
@@ -95,6 +101,20 @@ FV_MUST_CHECK fv_status_t fv_store_load(fv_worker_t *worker);
 
 /* While sessions are candidates: a model that is not kept, and its sessions, are as if they had not been found. */
 void fv_store_forget_model(fv_worker_t *worker, uint32_t slot);
+
+/* A session as if it had not been found. */
+void fv_store_drop(fv_worker_t *worker, uint32_t slot);
+
+/* The first record of a session, of a body that outlives it. */
+fv_ctl_open_t fv_store_open_body(uint32_t slot, const fv_session_t *session);
+fv_journal_record_t
+fv_store_open_record(uint32_t slot, const fv_session_t *session, const fv_ctl_open_t *body);
+/* [n_heads, n] of a table from `first` on, to the worker's scratch. NULL: no memory. */
+const fv_page_ref_t *fv_store_pack(fv_worker_t *worker,
+                                   const fv_session_t *session,
+                                   const fv_layer_kv_t *layer,
+                                   uint32_t first,
+                                   uint32_t n);
 
 /* ------------------------------------------------------------------ commands, before they change anything */
 
@@ -119,11 +139,13 @@ FV_MUST_CHECK fv_status_t fv_store_note_close(fv_worker_t *worker,
 
 /* ------------------------------------------------------------------ steps */
 
-/* Room for the records of a step of so many items and page references, and memory for new pages of n_page_bytes in all. */
+/* Room for the records of a step of so many items and page references, memory for new pages of n_page_bytes in all, and
+ * n_disk_bytes of their records on a disk. */
 FV_MUST_CHECK fv_status_t fv_store_reserve(fv_worker_t *worker,
                                            size_t n_items,
                                            size_t n_refs,
-                                           size_t n_page_bytes);
+                                           size_t n_page_bytes,
+                                           size_t n_disk_bytes);
 /* A layer's table from entry `first` on is as it is now, its length will be `length`. Its room was reserved. */
 void fv_store_note_entries(fv_worker_t *worker,
                            uint32_t slot,
@@ -132,7 +154,8 @@ void fv_store_note_entries(fv_worker_t *worker,
 /* Commits the records of a step; now and then the journal is written anew. */
 FV_MUST_CHECK fv_status_t fv_store_commit(fv_worker_t *worker);
 
-/* Writes the journal anew from the tables. Errors: the old one stays in force. */
+/* Writes the journal anew from the tables; the log on a disk, too, there with all pages where that is due. Errors: the old ones
+ * stay in force. */
 FV_MUST_CHECK fv_status_t fv_store_rewrite(fv_worker_t *worker);
 
 #endif /* FV_WORKER_STORE_H */

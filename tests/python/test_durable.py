@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -122,6 +123,13 @@ def folder() -> Iterator[Path]:
         Killable.all.clear()
 
 
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """A folder that is not memory."""
+    with tempfile.TemporaryDirectory(prefix="fv-disk-", dir=os.environ.get("FV_TEST_DISK", "/var/tmp")) as name:
+        yield Path(name)
+
+
 @dataclass
 class Runner:
     """Plays the script; `again` brings the service back after it died, and is None where it never dies."""
@@ -130,6 +138,7 @@ class Runner:
     again: Callable[[], fovea.Client] | None
     rng: np.random.Generator
     choice: random.Random
+    level: int = 0  # as replies name it
     model: str = ""
     sessions: list[str] = field(default_factory=list)
     lengths: list[list[int]] = field(default_factory=list)
@@ -201,24 +210,27 @@ class Runner:
         for session, lengths in zip(self.sessions, self.lengths, strict=True):
             info = self.insist(lambda session=session: self.client.session_info(session))
             assert list(info.layer_tokens) == lengths
-            assert info.durability == (0 if self.again is None else 1)
+            assert info.durability == self.level
 
 
-def runner(client: fovea.Client, again: Callable[[], fovea.Client] | None) -> Runner:
-    return Runner(client, again, np.random.default_rng(SEED), random.Random(SEED))
+def runner(client: fovea.Client, again: Callable[[], fovea.Client] | None, level: int = 0) -> Runner:
+    return Runner(client, again, np.random.default_rng(SEED), random.Random(SEED), level)
 
 
-def test_all_processes_are_killed_at_random_moments(folder: Path) -> None:
+@pytest.mark.parametrize("level", ["process", "host"])
+def test_all_processes_are_killed_at_random_moments(folder: Path, disk: Path, level: str) -> None:
     (folder / "a").mkdir()
     (folder / "b").mkdir()
-    n_steps = N_KILLS * 12
+    n_kills = N_KILLS if level == "process" else max(N_KILLS // 3, 5)
+    n_steps = n_kills * 12
     calm = Killable(folder / "a", "--durability", "none")
     expected = runner(calm.start(), None)
     for _ in range(n_steps):
         expected.step()
     assert calm.stop() == 0
 
-    service = Killable(folder / "b")
+    options = ["--durability", "host", "--disk-dir", str(disk / "logs")] if level == "host" else []
+    service = Killable(folder / "b", *options)
     moments = random.Random(SEED + 1)
     n_starts = 0
 
@@ -226,10 +238,12 @@ def test_all_processes_are_killed_at_random_moments(folder: Path) -> None:
         nonlocal n_starts
         if service.process is not None:
             service.kill()
+        if level == "host" and n_starts % 2 == 1:  # what a host that was down has lost
+            shutil.rmtree(service.store)
         n_starts += 1
         return service.start()
 
-    got = runner(again(), again)
+    got = runner(again(), again, 1 if level == "process" else 2)
     for n in range(n_steps):
         timer = None
         if n % 12 == 6:  # while one of the next operations runs
@@ -240,12 +254,13 @@ def test_all_processes_are_killed_at_random_moments(folder: Path) -> None:
             timer.join()
         if n % 12 == 11:
             got.check()
-    assert n_starts > N_KILLS // 2
+    assert n_starts > n_kills // 2
     assert len(got.answers) == len(expected.answers)
     different = [i for i, (a, b) in enumerate(zip(got.answers, expected.answers, strict=True)) if a != b]
     assert different == []
     assert service.stop() == 0
     assert not service.store.exists(), sorted(service.store.rglob("*"))  # a clean stop leaves nothing
+    assert not (disk / "logs").exists(), sorted(disk.rglob("*"))
 
 
 def _records(journal: bytearray) -> list[tuple[int, int]]:

@@ -487,6 +487,215 @@ static void test_another_model_is_forgotten(void **state)
     }
 }
 
+/* ------------------------------------------------------------------ level host */
+
+/* The rest of the tests' place, with a disk: the folder that tests run in is on one. */
+static fv_store_place_t with_disk(char dir[64])
+{
+    fv_store_place_t place = g_place;
+
+    (void)snprintf(dir, 64, "fv_disk_XXXXXX");
+    assert_non_null(mkdtemp(dir));
+    assert_int_equal(fv_store_place_disk(&place, dir), FV_OK);
+    return place;
+}
+
+/* What a host that was down has lost. */
+static void wipe_memory(void)
+{
+    char path[FV_STORE_PATH_BYTES];
+
+    fv_store_path(&g_place, FV_STORE_PAGES, path);
+    assert_int_equal(unlink(path), 0);
+    fv_store_path(&g_place, FV_STORE_TABLES, path);
+    assert_int_equal(unlink(path), 0);
+}
+
+typedef float answers_t[N_SESSIONS][LAYERS][HEADS * DIM];
+
+static void query_all(fv_worker_t *worker, answers_t out)
+{
+    for (uint32_t s = 0; s < N_SESSIONS; s++) {
+        query(worker, s, out[s]);
+    }
+}
+
+/* Opens what is there, keeps all of it, and compares. */
+static fv_worker_t *come_back(answers_t before)
+{
+    static answers_t after;
+    const fv_ctl_model_t model = make_model();
+    fv_worker_t *worker = make_worker();
+
+    assert_int_equal(fv_worker_model(worker, &model), FV_OK);
+    for (uint32_t s = 0; s < N_SESSIONS; s++) {
+        assert_int_equal(keep(worker, s, 0), FV_OK);
+    }
+    assert_int_equal(fv_worker_keep_end(worker), FV_OK);
+    query_all(worker, after);
+    assert_memory_equal(after, before, sizeof(after));
+    return worker;
+}
+
+static void check_outlives_its_host(void)
+{
+    static answers_t before;
+    char dir[64];
+    const fv_store_place_t memory = g_place;
+    const fv_ctl_close_t close2 = {.session_slot = 2};
+    fv_ctl_open_t open4 = make_open(4);
+
+    g_place = with_disk(dir);
+    fv_worker_t *worker = make_worker();
+    play(worker);
+    query_all(worker, before);
+    fv_worker_destroy(worker);
+    for (int round = 0; round < 3; round++) { /* each time from what the one before has written */
+        wipe_memory();
+        fv_worker_destroy(come_back(before));
+    }
+    fv_worker_destroy(come_back(before)); /* from memory: goes on with the same log */
+    worker = come_back(before);
+    static float out[256 * HEADS * DIM];
+    assert_int_equal(fv_worker_open(worker, &open4), FV_OK);
+    run(worker, 4, 0, 0, 100, true, out);
+    assert_int_equal(fv_worker_close(worker, &close2), FV_OK);
+    run(worker, 1, 0, 80, 60, true, out); /* in pages that were another's */
+    query(worker, 0, before[0]);
+    run(worker, 1, 0, 139, 1, false, before[1][0]);
+    fv_worker_destroy(worker);
+    wipe_memory();
+    worker = make_worker();
+    const fv_ctl_model_t model = make_model();
+    const uint64_t lengths1[LAYERS] = {140, 140};
+    const uint64_t lengths4[LAYERS] = {100, 0};
+    assert_int_equal(fv_worker_model(worker, &model), FV_OK);
+    assert_int_equal(keep(worker, 0, 0), FV_OK);
+    assert_int_equal(keep_lengths(worker, 1, lengths1), FV_OK);
+    assert_int_equal(keep(worker, 2, 0), FV_ERR_DATA_LOSS); /* was closed */
+    assert_int_equal(keep_lengths(worker, 4, lengths4), FV_OK);
+    assert_int_equal(fv_worker_keep_end(worker), FV_OK);
+    float after[LAYERS][HEADS * DIM];
+    query(worker, 0, after);
+    assert_memory_equal(after, before[0], sizeof(after));
+    run(worker, 1, 0, 139, 1, false, after[0]);
+    assert_memory_equal(after[0], before[1][0], sizeof(after[0]));
+    fv_worker_discard_store(worker);
+    fv_worker_destroy(worker);
+    assert_int_equal(access(g_place.disk_dir, F_OK), -1);
+    g_place = memory;
+    (void)rmdir(dir);
+}
+
+static void test_outlives_its_host_in_place(void **state)
+{
+    (void)state;
+    g_ops = fv_backend_cpu;
+    check_outlives_its_host();
+}
+
+static void test_outlives_its_host_from_a_mirror(void **state)
+{
+    (void)state;
+    g_ops = fv_backend_cpu;
+    g_ops.kv_home = FV_KV_DEVICE;
+    check_outlives_its_host();
+}
+
+/* Files of level process get a disk, which has nothing yet: all pages go there before anything else. */
+static void test_a_disk_comes_later(void **state)
+{
+    static answers_t before;
+    char dir[64];
+    const fv_store_place_t memory = g_place;
+
+    (void)state;
+    g_ops = fv_backend_cpu;
+    fv_worker_t *worker = make_worker();
+    play(worker);
+    query_all(worker, before);
+    fv_worker_destroy(worker);
+    g_place = with_disk(dir);
+    fv_worker_destroy(come_back(before));
+    wipe_memory();
+    fv_worker_destroy(come_back(before));
+    fv_store_place_t both = g_place;
+    g_place = memory; /* and is not there for a while: what it has is older then */
+    worker = come_back(before);
+    static float out[256 * HEADS * DIM];
+    run(worker, 2, 0, 90, 8, true, out);
+    const fv_ctl_truncate_t cut = {.session_slot = 2, .layer = 0, .position = 90};
+    assert_int_equal(fv_worker_truncate(worker, &cut), FV_OK);
+    fv_worker_destroy(worker);
+    g_place = both;
+    fv_worker_destroy(come_back(before));
+    wipe_memory();
+    worker = come_back(before);
+    fv_worker_discard_store(worker);
+    fv_worker_destroy(worker);
+    g_place = memory;
+    (void)rmdir(dir);
+}
+
+/* Whatever a damaged log still gives is right: the same bits, or the session is refused; and most are not. */
+static void test_a_damaged_disk_never_changes_an_answer(void **state)
+{
+    static uint8_t log[1 << 22];
+    static answers_t before;
+    float after[LAYERS][HEADS * DIM];
+    char dir[64];
+    char path[FV_STORE_PATH_BYTES];
+    const fv_ctl_model_t model = make_model();
+    const fv_store_place_t memory = g_place;
+    uint32_t n_kept = 0;
+    uint32_t n_refused = 0;
+
+    (void)state;
+    g_ops = fv_backend_cpu;
+    g_place = with_disk(dir);
+    fv_worker_t *worker = make_worker();
+    play(worker);
+    query_all(worker, before);
+    fv_worker_destroy(worker);
+    fv_store_path(&g_place, FV_STORE_LOG, path);
+    size_t n_bytes = fv_read_file(path, log, sizeof(log));
+    size_t n_used = n_bytes;
+    while ((n_used > 0) && (log[n_used - 1U] == 0U)) {
+        n_used--;
+    }
+    size_t step = (n_used - FV_JOURNAL_HEAD_BYTES) / 90U | 1U;
+    for (size_t at = FV_JOURNAL_HEAD_BYTES; at < n_used; at += step) {
+        wipe_memory();
+        log[at] ^= (uint8_t)(1U << (at % 8U));
+        fv_write_file(path, log, n_bytes);
+        log[at] ^= (uint8_t)(1U << (at % 8U));
+        bool is_kept[N_SESSIONS];
+        worker = make_worker();
+        assert_int_equal(fv_worker_model(worker, &model), FV_OK);
+        for (uint32_t s = 0; s < N_SESSIONS; s++) {
+            is_kept[s] = keep(worker, s, 0) == FV_OK;
+            n_kept += is_kept[s] ? 1U : 0U;
+            n_refused += is_kept[s] ? 0U : 1U;
+        }
+        assert_int_equal(fv_worker_keep_end(worker), FV_OK);
+        for (uint32_t s = 0; s < N_SESSIONS; s++) {
+            if (is_kept[s]) {
+                query(worker, s, after);
+                assert_memory_equal(after, before[s], sizeof(after));
+            }
+        }
+        fv_worker_destroy(worker);
+    }
+    print_message("%u kept, %u refused\n", n_kept, n_refused);
+    assert_true(n_kept > n_refused / 2U);
+    assert_true(n_refused > 0U);
+    worker = make_worker();
+    fv_worker_discard_store(worker);
+    fv_worker_destroy(worker);
+    g_place = memory;
+    (void)rmdir(dir);
+}
+
 /* ------------------------------------------------------------------ damage */
 
 /* Whatever a damaged journal still gives is right: the same bits, or the session is refused. */
@@ -549,6 +758,10 @@ int main(void)
         cmocka_unit_test(test_another_sessions_tables_are_refused),
         cmocka_unit_test(test_another_model_is_forgotten),
         cmocka_unit_test(test_damage_never_changes_an_answer),
+        cmocka_unit_test(test_outlives_its_host_in_place),
+        cmocka_unit_test(test_outlives_its_host_from_a_mirror),
+        cmocka_unit_test(test_a_disk_comes_later),
+        cmocka_unit_test(test_a_damaged_disk_never_changes_an_answer),
     };
 
     return cmocka_run_group_tests(tests, make_folder, remove_folder);
