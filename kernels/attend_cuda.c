@@ -45,23 +45,39 @@ static int32_t head_group(const fv_attn_item_t *item)
     return item->group / row_heads(item);
 }
 
-static fv_lean_geometry_t item_geometry(const fv_attn_item_t *item)
+/* Parts of 16 bits that Q is split into for the tensor cores. */
+static int32_t q_parts(const fv_attn_item_t *item, int32_t kind)
+{
+    if (item->io_dtype == (int32_t)FV_DTYPE_F32) {
+        return 3;
+    }
+    return ((item->io_dtype == (int32_t)FV_DTYPE_F16) && (kind != (int32_t)FV_LEAN_F16)) ? 2 : 1;
+}
+
+static fv_lean_geometry_t item_geometry(const fv_backend_t *backend, const fv_attn_item_t *item)
 {
     int64_t n_rows = (int64_t)item->n_tokens * head_group(item);
     fv_lean_geometry_t g = {
         .kind = item_kind(item), .head_dim_qk = item->head_dim_qk, .head_dim_v = item->head_dim_v};
 
     if (item->v_in_k) {
-        g.latent = fv_latent_choose(item);
+        g.latent = backend->has_sm90 ? fv_latent_choose(item) : (int32_t)FV_LATENT_ANY;
         g.m_warps = 4;
         return g;
     }
     g.m_warps = (n_rows <= 16) ? 1 : ((n_rows <= 32) ? 2 : 4);
-    if ((g.kind == (int32_t)FV_LEAN_F32_WIDE) && (g.m_warps == 4) &&
-        ((g.head_dim_qk > 128) || (g.head_dim_v > 128))) {
-        g.m_warps = 2; /* shared memory: 64 rows of Q in three parts leave no ring */
+    while ((g.m_warps > 1) && !fv_lean_plan_fits(backend, &g, q_parts(item, g.kind))) {
+        g.m_warps /= 2; /* many rows of Q in several parts leave no ring */
     }
     return g;
+}
+
+bool fv_cuda_attend_fits(const fv_backend_t *backend, const fv_attn_item_t *item)
+{
+    const fv_lean_geometry_t g = item_geometry(backend, item);
+
+    return (g.latent != (int32_t)FV_LATENT_NONE) ||
+           fv_lean_plan_fits(backend, &g, q_parts(item, g.kind));
 }
 
 static bool same_geometry(const fv_lean_geometry_t *a, const fv_lean_geometry_t *b)
@@ -78,9 +94,9 @@ static int32_t run_rows(const fv_lean_geometry_t *g)
 }
 
 /* At most. */
-static size_t item_runs(const fv_attn_item_t *item)
+static size_t item_runs(const fv_backend_t *backend, const fv_attn_item_t *item)
 {
-    const fv_lean_geometry_t g = item_geometry(item);
+    const fv_lean_geometry_t g = item_geometry(backend, item);
     const uint64_t n_rows = (uint64_t)item->n_tokens * (uint64_t)head_group(item);
     const int32_t n_heads = (item->policy.kind == FV_POLICY_S2)
                                 ? (item->n_kv_heads * row_heads(item))
@@ -215,10 +231,7 @@ plan_item(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_draft_t *dr
     run.position = item->position;
     run.group = head_group(item);
     run.io_dtype = item->io_dtype;
-    run.n_q_parts =
-        (item->io_dtype == (int32_t)FV_DTYPE_F32)                                              ? 3
-        : ((item->io_dtype == (int32_t)FV_DTYPE_F16) && (draft->geometry.kind != FV_LEAN_F16)) ? 2
-                                                                                               : 1;
+    run.n_q_parts = q_parts(item, draft->geometry.kind);
     for (int32_t row = 0; row < n_rows; row += rows_max) {
         run.row_begin = row;
         run.n_rows = (n_rows - row < rows_max) ? (n_rows - row) : rows_max;
@@ -233,20 +246,20 @@ plan_item(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_draft_t *dr
 static fv_status_t
 plan_geometry(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items, size_t first)
 {
-    fv_lean_draft_t draft = {.geometry = item_geometry(&items[first])};
+    fv_lean_draft_t draft = {.geometry = item_geometry(backend, &items[first])};
     size_t runs_max = 0;
 
     for (size_t i = first; i < n_items; i++) {
-        const fv_lean_geometry_t g = item_geometry(&items[i]);
+        const fv_lean_geometry_t g = item_geometry(backend, &items[i]);
 
         runs_max += ((backend->is_planned[i] == 0) && same_geometry(&g, &draft.geometry))
-                        ? item_runs(&items[i])
+                        ? item_runs(backend, &items[i])
                         : 0U;
     }
     FV_RETURN_IF_ERR(fv_cuda_grow((void **)&backend->runs, &backend->runs_max, runs_max,
                                   sizeof(*backend->runs)));
     for (size_t i = first; i < n_items; i++) {
-        const fv_lean_geometry_t g = item_geometry(&items[i]);
+        const fv_lean_geometry_t g = item_geometry(backend, &items[i]);
 
         if ((backend->is_planned[i] == 0) && same_geometry(&g, &draft.geometry)) {
             FV_RETURN_IF_ERR(plan_item(backend, &items[i], &draft));
@@ -292,12 +305,12 @@ fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *ite
                 (unsigned long long)items[i].q_head_bytes,
                 (unsigned long long)items[i].rope_gap_bytes);
         }
-        const fv_lean_geometry_t g = item_geometry(&items[i]);
+        const fv_lean_geometry_t g = item_geometry(backend, &items[i]);
         const fv_tile_list_t pages = fv_cuda_item_pages(&items[i]);
 
         /* the lean runs take more than the prefill kernel's blocks would */
         n_bytes += fv_cuda_item_bytes(backend, &items[i], &pages) +
-                   FV_CUDA_STAGE_BYTES(item_runs(&items[i]) * sizeof(fv_lean_run_t)) +
+                   FV_CUDA_STAGE_BYTES(item_runs(backend, &items[i]) * sizeof(fv_lean_run_t)) +
                    2U * FV_CUDA_STAGE_BYTES(1);
         /* a launch each; those that come back to an earlier geometry are counted again */
         n_bytes += ((i == 0) || !same_geometry(&g, &last)) ? fv_lean_plan_stage_bytes(backend) : 0U;

@@ -13,6 +13,7 @@
 
 #define TABLES_MIN ((size_t)64 << 10) /* bytes */
 #define TABLES_MAX ((size_t)1 << 30)
+#define SM80_SMEM  ((size_t)164 << 10) /* bytes of an SM of 8.0; others of 8.x have less */
 
 fv_status_t fv_cuda_check(cudaError_t error, const char *call)
 {
@@ -63,6 +64,7 @@ static fv_status_t choose_device(fv_backend_t *backend, int32_t device)
 {
     struct cudaDeviceProp properties;
     int n_devices = 0;
+    int32_t code = 0;
 
     FV_RETURN_IF_ERR(FV_CUDA(cudaGetDeviceCount(&n_devices)));
     if ((device < 0) || (device >= n_devices)) {
@@ -71,18 +73,25 @@ static fv_status_t choose_device(fv_backend_t *backend, int32_t device)
     }
     FV_RETURN_IF_ERR(FV_CUDA(cudaSetDevice(device)));
     FV_RETURN_IF_ERR(FV_CUDA(cudaGetDeviceProperties(&properties, device)));
-    if (properties.major != 9) {
-        return fv_fail(FV_ERR_UNIMPLEMENTED,
-                       "backend cuda: given a GPU of compute capability %d.%d, expected 9.0",
-                       properties.major, properties.minor);
+    if (fv_lean_cuda_code(&code) != cudaSuccess) {
+        return fv_fail(
+            FV_ERR_UNIMPLEMENTED,
+            "backend cuda: given a GPU of compute capability %d.%d, expected one of what it was built for: " FV_CUDA_ARCHS,
+            properties.major, properties.minor);
     }
+    backend->has_sm90 = code >= 90;
     backend->device = device;
     backend->n_sms = properties.multiProcessorCount;
     backend->smem_per_sm = properties.sharedMemPerMultiprocessor;
+    if (!backend->has_sm90 && (backend->smem_per_sm > SM80_SMEM)) {
+        backend->smem_per_sm = SM80_SMEM; /* the same plans on any GPU, so that any can test them */
+    }
     (void)snprintf(backend->name, sizeof(backend->name), "%.60s", properties.name);
     FV_RETURN_IF_ERR(FV_CUDA(fv_lean_cuda_init((int32_t)properties.sharedMemPerBlockOptin)));
-    FV_RETURN_IF_ERR(FV_CUDA(fv_prefill_cuda_init()));
-    return FV_CUDA(fv_latent_cuda_init());
+    if (backend->has_sm90) {
+        FV_RETURN_IF_ERR(FV_CUDA(fv_prefill_cuda_init()));
+    }
+    return FV_CUDA(fv_latent_cuda_init(backend->has_sm90));
 }
 
 /*

@@ -93,6 +93,7 @@ struct fv_backend {
     int device;
     int32_t n_sms;
     size_t smem_per_sm;
+    bool has_sm90; /* the driver chose code of sm_90: wgmma kernels, launches that overlap */
     char name[64];
     cudaStream_t stream;
     fv_cuda_outbox_t outbox;
@@ -253,6 +254,9 @@ fv_status_t fv_cuda_merge(fv_backend_t *backend,
                           size_t n_items,
                           const fv_merge_sync_t *sync);
 fv_status_t fv_cuda_empty(fv_backend_t *backend, float *lse_log2, uint64_t n_rows);
+
+/* False: shared memory is too small for this item's head dims and dtypes; attend() refuses it. */
+bool fv_cuda_attend_fits(const fv_backend_t *backend, const fv_attn_item_t *item);
 
 /* attend in two halves, which the benchmark calls apart: plan and stage into backend->launches, then start them. */
 fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items);

@@ -57,11 +57,14 @@ template <int CLUSTER> static fv_latent_kernel_t choose(int32_t head_dim_v)
     }
 }
 
-cudaError_t fv_latent_cuda_init(void)
+cudaError_t fv_latent_cuda_init(bool has_wgmma)
 {
     static const int32_t k_dims[] = {512, 256, 128};
 
     for (int32_t dim : k_dims) {
+        if (!has_wgmma) {
+            break;
+        }
         const fv_latent_kernel_t kernels[] = {choose<1>(dim), choose<2>(dim)};
 
         for (fv_latent_kernel_t kernel : kernels) {

@@ -23,8 +23,8 @@ int32_t fv_latent_choose(const fv_attn_item_t *item);
 int32_t fv_latent_rows(int32_t latent);
 uint32_t fv_latent_cuda_smem(int32_t latent, int32_t head_dim_qk, int32_t head_dim_v);
 
-/* Allows the kernels their shared memory. Once a device. */
-cudaError_t fv_latent_cuda_init(void);
+/* Allows the kernels their shared memory: those of wgmma too, or FV_LATENT_ANY's alone. Once a device. */
+cudaError_t fv_latent_cuda_init(bool has_wgmma);
 
 cudaError_t fv_latent_cuda_launch(const fv_lean_launch_t *launch, cudaStream_t stream);
 

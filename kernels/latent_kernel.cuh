@@ -43,6 +43,7 @@ template <typename SHAPE>
 static __global__ void __launch_bounds__(FV_LATENT_THREADS, 1)
     fv_latent_kernel(const __grid_constant__ fv_lean_launch_t p)
 {
+#if FV_HAS_WGMMA /* else the host launches none */
     extern __shared__ __align__(1024) uint8_t memory[];
     const fv_latent_memory_t at = fv_latent_place<SHAPE>(memory);
     const uint32_t role = threadIdx.x / FV_WARPGROUP;
@@ -70,6 +71,7 @@ static __global__ void __launch_bounds__(FV_LATENT_THREADS, 1)
     if (SHAPE::CLUSTER > 1) {
         fv_cluster_sync(); /* nobody leaves while the other may still arrive at its barriers */
     }
+#endif
 }
 
 #endif /* FV_KERNELS_LATENT_KERNEL_CUH */

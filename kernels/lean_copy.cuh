@@ -3,7 +3,9 @@
  *
  * Decode path: station 7 of 10, inside lean_kernel.cuh.
  *
- * It runs ahead of the computing warps as far as the ring is long, over groups' borders.
+ * It runs ahead of the computing warps as far as the ring is long, over groups' borders. A tile belongs to one lane, which
+ * looks it up and, on sm_90, copies it in bulk; code for sm_80 copies with all lanes, 16 bytes each, and each lane arrives at
+ * the slot's barrier when what it asked for has come.
  */
 #ifndef FV_KERNELS_LEAN_COPY_CUH
 #define FV_KERNELS_LEAN_COPY_CUH
@@ -27,6 +29,45 @@ fv_lean_tell_tile(fv_lean_smem_t *s, uint32_t k_slot, const fv_tile_t &tile)
     s->tile[k_slot].strided = tile.strided;
 }
 
+/* What the lane that a tile belongs to knows: all lanes that copy it must. */
+static __device__ __forceinline__ uint32_t fv_lean_from(uint32_t x, int32_t owner)
+{
+#if FV_HAS_SM90
+    (void)owner;
+    return x;
+#else
+    return __shfl_sync(0xffffffffU, x, owner);
+#endif
+}
+
+/* True for the lanes that copy the tile of lane `owner`. */
+static __device__ __forceinline__ bool fv_lean_copies(int32_t owner)
+{
+    return (FV_HAS_SM90 == 0) || ((int32_t)(threadIdx.x & 31U) == owner);
+}
+
+/* The owner: a slot's tile is described, and n_bytes of it are on their way or soon will be. */
+static __device__ __forceinline__ void fv_lean_expect(uint64_t *full, uint32_t n_bytes)
+{
+#if FV_HAS_SM90
+    fv_mbar_expect(full, n_bytes);
+#else
+    (void)n_bytes; /* the lanes that copy arrive themselves */
+    fv_mbar_arrive(full);
+#endif
+}
+
+static __device__ __forceinline__ void
+fv_lean_load(uint8_t *dst, const uint8_t *src, uint32_t n_bytes, uint64_t *bar, uint64_t policy)
+{
+#if FV_HAS_SM90
+    fv_bulk_load(dst, src, n_bytes, bar, policy);
+#else
+    (void)bar;
+    fv_warp_load(dst, src, n_bytes, policy);
+#endif
+}
+
 /* n_tokens of K or V: one copy, or one of each panel where they do not fill it. */
 static __device__ __forceinline__ void fv_lean_load_rows(uint8_t *dst,
                                                          const uint8_t *src,
@@ -37,15 +78,18 @@ static __device__ __forceinline__ void fv_lean_load_rows(uint8_t *dst,
                                                          uint64_t policy)
 {
     if ((n_tokens == FV_PAGE_TOKENS) || (rows.token_bytes == row_bytes)) {
-        fv_bulk_load(dst, src, n_tokens * row_bytes, bar, policy);
-        return;
+        fv_lean_load(dst, src, n_tokens * row_bytes, bar, policy);
+    } else {
+        for (uint32_t at = 0; at < row_bytes * FV_PAGE_TOKENS; at += FV_PANEL_BYTES) {
+            fv_lean_load(dst + at, src + at, n_tokens * FV_PANEL_ROW_BYTES, bar, policy);
+        }
     }
-    for (uint32_t at = 0; at < row_bytes * FV_PAGE_TOKENS; at += FV_PANEL_BYTES) {
-        fv_bulk_load(dst + at, src + at, n_tokens * FV_PANEL_ROW_BYTES, bar, policy);
-    }
+#if !FV_HAS_SM90
+    fv_copies_arrive(bar);
+#endif
 }
 
-/* One lane: K and V of a page go to the next two slots, which are free; n_tokens of each. */
+/* The lanes that copy: K and V of a page go to the next two slots, which are free; n_tokens of each. */
 static __device__ __forceinline__ void fv_lean_load_page(const fv_lean_launch_t &p,
                                                          fv_lean_smem_t *s,
                                                          uint8_t *ring_data,
@@ -64,7 +108,7 @@ static __device__ __forceinline__ void fv_lean_load_page(const fv_lean_launch_t 
 }
 
 /*
- * One lane: waits until the ring has room, and until the tile p.tiles_ahead before this one has come. That many tiles
+ * The lanes that copy: wait until the ring has room, and until the tile p.tiles_ahead before this one has come. That many tiles
  * keep the memory busy; more would only wait in its queues, and the first of them as long as the last.
  */
 static __device__ __forceinline__ void fv_lean_issue(const fv_lean_launch_t &p,
@@ -72,9 +116,10 @@ static __device__ __forceinline__ void fv_lean_issue(const fv_lean_launch_t &p,
                                                      uint8_t *ring_data,
                                                      const fv_lean_copier_t &copier,
                                                      const fv_tile_t &tile,
-                                                     fv_page_ref_t page)
+                                                     fv_page_ref_t page,
+                                                     int32_t owner)
 {
-    const uint32_t n_tokens = (uint32_t)tile.n_tokens;
+    const uint32_t n_tokens = fv_lean_from((uint32_t)tile.n_tokens, owner);
     fv_lean_ring_t v = copier.ring;
 
     fv_lean_ring_next(&v, (uint32_t)p.ring_slots);
@@ -83,10 +128,12 @@ static __device__ __forceinline__ void fv_lean_issue(const fv_lean_launch_t &p,
     if (copier.n_ahead == p.tiles_ahead) {
         fv_mbar_wait(&s->full[copier.ahead.slot], copier.ahead.parity);
     }
-    fv_lean_tell_tile(s, copier.ring.slot, tile);
-    fv_mbar_expect(&s->full[copier.ring.slot], n_tokens * p.k_bytes);
-    fv_mbar_expect(&s->full[v.slot], n_tokens * p.v_bytes);
-    fv_lean_load_page(p, s, ring_data, copier, page, n_tokens);
+    if ((int32_t)(threadIdx.x & 31U) == owner) {
+        fv_lean_tell_tile(s, copier.ring.slot, tile);
+        fv_lean_expect(&s->full[copier.ring.slot], n_tokens * p.k_bytes);
+        fv_lean_expect(&s->full[v.slot], n_tokens * p.v_bytes);
+    }
+    fv_lean_load_page(p, s, ring_data, copier, fv_lean_from(page, owner), n_tokens);
 }
 
 /* After each tile: all lanes. */
@@ -121,8 +168,8 @@ static __device__ __forceinline__ void fv_lean_copy_first(const fv_lean_launch_t
 
     FV_LEAN_MARK_COPIER(p, 7);
     for (int32_t i = 0; i < n; i++) { /* in order: the first tile is waited for */
-        if (lane == i) {
-            fv_lean_load_page(p, s, ring_data, *copier, page, FV_PAGE_TOKENS);
+        if (fv_lean_copies(i)) {
+            fv_lean_load_page(p, s, ring_data, *copier, fv_lean_from(page, i), FV_PAGE_TOKENS);
         }
         fv_lean_copier_next(p, copier);
         __syncwarp();
@@ -132,8 +179,8 @@ static __device__ __forceinline__ void fv_lean_copy_first(const fv_lean_launch_t
         const fv_tile_list_t tiles = walk->run->tiles;
 
         fv_lean_tell_tile(s, k_slot, fv_tile_at(&query, &tiles, walk->tile + lane));
-        fv_mbar_expect(&s->full[k_slot], FV_PAGE_TOKENS * p.k_bytes);
-        fv_mbar_expect(&s->full[k_slot + 1U], FV_PAGE_TOKENS * p.v_bytes);
+        fv_lean_expect(&s->full[k_slot], FV_PAGE_TOKENS * p.k_bytes);
+        fv_lean_expect(&s->full[k_slot + 1U], FV_PAGE_TOKENS * p.v_bytes);
     }
     __syncwarp();
     walk->left -= n;
@@ -190,8 +237,8 @@ static __device__ __forceinline__ void fv_lean_copy_until(const fv_lean_launch_t
             fv_lean_prefetch_q(p, run, walk->head);
         }
         for (int32_t i = 0; (run->is_empty == 0) && (i < n); i++) {
-            if (i == lane) {
-                fv_lean_issue(p, s, ring_data, *copier, tile, page);
+            if (fv_lean_copies(i)) {
+                fv_lean_issue(p, s, ring_data, *copier, tile, page, i);
             }
             fv_lean_copier_next(p, copier);
             __syncwarp();

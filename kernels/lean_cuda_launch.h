@@ -18,6 +18,9 @@ uint32_t fv_lean_cuda_fixed_bytes(int32_t head_dim_qk,
                                   int32_t m_warps,
                                   int32_t n_q_parts);
 
+/* Of which architecture the code is that the driver chose for this device, 80 or 90. Error: there is none for it. */
+cudaError_t fv_lean_cuda_code(int32_t *out);
+
 /* Allows every kernel the shared memory of an SM. Once a device. */
 cudaError_t fv_lean_cuda_init(int32_t smem_max);
 

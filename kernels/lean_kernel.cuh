@@ -135,7 +135,7 @@ static __device__ __forceinline__ void
 fv_lean_init(const fv_lean_launch_t &p, fv_lean_smem_t *s, uint32_t n_teams)
 {
     for (int32_t i = 0; i < p.ring_slots; i++) {
-        fv_mbar_init(&s->full[i], 1);
+        fv_mbar_init(&s->full[i], FV_HAS_SM90 ? 1 : 33); /* who describes it; who copies */
         fv_mbar_init(&s->empty[i], FV_LEAN_RELEASES);
     }
     for (int32_t i = 0; i < FV_LEAN_QUEUE; i++) {

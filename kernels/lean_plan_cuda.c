@@ -74,6 +74,24 @@ size_t fv_lean_plan_stage_bytes(const fv_backend_t *backend)
            FV_CUDA_STAGE_BYTES(n * sizeof(fv_lean_late_t));
 }
 
+static uint32_t kv_slot_bytes(const fv_lean_geometry_t *g)
+{
+    const uint32_t e = (g->kind == (int32_t)FV_LEAN_F32_WIDE) ? 4U : 2U;
+
+    return FV_PAGE_TOKENS * e *
+           (uint32_t)((g->head_dim_qk > g->head_dim_v) ? g->head_dim_qk : g->head_dim_v);
+}
+
+bool fv_lean_plan_fits(const fv_backend_t *backend,
+                       const fv_lean_geometry_t *geometry,
+                       int32_t n_q_parts)
+{
+    return (size_t)fv_lean_cuda_fixed_bytes(geometry->head_dim_qk, geometry->head_dim_v,
+                                            geometry->m_warps, n_q_parts) +
+               CTA_RESERVED + 2U * (size_t)kv_slot_bytes(geometry) <=
+           backend->smem_per_sm;
+}
+
 /* Shared memory: as many ring slots as two CTAs of an SM can have, or one CTA if those are too few. */
 static fv_status_t set_ring(const fv_backend_t *backend,
                             const fv_lean_draft_t *draft,
@@ -264,7 +282,7 @@ static void make_shares(fv_backend_t *backend,
     launch->late = fv_cuda_on_device(backend, offset);
     late = fv_cuda_on_host(backend, offset);
     fv_lean_plan_late(tuning, launch, runs, shares, late);
-    launch->is_dependent = (int32_t)tuning->is_dependent;
+    launch->is_dependent = backend->has_sm90 ? (int32_t)tuning->is_dependent : 0;
     launch->is_cooperative = ((launch->n_late > 0) && (tuning->is_cooperative == 1U)) ? 1 : 0;
 }
 
@@ -309,8 +327,7 @@ fv_status_t fv_lean_plan(fv_backend_t *backend, const fv_lean_draft_t *draft)
     launch.v_bytes = (uint32_t)g->head_dim_v * e;
     launch.k_rows = fv_page_rows_make(launch.k_bytes, e);
     launch.v_rows = fv_page_rows_make(launch.v_bytes, e);
-    launch.slot_bytes =
-        FV_PAGE_TOKENS * ((launch.k_bytes > launch.v_bytes) ? launch.k_bytes : launch.v_bytes);
+    launch.slot_bytes = kv_slot_bytes(g);
     /* K and V as the tensor cores take them, Q too: no other kind has such a kernel */
     launch.is_exact = ((g->kind == (int32_t)FV_LEAN_BF16) || (g->kind == (int32_t)FV_LEAN_F16)) &&
                       (draft->n_q_parts == 1) && (g->head_dim_qk == g->head_dim_v) &&

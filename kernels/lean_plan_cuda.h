@@ -48,6 +48,11 @@ FV_MUST_CHECK fv_status_t fv_lean_plan_init(fv_backend_t *backend);
 void fv_lean_plan_free(fv_backend_t *backend);
 size_t fv_lean_plan_device_bytes(const fv_backend_t *backend);
 
+/* True if shared memory has room for a block's Q, in that many parts, and for K and V of a tile. */
+bool fv_lean_plan_fits(const fv_backend_t *backend,
+                       const fv_lean_geometry_t *geometry,
+                       int32_t n_q_parts);
+
 /* What the plan of one launch takes of the staging area, at most. */
 size_t fv_lean_plan_stage_bytes(const fv_backend_t *backend);
 

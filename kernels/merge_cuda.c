@@ -322,6 +322,7 @@ fv_status_t fv_cuda_merge(fv_backend_t *backend,
     if ((plan.n_jobs == 0) && (plan.n_pairs == 0)) {
         return FV_OK;
     }
+    launch.is_early = backend->has_sm90 ? 1U : 0U;
     launch.n_blocks_ll = (uint32_t)backend->n_sms * BLOCKS_PER_SM_LL;
     launch.blob_bytes = fv_align_up(fv_merge_parts_at(plan.n_pairs, plan.n_units) +
                                         plan.n_parts * sizeof(fv_merge_part_t),

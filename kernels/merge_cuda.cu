@@ -14,6 +14,7 @@
  * bounded too, by the device's clock and by a word that the host can set.
  */
 #include "kernels/merge_cuda.h"
+#include "kernels/ptx.cuh"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -478,12 +479,12 @@ static __device__ __forceinline__ void merge(const fv_merge_launch_t &p, const u
     job_t job = {};
 
     if (p.is_staged != 0) { /* the blob itself comes by what stands before on the stream */
-        asm volatile("griddepcontrol.wait;" ::: "memory");
+        fv_wait_for_prior_launch();
     }
     if (row < p.n_jobs) {
         job = make_job(units, p.n_units, parts, row);
     }
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    fv_wait_for_prior_launch();
     const uint64_t attended_ns = clock_ns();
 
     if (HAS_LL) {
@@ -554,7 +555,7 @@ start(const void *kernel, const fv_merge_launch_t *launch, void **args, cudaStre
     config.blockDim = dim3(THREADS);
     config.stream = stream;
     config.attrs = &attribute;
-    config.numAttrs = 1;
+    config.numAttrs = launch->is_early;
     return cudaLaunchKernelExC(&config, kernel, args);
 }
 

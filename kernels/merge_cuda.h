@@ -55,6 +55,7 @@ typedef struct fv_merge_launch {
     uint32_t is_staged;   /* the blob lies in device memory */
     uint32_t n_flags;     /* pairs with something to tell or to wait for */
     uint32_t n_blocks_ll; /* most blocks of a launch with ll_quads */
+    uint32_t is_early;    /* may start before what stands ahead on the stream is done, and waits */
 } fv_merge_launch_t;
 
 /* A row's columns are done by a warp each FV_MERGE_DIMS: its jobs. Rows of latents have several. */
@@ -74,7 +75,7 @@ static inline FV_HD size_t fv_merge_parts_at(size_t n_pairs, size_t n_units)
     return fv_merge_units_at(n_pairs) + (n_units * sizeof(fv_merge_unit_t) + 15U) / 16U * 16U;
 }
 
-/* Follows what is on the stream as a programmatic dependent: it may start early, and waits for it. */
+/* Follows what is on the stream; is_early: as a programmatic dependent, which waits for it itself. */
 cudaError_t fv_merge_launch(const fv_merge_launch_t *launch, cudaStream_t stream);
 
 /* n states become the empty set. */

@@ -214,6 +214,7 @@ template <typename SHAPE>
 static __global__ void __launch_bounds__(FV_PREFILL_THREADS, 1)
     fv_prefill_kernel(const __grid_constant__ fv_prefill_launch_t p)
 {
+#if FV_HAS_WGMMA /* else the host launches none */
     extern __shared__ __align__(1024) uint8_t memory[];
     fv_prefill_smem_t *s = (fv_prefill_smem_t *)(memory + SHAPE::DATA_BYTES);
 
@@ -237,6 +238,7 @@ static __global__ void __launch_bounds__(FV_PREFILL_THREADS, 1)
         fv_registers_more<232>();
         fv_prefill_compute<SHAPE>(p, s, memory);
     }
+#endif
 }
 
 #endif /* FV_KERNELS_PREFILL_KERNEL_CUH */

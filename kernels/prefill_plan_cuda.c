@@ -3,7 +3,7 @@
  *
  * Station 7 of 10. Before: attend_cuda.c. After: prefill_cuda.cu (executes). Items that are left go the lean way.
  *
- * The rule, in one place: the kernel has the item's dtypes and head dims, a head has
+ * The rule, in one place: the code is sm_90's, the kernel has the item's dtypes and head dims, a head has
  * more than ROWS_MIN rows, and all such items of the step with one geometry make at least prefill_units_min units. Below,
  * the lean kernel is faster although its products are slower: it cuts lines of tiles over all SMs.
  */
@@ -216,7 +216,7 @@ static fv_status_t plan_launch(fv_backend_t *backend,
 fv_status_t fv_prefill_plan(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items)
 {
     backend->n_prefills = 0;
-    for (size_t i = 0; i < n_items; i++) {
+    for (size_t i = 0; backend->has_sm90 && (i < n_items); i++) {
         const geometry_t g = geometry_of(&items[i]);
         uint32_t n_wanted = 0;
         uint32_t n_blocks = 0;

@@ -1,5 +1,8 @@
 /*
- * ptx.cuh - the instructions that have no C name: barriers with a byte count, bulk copies, ldmatrix, mma. sm_90.
+ * ptx.cuh - the instructions that have no C name: barriers, asynchronous copies, ldmatrix, mma.
+ *
+ * sm_90 has what the kernels are written for: bulk copies that a barrier counts in bytes, launches that overlap. Code for
+ * sm_80 does the same with copies of 16 bytes that each lane reports to the barrier, and with launches in order.
  */
 #ifndef FV_KERNELS_PTX_CUH
 #define FV_KERNELS_PTX_CUH
@@ -8,6 +11,18 @@
 #include <cuda_fp16.h>
 
 #include <stdint.h>
+
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900)
+#    define FV_HAS_SM90 0
+#else
+#    define FV_HAS_SM90 1
+#endif
+/* wgmma and setmaxnreg: of sm_90a alone. */
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#    define FV_HAS_WGMMA 0
+#else
+#    define FV_HAS_WGMMA 1
+#endif
 
 /* ------------------------------------------------------------------ shared-memory barriers */
 
@@ -25,9 +40,12 @@ static __device__ __forceinline__ void fv_mbar_init(uint64_t *bar, uint32_t n_ar
 /* Makes the initialisations visible to the copy engine. */
 static __device__ __forceinline__ void fv_mbar_init_fence()
 {
+#if FV_HAS_SM90
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
 }
 
+/* sm_90. */
 static __device__ __forceinline__ void fv_mbar_expect(uint64_t *bar, uint32_t n_bytes)
 {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(fv_smem(bar)),
@@ -45,7 +63,11 @@ static __device__ __forceinline__ void fv_mbar_wait(uint64_t *bar, uint32_t pari
     asm volatile("{\n"
                  ".reg .pred done;\n"
                  "again:\n"
+#if FV_HAS_SM90
                  "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+#else
+                 "mbarrier.test_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+#endif
                  "@done bra over;\n"
                  "bra again;\n"
                  "over:\n"
@@ -63,13 +85,32 @@ static __device__ __forceinline__ uint64_t fv_evict_first()
     return policy;
 }
 
-/* n_bytes (multiple of 16) from global to shared memory; both 16-byte aligned. */
+/* n_bytes (multiple of 16) from global to shared memory; both 16-byte aligned. sm_90. */
 static __device__ __forceinline__ void
 fv_bulk_load(void *dst, const void *src, uint32_t n_bytes, uint64_t *bar, uint64_t policy)
 {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
                  " [%0], [%1], %2, [%3], %4;" ::"r"(fv_smem(dst)),
                  "l"(src), "r"(n_bytes), "r"(fv_smem(bar)), "l"(policy)
+                 : "memory");
+}
+
+/* The same by a whole warp, whose lanes then say so: fv_copies_arrive(). */
+static __device__ __forceinline__ void
+fv_warp_load(void *dst, const void *src, uint32_t n_bytes, uint64_t policy)
+{
+    for (uint32_t at = (threadIdx.x & 31U) * 16U; at < n_bytes; at += 32U * 16U) {
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(
+                         fv_smem((uint8_t *)dst + at)),
+                     "l"((const uint8_t *)src + at), "l"(policy)
+                     : "memory");
+    }
+}
+
+/* Arrives at the barrier when all copies that this thread has asked for have come. */
+static __device__ __forceinline__ void fv_copies_arrive(uint64_t *bar)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(fv_smem(bar))
                  : "memory");
 }
 
@@ -110,13 +151,17 @@ static __device__ __forceinline__ uint32_t fv_load_acquire(const uint32_t *count
 /* Waits until the launch before in the stream is done and its writes are there; at once if it did not overlap. */
 static __device__ __forceinline__ void fv_wait_for_prior_launch()
 {
+#if FV_HAS_SM90
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 /* The next launch in the stream may be brought onto the GPU, if it asked to be. */
 static __device__ __forceinline__ void fv_launch_dependents()
 {
+#if FV_HAS_SM90
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 /* ------------------------------------------------------------------ loads */

@@ -199,7 +199,7 @@ static __global__ void __launch_bounds__(THREADS)
     const uint32_t *words = (const uint32_t *)(units + blockIdx.x);
 
     /* the kernel behind may be set up meanwhile: it waits for this one's end before it reads */
-    asm volatile("griddepcontrol.launch_dependents;");
+    fv_launch_dependents();
     if (threadIdx.x < sizeof(unit) / sizeof(*words)) { /* over the bus once a block */
         ((uint32_t *)&unit)[threadIdx.x] = words[threadIdx.x];
     }
@@ -221,7 +221,7 @@ static __global__ void __launch_bounds__(THREADS)
 
 static __global__ void __launch_bounds__(32) stamp_kernel(uint64_t *ns)
 {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    fv_wait_for_prior_launch();
     if (threadIdx.x == 0) {
         *ns = clock_ns();
     }
@@ -229,7 +229,7 @@ static __global__ void __launch_bounds__(32) stamp_kernel(uint64_t *ns)
 
 static __global__ void __launch_bounds__(32) done_kernel(fv_cuda_record_t *record, uint32_t n_done)
 {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    fv_wait_for_prior_launch();
     if (threadIdx.x == 0) {
         const uint64_t ns = clock_ns();
 
@@ -240,8 +240,9 @@ static __global__ void __launch_bounds__(32) done_kernel(fv_cuda_record_t *recor
     }
 }
 
-/* Kernels that begin with griddepcontrol.wait may be set up while the one before runs. */
-static cudaLaunchConfig_t early_config(cudaLaunchAttribute *attribute, cudaStream_t stream)
+/* Kernels that wait for the launch before themselves may be set up while it runs. */
+static cudaLaunchConfig_t
+early_config(cudaLaunchAttribute *attribute, bool is_early, cudaStream_t stream)
 {
     cudaLaunchConfig_t config = {};
 
@@ -251,7 +252,7 @@ static cudaLaunchConfig_t early_config(cudaLaunchAttribute *attribute, cudaStrea
     config.blockDim = dim3(32);
     config.stream = stream;
     config.attrs = attribute;
-    config.numAttrs = 1;
+    config.numAttrs = is_early ? 1 : 0;
     return config;
 }
 
@@ -261,18 +262,19 @@ cudaError_t fv_pull_launch(const fv_pull_launch_t *launch, cudaStream_t stream)
     return cudaGetLastError();
 }
 
-cudaError_t fv_stamp_launch(uint64_t *ns, cudaStream_t stream)
+cudaError_t fv_stamp_launch(uint64_t *ns, bool is_early, cudaStream_t stream)
 {
     cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config = early_config(&attribute, stream);
+    const cudaLaunchConfig_t config = early_config(&attribute, is_early, stream);
 
     return cudaLaunchKernelEx(&config, stamp_kernel, ns);
 }
 
-cudaError_t fv_done_launch(fv_cuda_record_t *record, uint32_t n_done, cudaStream_t stream)
+cudaError_t
+fv_done_launch(fv_cuda_record_t *record, uint32_t n_done, bool is_early, cudaStream_t stream)
 {
     cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config = early_config(&attribute, stream);
+    const cudaLaunchConfig_t config = early_config(&attribute, is_early, stream);
 
     return cudaLaunchKernelEx(&config, done_kernel, record, n_done);
 }

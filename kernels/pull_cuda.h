@@ -62,11 +62,15 @@ typedef struct fv_pull_launch {
 
 cudaError_t fv_pull_launch(const fv_pull_launch_t *launch, cudaStream_t stream);
 
-/* Writes the device's clock to *ns when everything before on the stream is done. */
-cudaError_t fv_stamp_launch(uint64_t *ns, cudaStream_t stream);
+/*
+ * Writes the device's clock to *ns when everything before on the stream is done. is_early: the kernel may be set up before
+ * (code of sm_90).
+ */
+cudaError_t fv_stamp_launch(uint64_t *ns, bool is_early, cudaStream_t stream);
 
 /* The end of a step: when everything before is done and visible to the host, end_ns and n_done. */
-cudaError_t fv_done_launch(fv_cuda_record_t *record, uint32_t n_done, cudaStream_t stream);
+cudaError_t
+fv_done_launch(fv_cuda_record_t *record, uint32_t n_done, bool is_early, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

@@ -27,7 +27,8 @@ const fv_wait_limits_t fv_cuda_long = {.deadline_ms = 30000};
 
 fv_status_t fv_cuda_attended(fv_backend_t *backend)
 {
-    return FV_CUDA(fv_stamp_launch(&backend->outbox.record->attended_ns, backend->stream));
+    return FV_CUDA(
+        fv_stamp_launch(&backend->outbox.record->attended_ns, backend->has_sm90, backend->stream));
 }
 
 static uint32_t between_us(uint64_t from_ns, uint64_t to_ns)
@@ -102,7 +103,8 @@ fv_status_t fv_cuda_wait(fv_backend_t *backend, const fv_wait_limits_t *limits)
     int64_t query_us = begin_us + QUERY_US;
 
     o->n_done++;
-    FV_RETURN_IF_ERR(FV_CUDA(fv_done_launch(o->record, o->n_done, backend->stream)));
+    FV_RETURN_IF_ERR(
+        FV_CUDA(fv_done_launch(o->record, o->n_done, backend->has_sm90, backend->stream)));
     while (*n_done != o->n_done) {
         const int64_t now_us = fv_clock_us();
 

@@ -4,7 +4,7 @@
  * Every case is poisoned (attn_case.h): unused slots and unseen tokens are NaN, page-table entries past the end wild.
  */
 #include "kernels/backend_cuda.h"
-#include "tests/support/attn_case.h"
+#include "tests/support/cuda_case.h"
 #include "tests/support/test.h"
 
 #include <math.h>
@@ -55,12 +55,15 @@ typedef struct step {
     uint32_t next_unit;
 } step_t;
 
-static void step_add(step_t *step, const fv_attn_spec_t *spec, fv_rng_t *rng, bool is_pinned)
+static void step_add(step_t *step, const fv_attn_spec_t *given, fv_rng_t *rng, bool is_pinned)
 {
     const size_t i = step->n++;
-    fv_attn_case_t *attn = fv_attn_case_create(spec);
+    fv_attn_spec_t spec = *given;
+    fv_attn_case_t *attn = NULL;
     void *lse = NULL;
 
+    fv_cuda_case_fit(backend, &spec);
+    attn = fv_attn_case_create(&spec);
     assert_true(step->n <= STEP_MAX);
     step->cases[i] = attn;
     fv_attn_case_place(attn, rng, &step->next_unit);
@@ -162,6 +165,27 @@ static void test_dims_and_dtypes(void **state)
             }
         }
     }
+}
+
+/* fp32 KV of 256 dims does not fit into the shared memory of sm_80's GPUs: refused before anything is written. */
+static void test_refused(void **state)
+{
+    fv_attn_spec_t spec = spec_of(256, 256, FV_DTYPE_F32, FV_DTYPE_F32, 4, 10);
+    uint8_t out[2 * 4 * 256 * sizeof(float)];
+    fv_attn_item_t item;
+    fv_attn_case_t *attn = fv_attn_case_create(&spec);
+    fv_rng_t rng = {9};
+    uint32_t next_unit = 0;
+
+    (void)state;
+    fv_attn_case_place(attn, &rng, &next_unit);
+    assert_int_equal(fv_attn_case_load(attn, k_ops, backend, &rng), FV_OK);
+    item = fv_attn_case_item(attn, 0, out, NULL);
+    assert_int_equal(fv_cuda_case_fits(backend, &spec), backend->has_sm90);
+    assert_int_equal(k_ops->attend(backend, &item, 1),
+                     backend->has_sm90 ? FV_OK : FV_ERR_UNIMPLEMENTED);
+    assert_int_equal(k_ops->finish(backend, NULL, NULL), FV_OK);
+    fv_attn_case_destroy(attn);
 }
 
 /* 1 to 128 rows of a KV head, by group and by tokens; lengths round the borders of tiles and shares. */
@@ -426,11 +450,12 @@ static void test_repeat(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_dims_and_dtypes), cmocka_unit_test(test_rows_and_lengths),
-        cmocka_unit_test(test_extremes),        cmocka_unit_test(test_cut_groups),
-        cmocka_unit_test(test_tunings),         cmocka_unit_test(test_mixed_groups),
-        cmocka_unit_test(test_infinite_k),      cmocka_unit_test(test_prefill),
-        cmocka_unit_test(test_random_steps),    cmocka_unit_test(test_repeat),
+        cmocka_unit_test(test_dims_and_dtypes),  cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_rows_and_lengths), cmocka_unit_test(test_extremes),
+        cmocka_unit_test(test_cut_groups),       cmocka_unit_test(test_tunings),
+        cmocka_unit_test(test_mixed_groups),     cmocka_unit_test(test_infinite_k),
+        cmocka_unit_test(test_prefill),          cmocka_unit_test(test_random_steps),
+        cmocka_unit_test(test_repeat),
     };
 
     if (!fv_backend_cuda_is_visible()) {

@@ -44,8 +44,8 @@ static int quick(int n_all, int n_some)
 
 static bool is_wgmma(const fv_attn_spec_t *spec)
 {
-    return (spec->io_dtype == FV_DTYPE_BF16) && (spec->kv_dtype == FV_DTYPE_BF16) &&
-           (spec->head_dim_qk == spec->head_dim_v + ROPE) &&
+    return backend->has_sm90 && (spec->io_dtype == FV_DTYPE_BF16) &&
+           (spec->kv_dtype == FV_DTYPE_BF16) && (spec->head_dim_qk == spec->head_dim_v + ROPE) &&
            ((spec->latent_mu == 0.0F) || (spec->latent_mu == 1.0F)) &&
            ((spec->head_dim_v == 512) || (spec->head_dim_v == 256) || (spec->head_dim_v == 128));
 }

@@ -2,7 +2,7 @@
  * test_cuda_prefill.c - the prefill kernel against the fp64 oracle: fixed shapes, random ones, chunks, shards, repetition.
  *
  * Every case is poisoned (attn_case.h). Each step says how many launches of the prefill kernel it expects, so none of
- * them passes by going another way.
+ * them passes by going another way. Code for sm_80 has no such kernel: there the lean kernel must do all of it.
  */
 #include "kernels/backend_cuda.h"
 #include "tests/support/attn_case.h"
@@ -80,7 +80,7 @@ static void step_run(step_t *step, size_t n_prefills)
         memset(step->lse[i], 0xff, fv_attn_case_rows(step->cases[i]) * sizeof(float));
     }
     assert_int_equal(k_ops->attend(backend, step->items, step->n), FV_OK);
-    assert_int_equal(backend->n_prefills, n_prefills);
+    assert_int_equal(backend->n_prefills, backend->has_sm90 ? n_prefills : 0);
     assert_int_equal(k_ops->finish(backend, NULL, NULL), FV_OK);
 }
 
@@ -266,7 +266,7 @@ static void test_random(void **state)
     }
 }
 
-/* Rows of one prompt in chunks of any size: the same bits as in one. */
+/* Rows of one prompt in chunks of any size: right, and by the prefill kernel the same bits as in one. */
 static void test_chunks(void **state)
 {
     static const int32_t k_chunks[] = {33, 64, 100, 250};
@@ -300,11 +300,14 @@ static void test_chunks(void **state)
             chunk.out = (uint8_t *)item.out + (size_t)at * row;
             chunk.lse = item.lse + (size_t)at * item.lse_token_stride;
             assert_int_equal(k_ops->attend(backend, &chunk, 1), FV_OK);
-            assert_int_equal(backend->n_prefills, 1);
+            assert_int_equal(backend->n_prefills, backend->has_sm90 ? 1 : 0);
             assert_int_equal(k_ops->finish(backend, NULL, NULL), FV_OK);
             at += chunk.n_tokens;
         }
-        assert_memory_equal(whole, step.out[0], n_bytes);
+        if (backend->has_sm90) {
+            assert_memory_equal(whole, step.out[0], n_bytes);
+        }
+        assert_int_equal(step_check(&step, "chunks"), 0);
     }
     free(whole);
     step_free(&step);
@@ -359,7 +362,7 @@ static void test_shards(void **state)
             item.dst = &dst;
             item.n_dst = 1;
             assert_int_equal(k_ops->attend(backend, &item, 1), FV_OK);
-            assert_int_equal(backend->n_prefills, 1);
+            assert_int_equal(backend->n_prefills, backend->has_sm90 ? 1 : 0);
             assert_int_equal(k_ops->finish(backend, NULL, NULL), FV_OK);
         }
         fv_merge_item_t merge = {.n_rows = n_rows,

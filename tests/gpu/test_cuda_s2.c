@@ -5,7 +5,7 @@
  * NaN over everything that was freed: prop_worker_s2.c; both are built for this backend too.
  */
 #include "kernels/backend_cuda.h"
-#include "tests/support/attn_case.h"
+#include "tests/support/cuda_case.h"
 #include "tests/support/test.h"
 
 #include <stdio.h>
@@ -59,12 +59,14 @@ typedef struct step {
     uint32_t next_unit;
 } step_t;
 
-static void step_add(step_t *step, const fv_attn_spec_t *spec, fv_rng_t *rng)
+static void step_add(step_t *step, const fv_attn_spec_t *given, fv_rng_t *rng)
 {
     const size_t i = step->n++;
+    fv_attn_spec_t spec = *given;
 
+    fv_cuda_case_fit(backend, &spec);
     assert_true(step->n <= STEP_MAX);
-    step->cases[i] = fv_attn_case_create(spec);
+    step->cases[i] = fv_attn_case_create(&spec);
     fv_attn_case_place(step->cases[i], rng, &step->next_unit);
     assert_true((size_t)step->next_unit * FV_PAGE_UNIT <= ARENA_BYTES);
     assert_int_equal(fv_attn_case_load(step->cases[i], k_ops, backend, rng), FV_OK);
