@@ -15,6 +15,11 @@
 #define DECODE_IDLE_STEPS 8.0
 #define SHARE             0.5 /* of a decode step: sched_budget.h says why */
 #define WEIGHT            0.25
+#define KEEP              0.97 /* of what earlier pieces say, at each new one */
+#define SPREAD            0.01 /* variance over mean^2 from which a line can be fitted */
+#define FIXED_LEAST       0.1  /* of a piece's time at least is its macs' */
+#define GROWTH            4.0  /* of the rate in one step, at most: a slow step shows late */
+#define DITHER            0.7  /* every other piece is so much smaller: else there is no line */
 
 void fv_budget_init(fv_budget_t *budget, uint32_t tokens_fixed)
 {
@@ -53,6 +58,8 @@ fv_budget_allow(fv_budget_t *budget, int64_t now_us, bool has_decode, uint64_t n
     if (is_decode_running(budget, now_us)) {
         us = SHARE * budget->decode_us;
         us = (us > FV_BUDGET_MIN_US) ? us : FV_BUDGET_MIN_US;
+        us = (budget->over_us < us / 2.0) ? (us - budget->over_us) : (us / 2.0);
+        us *= (budget->n_mixed % 2U == 0U) ? 1.0 : DITHER;
     }
     return (fv_allowance_t){.n_tokens = n_tokens_max, .macs = us * budget->macs_per_us};
 }
@@ -62,12 +69,44 @@ static double follow(double known, double seen)
     return (known <= 0.0) ? seen : (known + WEIGHT * (seen - known));
 }
 
+/* What a piece of so many macs takes is fitted by a straight line through the last ones: over_us + macs / rate. */
+static void fit(fv_budget_t *budget, double macs, double us)
+{
+    fv_fit_t *f = &budget->fit;
+
+    f->n = f->n * KEEP + 1.0;
+    f->x = f->x * KEEP + macs;
+    f->y = f->y * KEEP + us;
+    f->xx = f->xx * KEEP + macs * macs;
+    f->xy = f->xy * KEEP + macs * us;
+    double x = f->x / f->n;
+    double y = (f->y > f->n) ? (f->y / f->n) : 1.0;
+    double variance = f->xx / f->n - x * x;
+    double known = x / budget->macs_per_us;
+    /* pieces of one size say nothing of what is fixed: its share stays */
+    double slope = y / x * (known / (known + budget->over_us));
+
+    if (variance > SPREAD * x * x) {
+        slope = (f->xy / f->n - x * (f->y / f->n)) / variance;
+    }
+    slope = (slope > y / x) ? (y / x) : slope;
+    slope = (slope < FIXED_LEAST * y / x) ? (FIXED_LEAST * y / x) : slope;
+    double rate = 1.0 / slope;
+    rate = (rate < GROWTH * budget->macs_per_us) ? rate : (GROWTH * budget->macs_per_us);
+    budget->macs_per_us = (rate > MACS_PER_US_MIN) ? rate : MACS_PER_US_MIN;
+    double over_us = y - x / budget->macs_per_us;
+    budget->over_us = (over_us > 0.0) ? over_us : 0.0;
+}
+
 void fv_budget_learn(fv_budget_t *budget, const fv_step_cost_t *cost)
 {
     double prefill_us = (double)cost->took_us;
 
+    if (cost->took_us <= 0) {
+        return;
+    }
     if (cost->prefill_macs <= 0.0) {
-        if (cost->has_decode && (cost->took_us > 0)) {
+        if (cost->has_decode) {
             budget->decode_us = follow(budget->decode_us, (double)cost->took_us);
             budget->n_mixed = 0;
         }
@@ -77,11 +116,7 @@ void fv_budget_learn(fv_budget_t *budget, const fv_step_cost_t *cost)
         budget->n_mixed++;
         prefill_us -= budget->decode_us;
     }
-    /* a mixed step says something only where the prefill in it can be told from the decode's own scatter */
-    if ((cost->took_us > 0) && (prefill_us > 0.25 * (double)cost->took_us)) {
-        double rate = follow(budget->macs_per_us, cost->prefill_macs / prefill_us);
-        budget->macs_per_us = (rate > MACS_PER_US_MIN) ? rate : MACS_PER_US_MIN;
-    }
+    fit(budget, cost->prefill_macs, (prefill_us > 0.0) ? prefill_us : 0.0);
 }
 
 /* n tokens, the first of which sees `visible`: n * visible + n^2 / 2 pairs. */

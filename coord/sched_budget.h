@@ -12,6 +12,10 @@
  * been seen for a moment, pieces last FV_BUDGET_IDLE_US: what the first decode request waits at most, and long against what
  * a step costs by itself.
  *
+ * What a piece takes is fitted by a line, fixed cost and macs apart: on a GPU launches and transfers cost more than a small
+ * piece's arithmetic, and one rate for both would take them for a slow device, make pieces smaller, and see it slower still.
+ * What is fixed is taken off C, up to its half: below that, pieces get many, and each keeps decode waiting.
+ *
  * A piece is never smaller than fv_budget_least(): where one pass over a long prompt's KV takes longer than C, D + 2C is more
  * than 2D, and cutting along the queries can not help.
  *
@@ -29,9 +33,16 @@
 #define FV_PIECE_TOKENS_MIN  4U
 #define FV_PIECE_TOKENS_FULL 64U
 
+/* Sums over the last pieces: macs x, microseconds y. */
+typedef struct fv_fit {
+    double n, x, y, xx, xy;
+} fv_fit_t;
+
 typedef struct fv_budget {
-    uint32_t tokens_fixed;  /* > 0: so many tokens a step, whatever they cost */
-    double macs_per_us;     /* prefill, learned */
+    uint32_t tokens_fixed; /* > 0: so many tokens a step, whatever they cost */
+    double macs_per_us;    /* prefill, learned */
+    double over_us;        /* what a piece costs beside its macs, learned */
+    fv_fit_t fit;
     double decode_us;       /* a step without prefill, learned; 0 = not known */
     int64_t decode_seen_us; /* when decode joined a step last; INT64_MIN: never */
     uint32_t n_mixed;       /* steps with both since one without prefill */

@@ -315,7 +315,10 @@ static void test_the_allowance_is_half_of_what_decode_takes(void **state)
     assert_near(fv_budget_allow(&b, 50000, false, 1000).macs, beside.macs, 1.0);
     assert_near(fv_budget_allow(&b, 500000, false, 1000).macs, idle.macs, 1.0);
     /* the rate follows, in mixed steps by what they take longer than decode */
-    learn(&b, beside.macs, true, 4000 + 8000, 30);
+    for (int i = 0; i < 150; i++) {
+        learn(&b, beside.macs, true, 4000 + 8000, 1);
+        learn(&b, idle.macs / 4.0, false, 20000, 1);
+    }
     assert_int_equal(fv_budget_allow(&b, 500000, true, 1000).n_tokens, 0); /* a look at decode */
     assert_near(fv_budget_allow(&b, 500010, true, 1000).macs, beside.macs / 4.0,
                 beside.macs / 50.0);
@@ -392,10 +395,45 @@ static void test_ways_of_pieces(void **state)
     }
 }
 
+/*
+ * A device with a fixed cost for each piece, seen only beside decode and from a bad first guess: both parts are found, and pieces
+ * neither shrink for what is fixed nor grow over what they may take.
+ */
+static void test_fixed_cost_and_rate_are_told_apart(void **state)
+{
+    static const double k_rates[] = {2e8, 1e6, 3e4};
+    static const double k_fixed[] = {400.0, 100.0, 0.0};
+    static const double k_decode[] = {2000.0, 2000.0, 4000.0};
+
+    (void)state;
+    for (size_t i = 0; i < FV_COUNT(k_rates); i++) {
+        fv_budget_t b;
+        double most_us = 0.0;
+        uint32_t x = 1;
+
+        fv_budget_init(&b, 0);
+        learn(&b, 0.0, true, (int64_t)k_decode[i], 1);
+        for (int n = 0; n < 600; n++) {
+            fv_allowance_t a = fv_budget_allow(&b, n, true, 1000000);
+            double us = (a.n_tokens == 0) ? 0.0 : (k_fixed[i] + a.macs / k_rates[i]);
+            x = x * 1664525U + 1013904223U; /* scatter of 20 % */
+            double scatter = 0.9 + 0.2 * (double)(x >> 8U) / 16777216.0;
+            learn(&b, a.macs, true, (int64_t)((k_decode[i] + us) * scatter), 1);
+            most_us = ((n > 300) && (us > most_us)) ? us : most_us;
+        }
+        print_message("rate %g, found %g; fixed %g us, found %.0f; longest piece %.0f us of %.0f\n",
+                      k_rates[i], b.macs_per_us, k_fixed[i], b.over_us, most_us, k_decode[i] / 2.0);
+        assert_true((b.macs_per_us > k_rates[i] / 3.0) && (b.macs_per_us < k_rates[i] * 3.0));
+        assert_true(most_us > k_decode[i] / 8.0);
+        assert_true(most_us < k_decode[i] * 0.9);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_ways_of_pieces),
+        cmocka_unit_test(test_fixed_cost_and_rate_are_told_apart),
         cmocka_unit_test_setup_teardown(test_decode_goes_first_and_a_prompt_in_pieces, setup,
                                         teardown),
         cmocka_unit_test_setup_teardown(test_who_wants_the_same_layer_waits, setup, teardown),
