@@ -296,6 +296,31 @@ begin_request(fv_principal_t *principal, fv_status_t scanned, uint64_t n_bytes, 
     return status;
 }
 
+/* Into the job's memory, whose items are there; large ones beside what else comes in. */
+static void take_tensors(fv_call_t *call,
+                         const fv_span_t *spans,
+                         size_t n_spans,
+                         const fv_attend_request_t *head,
+                         const fv_job_layout_t *l,
+                         uint8_t *base)
+{
+    bool is_aside = l->n_bytes >= FV_CALL_ASIDE_BYTES;
+
+    if (is_aside) {
+        fv_call_step_aside(call);
+    }
+    fv_wire_gather(spans, n_spans, head->q, base + l->q);
+    fv_wire_gather(spans, n_spans, head->k, base + l->k);
+    fv_wire_gather(spans, n_spans, head->v, base + l->v);
+    if (head->append) {
+        take_digests(head, (const fv_attend_item_t *)(const void *)(base + l->items), base + l->k,
+                     base + l->v, (uint32_t *)(void *)(base + l->digests));
+    }
+    if (is_aside) {
+        fv_call_step_back(call);
+    }
+}
+
 static void take_attend(fv_engine_t *engine,
                         fv_call_t *call,
                         fv_method_t method,
@@ -330,14 +355,9 @@ static void take_attend(fv_engine_t *engine,
     *job = (fv_job_t){.entry = {.call = call, .method = method, .is_counted = true},
                       .staging = engine->staging,
                       .ledger = engine->config.ledger};
+    uint64_t n_pairs = count_pairs(&head, engine->scan_items, l.n_bytes, inline_pairs_max(engine));
     memcpy(base + l.items, engine->scan_items, head.n_items * sizeof(fv_attend_item_t));
-    fv_wire_gather(spans, n_spans, head.q, base + l.q);
-    fv_wire_gather(spans, n_spans, head.k, base + l.k);
-    fv_wire_gather(spans, n_spans, head.v, base + l.v);
-    if (head.append) {
-        take_digests(&head, engine->scan_items, base + l.k, base + l.v,
-                     (uint32_t *)(void *)(base + l.digests));
-    }
+    take_tensors(call, spans, n_spans, &head, &l, base);
     job->tensors = (fv_tensors_t){.q = base + l.q, .k = base + l.k, .v = base + l.v};
     job->request = (fv_request_t){
         .head = head,
@@ -352,8 +372,7 @@ static void take_attend(fv_engine_t *engine,
     };
     fv_call_ref(call);
     fv_fault_point(2);
-    push(engine, &job->entry,
-         count_pairs(&head, engine->scan_items, l.n_bytes, inline_pairs_max(engine)));
+    push(engine, &job->entry, n_pairs);
 }
 
 void fv_engine_on_message(void *ctx,

@@ -16,6 +16,6 @@ fv_add_library(fv_auth HEADERS auth.h reload.h SOURCES auth.c auth_quota.c reloa
                PRIVATE_LIBS Threads::Threads)
 
 fv_add_library(fv_rpc HEADERS rpc.h rpc_internal.h rpc_pb.h
-               SOURCES rpc_server.c rpc_call.c rpc_event.c rpc_accept.c rpc_admit.c rpc_waiting.c rpc_tls.c rpc_message.c rpc_method.c rpc_listen.c
+               SOURCES rpc_server.c rpc_loop.c rpc_call.c rpc_event.c rpc_accept.c rpc_admit.c rpc_waiting.c rpc_tls.c rpc_message.c rpc_method.c rpc_listen.c
                        rpc_health.c rpc_reflection.c rpc_pb.c ${_rpc_gen}
                LIBS fv_proto fv_auth PRIVATE_LIBS PkgConfig::GRPC PkgConfig::CRYPTO Threads::Threads)

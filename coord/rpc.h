@@ -137,6 +137,15 @@ void fv_rpc_destroy(fv_rpc_t *rpc); /* NULL is fine */
 
 void fv_call_ref(fv_call_t *call);
 void fv_call_unref(fv_call_t *call);
+
+/*
+ * Within on_message() alone: what is done between the two may take long, others' events are handled meanwhile, and other calls' messages
+ * delivered; the spans stay, and the call's next message waits. For messages of FV_CALL_ASIDE_BYTES and more.
+ */
+#define FV_CALL_ASIDE_BYTES ((size_t)256 << 10)
+void fv_call_step_aside(fv_call_t *call);
+void fv_call_step_back(fv_call_t *call);
+
 bool fv_call_is_closed(const fv_call_t *call);
 fv_method_t fv_call_method(const fv_call_t *call);
 /* Who called; NULL when nobody is asked. Lives as long as the fv_auth_t. */

@@ -121,8 +121,8 @@ static void end_if_done(fv_call_t *call)
 /* Lock held. True when a read is to be started now. */
 static bool take_read(fv_call_t *call)
 {
-    if ((call->method == NULL) || call->is_reading || call->is_half_closed || call->is_refusing ||
-        call->is_ending) {
+    if ((call->method == NULL) || call->is_reading || call->is_delivering || call->is_half_closed ||
+        call->is_refusing || call->is_ending) {
         return false;
     }
     if ((call->method->kind == FV_CALL_BIDI)

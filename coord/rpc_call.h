@@ -71,6 +71,7 @@ struct fv_call {
     int32_t n_inflight; /* BIDI: delivered, not yet answered and sent */
     bool has_read;      /* a read was posted at least once */
     bool is_reading;
+    bool is_delivering; /* its handler has a message of it, perhaps aside */
     bool is_half_closed;
     bool is_refusing; /* a message was dropped because the service stops */
     bool is_sending;

@@ -1,7 +1,7 @@
 /*
  * rpc_event.c - what happens to calls: matched, a message read, a reply sent, closed.
  *
- * Decode path: station 1 of 10. Before: rpc_server.c (the completion-queue loop). After: coord/engine_inbox.c.
+ * Decode path: station 1 of 10. Before: rpc_loop.c. After: coord/engine_inbox.c.
  */
 #include "common/clock.h"
 #include "common/fault.h"
@@ -38,13 +38,13 @@ static bool flatten(const fv_span_list_t *list, uint8_t *flat, size_t flat_bytes
     return true;
 }
 
-static void deliver_builtin(fv_call_t *call)
+static void deliver_builtin(fv_call_t *call, const fv_span_list_t *spans)
 {
     uint8_t flat[BUILTIN_REQUEST_BYTES];
     fv_span_t request;
     int method = call->method->method;
 
-    if (!flatten(&call->calls->spans, flat, sizeof(flat), &request)) {
+    if (!flatten(spans, flat, sizeof(flat), &request)) {
         fv_call_fail(call, GRPC_STATUS_INVALID_ARGUMENT,
                      "request: given more than 4096 bytes, expected one name");
     } else if ((method == FV_METHOD_HEALTH_CHECK) || (method == FV_METHOD_HEALTH_WATCH)) {
@@ -57,19 +57,25 @@ static void deliver_builtin(fv_call_t *call)
 static void deliver(fv_call_t *call, grpc_byte_buffer *message)
 {
     fv_calls_t *calls = call->calls;
+    fv_span_list_t spans = calls->spans; /* the handler may step aside, and another message come */
     int64_t now_us = fv_clock_us();
 
-    if (fv_message_spans(message, &calls->spans) != FV_OK) {
+    calls->spans = (fv_span_list_t){0};
+    if (fv_message_spans(message, &spans) != FV_OK) {
         fv_call_fail(call, GRPC_STATUS_RESOURCE_EXHAUSTED, fv_error_context());
     } else if (call->method->method >= FV_METHOD_COUNT) {
-        deliver_builtin(call);
+        deliver_builtin(call, &spans);
     } else {
         call->was_delivered = true;
         fv_call_charge(call, now_us);
         fv_fault_point(1);
-        calls->handlers->on_message(calls->handlers->ctx, call, fv_call_method(call),
-                                    calls->spans.spans, calls->spans.n_spans, now_us,
-                                    call->deadline_us);
+        calls->handlers->on_message(calls->handlers->ctx, call, fv_call_method(call), spans.spans,
+                                    spans.n_spans, now_us, call->deadline_us);
+    }
+    if (calls->spans.spans == NULL) {
+        calls->spans = spans;
+    } else {
+        free(spans.spans);
     }
 }
 
@@ -118,7 +124,7 @@ static void bury_if_over(fv_call_t *call)
     fv_calls_t *calls = call->calls;
 
     (void)pthread_mutex_lock(&call->lock);
-    bool is_over = atomic_load(&call->is_closed) && (call->n_batches == 0U);
+    bool is_over = atomic_load(&call->is_closed) && (call->n_batches == 0U) && !call->is_delivering;
     (void)pthread_mutex_unlock(&call->lock);
     if (!is_over) {
         return;
@@ -244,10 +250,14 @@ static void on_read(fv_call_t *call)
         }
     } else if (is_wanted) {
         call->n_inflight++;
+        call->is_delivering = true; /* the next one is not read before, so that none overtakes */
     }
     (void)pthread_mutex_unlock(&call->lock);
     if (is_wanted) {
         deliver(call, message);
+        (void)pthread_mutex_lock(&call->lock);
+        call->is_delivering = false;
+        (void)pthread_mutex_unlock(&call->lock);
     }
     if (message != NULL) {
         grpc_byte_buffer_destroy(message);
@@ -323,6 +333,8 @@ void fv_calls_init(fv_calls_t *calls)
     atomic_init(&calls->is_stopping, false);
     (void)pthread_mutex_init(&calls->lock, NULL);
     (void)pthread_cond_init(&calls->idle, NULL);
+    (void)pthread_mutex_init(&calls->door, NULL);
+    (void)pthread_cond_init(&calls->is_busy, NULL);
 }
 
 void fv_calls_fini(fv_calls_t *calls)
@@ -330,6 +342,8 @@ void fv_calls_fini(fv_calls_t *calls)
     FV_ASSERT(calls->n_live + calls->n_requests == 0U);
     free(calls->spans.spans);
     (void)pthread_cond_destroy(&calls->idle);
+    (void)pthread_cond_destroy(&calls->is_busy);
+    (void)pthread_mutex_destroy(&calls->door);
     (void)pthread_mutex_destroy(&calls->lock);
 }
 

@@ -1,7 +1,8 @@
 /*
  * rpc_internal.h - what the files behind rpc.h share. Nobody else includes it.
  *
- *   rpc_server.c      life cycle, settings, the completion-queue thread
+ *   rpc_server.c      life cycle, settings
+ *   rpc_loop.c        the threads that take events; "thread: rpc" is whichever of them holds the door's lock
  *   rpc_call.c        one call: replies queued, batches started, status decided
  *   rpc_event.c       one call: matched, read, sent, closed; and the list of all calls
  *   rpc_admit.c       one call: who may make it
@@ -15,8 +16,8 @@
  *   rpc_reflection.c  server reflection
  *   rpc_pb.c          protobuf's wire form for the two
  *
- * Locks, outermost first: fv_health_t.lock, fv_calls_t.lock, fv_call_t.lock. gRPC is entered with at
- * most the first of them held: it may run release callbacks of any call before it returns.
+ * Locks, outermost first: fv_calls_t.door, fv_health_t.lock, fv_calls_t.lock, fv_call_t.lock. gRPC is entered with at
+ * most the first two of them held: it may run release callbacks of any call before it returns.
  */
 #ifndef FV_COORD_RPC_INTERNAL_H
 #define FV_COORD_RPC_INTERNAL_H
@@ -178,7 +179,10 @@ typedef struct fv_calls {
     struct grpc_server *server;
     struct grpc_completion_queue *queue;
     fv_health_t *health;
-    fv_span_list_t spans; /* thread: rpc */
+    fv_span_list_t spans;   /* thread: rpc; lent to the message that is delivered */
+    pthread_mutex_t door;   /* held by whoever handles an event */
+    pthread_cond_t is_busy; /* wakes the second thread */
+    _Atomic(int64_t) busy_until_us;
     atomic_bool is_stopping;
     size_t n_health;          /* thread: rpc; of n_live */
     fv_call_t *waiting_first; /* thread: rpc; calls without a message, the longest wait first */
@@ -206,5 +210,19 @@ void fv_calls_stop(fv_calls_t *calls);
 int64_t fv_waiting_expire(fv_calls_t *calls);
 /* Blocks until no call and no request is left. The server must have been shut down. */
 void fv_calls_wait_idle(fv_calls_t *calls);
+
+/* ------------------------------------------------------------------ threads */
+
+typedef struct fv_loop {
+    fv_calls_t *calls;
+    pthread_t thread, helper;
+    bool is_running, has_helper;
+    bool is_ending; /* guarded by the door's lock */
+} fv_loop_t;
+
+/* Starts taking events of calls->queue. Errors: FV_ERR_SYSTEM. */
+FV_MUST_CHECK fv_status_t fv_loop_start(fv_loop_t *loop, fv_calls_t *calls);
+/* After the queue's shutdown. */
+void fv_loop_join(fv_loop_t *loop);
 
 #endif /* FV_COORD_RPC_INTERNAL_H */

@@ -1,10 +1,7 @@
 /*
- * rpc_server.c - the gRPC server: settings, addresses, the completion-queue thread, start and stop.
+ * rpc_server.c - the gRPC server: settings, addresses, start and stop.
  *
- * Decode path: station 1 of 10. After: rpc_event.c.
- *
- * One thread polls: with gRPC's epoll engine more threads do not poll in parallel, they only wake each
- * other. It dispatches events and lends its idle moments to the handler.
+ * Decode path: station 1 of 10. After: rpc_loop.c.
  */
 #include "common/clock.h"
 #include "common/log.h"
@@ -21,8 +18,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define REQUESTS_POSTED    64       /* calls that can be matched before the thread comes round */
-#define EVENTS_PER_IDLE    1024U    /* a busy door still lets its handler serve */
 #define MAX_FRAME_BYTES    16777215 /* the largest HTTP/2 allows: fewer frames per tensor */
 #define KEEPALIVE_MS       30000    /* a silent client is asked, then dropped */
 #define KEEPALIVE_REPLY_MS 20000
@@ -37,8 +32,7 @@ struct fv_rpc {
     grpc_server *server;
     grpc_completion_queue *queue;
     grpc_completion_queue *stop_queue; /* only for the notice that the server has shut down */
-    pthread_t thread;
-    bool is_running;
+    fv_loop_t loop;
     fv_tls_t *tls[FV_LISTEN_MAX]; /* of each address; NULL: plain */
     fv_acceptor_t *acceptor;
     int32_t n_listen;
@@ -213,51 +207,6 @@ static fv_status_t bind_all(fv_rpc_t *rpc, const fv_rpc_config_t *config)
     return FV_OK;
 }
 
-/* Waits for the next event, or returns at once when the handler has something to do meanwhile. */
-static grpc_event next_event(fv_rpc_t *rpc, uint32_t *n_since_idle)
-{
-    const fv_rpc_handlers_t *handlers = rpc->calls.handlers;
-    bool wants_idle = (handlers->wants_idle != NULL) && handlers->wants_idle(handlers->ctx);
-
-    if (!wants_idle) {
-        *n_since_idle = 0;
-    } else if (*n_since_idle >= EVENTS_PER_IDLE) {
-        *n_since_idle = 0;
-        return (grpc_event){.type = GRPC_QUEUE_TIMEOUT};
-    }
-    (*n_since_idle)++;
-    int64_t left_us = wants_idle ? 0 : fv_waiting_expire(&rpc->calls);
-    gpr_timespec until = gpr_inf_future(GPR_CLOCK_MONOTONIC);
-    if (wants_idle) {
-        until = gpr_time_0(GPR_CLOCK_MONOTONIC);
-    } else if (left_us != INT64_MAX) {
-        until =
-            gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC), gpr_time_from_micros(left_us, GPR_TIMESPAN));
-    }
-    return grpc_completion_queue_next(rpc->queue, until, NULL);
-}
-
-static void *run(void *arg)
-{
-    fv_rpc_t *rpc = arg;
-    const fv_rpc_handlers_t *handlers = rpc->calls.handlers;
-    uint32_t n_since_idle = 0;
-
-    fv_log_thread_name("rpc");
-    fv_calls_begin(&rpc->calls, REQUESTS_POSTED);
-    for (;;) {
-        grpc_event event = next_event(rpc, &n_since_idle);
-        if (event.type == GRPC_QUEUE_SHUTDOWN) {
-            return NULL;
-        }
-        if (event.type == GRPC_OP_COMPLETE) {
-            fv_calls_on_event(event.tag, event.success != 0);
-        } else if (handlers->on_idle != NULL) {
-            handlers->on_idle(handlers->ctx);
-        }
-    }
-}
-
 static void drain(grpc_completion_queue *queue)
 {
     grpc_completion_queue_shutdown(queue);
@@ -271,11 +220,10 @@ static void drain(grpc_completion_queue *queue)
 static void close_server(fv_rpc_t *rpc)
 {
     grpc_server_destroy(rpc->server);
-    if (rpc->is_running) {
+    if (rpc->loop.is_running) {
         grpc_completion_queue_shutdown(rpc->queue);
-        (void)pthread_join(rpc->thread, NULL);
+        fv_loop_join(&rpc->loop);
         grpc_completion_queue_destroy(rpc->queue);
-        rpc->is_running = false;
     } else {
         drain(rpc->queue);
     }
@@ -304,8 +252,8 @@ static fv_status_t start(fv_rpc_t *rpc, const fv_rpc_config_t *config)
         rpc->calls.server = rpc->server;
         rpc->calls.queue = rpc->queue;
         rpc->calls.n_requests = 1; /* given up by fv_calls_begin(): a stop waits for it */
-        if (pthread_create(&rpc->thread, NULL, run, rpc) == 0) {
-            rpc->is_running = true;
+        status = fv_loop_start(&rpc->loop, &rpc->calls);
+        if (status == FV_OK) {
             status =
                 fv_acceptor_start(config, rpc->listen, rpc->n_listen, rpc->server, &rpc->acceptor);
             if (status != FV_OK) {
@@ -316,7 +264,6 @@ static fv_status_t start(fv_rpc_t *rpc, const fv_rpc_config_t *config)
             return FV_OK;
         }
         rpc->calls.n_requests = 0;
-        status = fv_fail(FV_ERR_SYSTEM, "rpc: cannot create a thread");
     }
     grpc_server_shutdown_and_notify(rpc->server, rpc->stop_queue, rpc);
     (void)wait_for_shutdown(rpc, gpr_inf_future(GPR_CLOCK_MONOTONIC));
@@ -413,7 +360,7 @@ void fv_rpc_stop(fv_rpc_t *rpc, uint32_t grace_ms)
     gpr_timespec deadline =
         gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC), gpr_time_from_millis(grace_ms, GPR_TIMESPAN));
 
-    if (!rpc->is_running) {
+    if (!rpc->loop.is_running) {
         return;
     }
     fv_health_set_serving(&rpc->health, false);

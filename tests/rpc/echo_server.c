@@ -108,6 +108,11 @@ static void on_message(void *ctx,
     for (size_t i = 0; i < n_spans; i++) {
         n_bytes += spans[i].n_bytes;
     }
+    if (n_bytes >= FV_CALL_ASIDE_BYTES) {
+        fv_call_step_aside(call);
+        (void)fv_echo_wait(echo, &echo->n_delivered, fv_echo_read(echo, &echo->aside_until));
+        fv_call_step_back(call);
+    }
     if (fv_call_principal(call) != NULL) {
         assert_int_equal(fv_principal_begin_request(fv_call_principal(call), n_bytes, received_us),
                          FV_OK);

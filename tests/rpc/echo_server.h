@@ -33,7 +33,8 @@ typedef struct fv_echo {
     int64_t n_delivered, n_answered, n_referenced, n_released, n_closed;
     int64_t n_unanswered_max;   /* the most that were delivered and not answered at a time */
     int64_t n_live, n_live_max; /* replies by reference that gRPC holds */
-    int64_t last_left_us;       /* deadline - received of the last message */
+    int64_t aside_until; /* a message of FV_CALL_ASIDE_BYTES is aside until so many are delivered */
+    int64_t last_left_us; /* deadline - received of the last message */
     fv_method_t last_method;
 } fv_echo_t;
 

@@ -161,6 +161,41 @@ static void test_stream_pipelined(void **state)
 }
 
 /* A client that does not read: its replies may pile up to the limit, and then it is not read either. */
+/* While a large message is taken in, others' calls are served; the next message of its own stream waits for it. */
+static void test_others_are_served_beside_a_large_message(void **state)
+{
+    fv_fixture_t *f = *state;
+    const size_t n_large = (size_t)2 << 20;
+    uint8_t *large = calloc(n_large, 1);
+    uint8_t *reply = NULL;
+    size_t n_bytes = 0;
+
+    assert_non_null(large);
+    (void)pthread_mutex_lock(&f->echo.lock);
+    f->echo.aside_until = 3;
+    (void)pthread_mutex_unlock(&f->echo.lock);
+    fv_raw_call_t *stream = fv_raw_start(f->client, ATTEND, 0);
+    fv_raw_send(stream, large, n_large);
+    (void)fv_raw_sent(stream, RAW_WAIT_MS);
+    fv_raw_send(stream, "behind", 6);
+    fv_raw_client_t *other = fv_raw_open(fv_rpc_address(f->echo.rpc, 0));
+    for (int i = 0; i < 3; i++) {
+        assert_int_equal(fv_raw_unary(other, ONCE, "beside", 6, &reply, &n_bytes), 0);
+        assert_int_equal(n_bytes, 6);
+        free(reply);
+    }
+    reply = fv_raw_receive(stream, &n_bytes);
+    assert_int_equal(n_bytes, n_large);
+    free(reply);
+    reply = fv_raw_receive(stream, &n_bytes);
+    assert_int_equal(n_bytes, 6);
+    assert_memory_equal(reply, "behind", 6);
+    free(reply);
+    fv_raw_free(stream);
+    fv_raw_close(other);
+    free(large);
+}
+
 static void test_slow_reader_is_bounded(void **state)
 {
     fv_fixture_t *f = *state;
@@ -455,6 +490,7 @@ int main(void)
         TEST(test_unary_echo_of_every_size),
         TEST(test_thousand_calls),
         TEST(test_stream_pipelined),
+        TEST(test_others_are_served_beside_a_large_message),
         TEST(test_slow_reader_is_bounded),
         TEST(test_stream_that_is_not_answered_is_not_read),
         TEST(test_too_large_message),

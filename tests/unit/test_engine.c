@@ -103,6 +103,16 @@ void fv_call_set_user(fv_call_t *call, void *user)
     call->user = user;
 }
 
+void fv_call_step_aside(fv_call_t *call)
+{
+    (void)call; /* there is one thread here */
+}
+
+void fv_call_step_back(fv_call_t *call)
+{
+    (void)call;
+}
+
 fv_status_t fv_call_recheck(const fv_call_t *call)
 {
     (void)call;
