@@ -341,9 +341,13 @@ fv_status_t fv_partials_finish(fv_worker_t *worker, fv_status_t computed, fv_ste
         return (status == FV_OK) ? finish_over_host(worker, times) : status;
     }
     if (worker->work.n_with == 0U) {
-        FV_RETURN_IF_ERR(status);
-        status = fv_worker_finish(worker, &times->device);
+        if (status == FV_OK) {
+            status = fv_worker_finish(worker, &times->device);
+        }
         times->computed_us = fv_clock_us();
+        if (worker->work.move.n_items > 0U) { /* it had messages before its end */
+            status = worker->config.exchange->end(worker->config.exchange_ctx, status);
+        }
         return status;
     }
     if (status == FV_OK) {

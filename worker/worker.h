@@ -48,6 +48,7 @@ typedef struct fv_exchange_peer {
  *     attach  once, when the backend exists
  *     begin   before attend: says where each message of the step is written and read; `own` has room for own_bytes
  *     run     after attend was enqueued: enqueues what moves messages; *out_sync is what merge() must wait for
+ *     bring   see there; a step that has brought something has an end(), if it has no begin()
  *     end     after finish(), with its status; FV_OK, or why the step failed. After an error nothing works any more.
  * Both ends of a pair call begin() for the same steps in the same order, with the same two sizes.
  */

@@ -218,6 +218,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case 'm':
         o->kv_bytes = parse_bytes(state, arg);
         return 0;
+    case 'M':
+        o->move_bytes = (size_t)parse_bytes(state, arg);
+        return 0;
     case 'r':
         o->rotate_bytes = parse_bytes(state, arg);
         return 0;
@@ -247,6 +250,8 @@ static const struct argp_option k_options[] = {
     {"json", 'j', "FILE", 0, "Write the figures as JSON", 0},
     {"csv", 'v', "FILE", 0, "Write the figures as CSV", 0},
     {"kv-memory", 'm', "BYTES", 0, "KV of a rank (default 85 % of a GPU's free memory; CPU 1g)", 0},
+    {"move-memory", 'M', "BYTES", 0,
+     "KV of prompts by context moves to the queries, through so much of each rank's KV", 0},
     {"rotate", 'r', "BYTES", 0,
      "KV that a rank reads before a layer's turn comes again (default 1g)", 0},
     {"shrink", 's', "N", 0, "Divide the tokens of every timed case by N", 0},

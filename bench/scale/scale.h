@@ -35,6 +35,8 @@ typedef struct fv_scale_options {
     const char *backend;  /* "auto", "cpu", "cuda" */
     const char *exchange; /* fovead's --exchange */
     const char *json, *csv;
+    size_t
+        move_bytes; /* of a rank's KV: staging, and prompts by context move their KV; 0: they visit */
     const char *only;      /* cases whose name contains it */
     const char *list;      /* "time" or "check" */
     uint64_t kv_bytes;     /* of a rank; 0: most of the device's, CPU 1 GiB */

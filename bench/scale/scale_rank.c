@@ -140,6 +140,7 @@ static void open_worker(fv_scale_rank_t *r, const fv_main_place_t *place)
                                        .backend_config = {.n_threads = n_threads,
                                                           .kv_arena_bytes = r->arena_bytes,
                                                           .device = device},
+                                       .move_bytes = r->options->move_bytes,
                                        .exchange = r->exchange.ops,
                                        .exchange_ctx = r->exchange.ctx,
                                        .step_deadline_ms = DEADLINE_MS};

@@ -163,13 +163,15 @@ bool fv_scale_step_prepare(fv_scale_run_t *run, uint32_t layer, uint32_t n_token
 
     run->n_shares = 0;
     for (uint32_t i = 0; i < run->n_items; i++) {
-        const fv_ctl_item_t item = {.session_slot = i,
-                                    .layer = layer,
-                                    .position = position,
-                                    .kv_end = position + n_tokens,
-                                    .n_tokens = n_tokens,
-                                    .dtype = FV_DTYPE_BF16,
-                                    .flags = FV_ITEM_CAUSAL | FV_ITEM_APPEND};
+        const bool moves = run->is_prefill && (run->r->options->move_bytes > 0U);
+        const fv_ctl_item_t item = {
+            .session_slot = i,
+            .layer = layer,
+            .position = position,
+            .kv_end = position + n_tokens,
+            .n_tokens = n_tokens,
+            .dtype = FV_DTYPE_BF16,
+            .flags = (uint16_t)(FV_ITEM_CAUSAL | FV_ITEM_APPEND | (moves ? FV_ITEM_MOVES_KV : 0))};
         const fv_step_io_t full = {.q = fv_scale_query(&run->data, i, position),
                                    .k = kv,
                                    .v = kv + (size_t)n_tokens * kv_elems, /* latents: of no bytes */
@@ -283,15 +285,23 @@ void fv_scale_step_verify(fv_scale_run_t *run, uint32_t layer)
         (void)fv_item_share(&run->model, &run->placement, &run->items[i], (uint32_t)run->r->rank,
                             &share);
         const uint64_t n_heads = (uint64_t)share.n_q_heads;
-        const uint64_t n_rows = share.row_end - share.row_begin;
-        const uint64_t stride = (n_rows <= n_rows_most) ? 1U : ((n_rows / n_rows_most) | 1U);
-        for (uint64_t i_row = 0; (i_row < n_rows) && is_looked_at(run, run->item_of[i]);
-             i_row += stride) {
-            const uint64_t row = share.row_begin + i_row;
+        const uint16_t *rows = (const uint16_t *)(const void *)out;
+        uint64_t begin = 0;
+        uint64_t end = 0;
 
-            verify_row(run, layer, &run->items[i], row / n_heads,
-                       share.part.q_head_begin + (int32_t)(row % n_heads), &share.part,
-                       (const uint16_t *)(const void *)out + i_row * (size_t)share.part.head_dim_v);
+        for (int32_t k = 0; fv_share_rows(&share, k, &begin, &end); k++) {
+            const uint64_t n_rows = end - begin;
+            const uint64_t stride = (n_rows <= n_rows_most) ? 1U : ((n_rows / n_rows_most) | 1U);
+
+            for (uint64_t i_row = 0; (i_row < n_rows) && is_looked_at(run, run->item_of[i]);
+                 i_row += stride) {
+                const uint64_t row = begin + i_row;
+
+                verify_row(run, layer, &run->items[i], row / n_heads,
+                           share.part.q_head_begin + (int32_t)(row % n_heads), &share.part,
+                           rows + i_row * (size_t)share.part.head_dim_v);
+            }
+            rows += n_rows * (size_t)share.part.head_dim_v;
         }
         out += fv_share_out_bytes(&share);
     }

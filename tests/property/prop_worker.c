@@ -202,7 +202,8 @@ static void test_moved_kv_beside_failures(void **state)
     fv_model_spec_t spec = fixed_spec();
     uint32_t model = fv_rig_model(&rig, &spec);
     fv_rig_open(&rig, 0, model, 1, 3, 64);
-    for (uint32_t i = 0; i < 24U; i++) { /* one is refused on the rank that is full, while others are not */
+    for (uint32_t i = 0; i < 24U;
+         i++) { /* one is refused on the rank that is full, while others are not */
         (void)fv_rig_append(&rig, 0, i % 2U, 40);
     }
     fv_rig_live(&rig, 150);
@@ -264,12 +265,16 @@ static void live_through_windows(uint32_t n_ranks,
                                  uint32_t domain_ranks,
                                  size_t window_bytes,
                                  size_t arena_bytes,
+                                 size_t move_bytes,
                                  uint64_t life_seed)
 {
     fv_local_hub_t *hub = fv_local_hub_create(n_ranks);
     fv_local_windows_t *windows =
         (hub == NULL) ? NULL : fv_local_windows_create(hub, n_ranks, domain_ranks, window_bytes);
-    fv_rig_door_t door = {.exchange = &fv_local_windows_ops, .ctx = windows_ctx, .arg = windows};
+    fv_rig_door_t door = {.exchange = &fv_local_windows_ops,
+                          .ctx = windows_ctx,
+                          .arg = windows,
+                          .move_bytes = move_bytes};
     static fv_rig_t rig; /* large */
 
     assert_non_null(windows);
@@ -291,6 +296,7 @@ static void live_through_windows(uint32_t n_ranks,
     assert_true(fv_local_windows_direct(windows) + fv_local_windows_ll(windows) > 20U);
     assert_true((fv_local_windows_rest(windows) > 0U) ==
                 ((domain_ranks < n_ranks) || (window_bytes < ((size_t)1 << 20))));
+    assert_true((rig.n_moved > 10U) == (move_bytes > 0U));
     fv_rig_destroy(&rig);
     fv_local_windows_destroy(windows);
     fv_local_hub_destroy(hub);
@@ -299,12 +305,13 @@ static void live_through_windows(uint32_t n_ranks,
 static void test_windows_equal_the_oracle(void **state)
 {
     (void)state;
-    live_through_windows(2, 2, (size_t)64 << 20, ARENA_BYTES, seed * 23U); /* LL */
-    live_through_windows(2, 2, (size_t)64 << 20, (size_t)640 << 10, seed * 29U);
-    live_through_windows(2, 2, WINDOW_FLAGS, ARENA_BYTES, seed * 11U);
-    live_through_windows(3, 3, (size_t)64 << 10, ARENA_BYTES, seed * 13U);   /* some do not fit */
-    live_through_windows(4, 2, WINDOW_FLAGS, ARENA_BYTES, seed * 17U);       /* two domains */
-    live_through_windows(2, 2, WINDOW_FLAGS, (size_t)640 << 10, seed * 19U); /* empty sets */
+    live_through_windows(2, 2, (size_t)64 << 20, ARENA_BYTES, 0, seed * 23U); /* LL */
+    live_through_windows(3, 3, (size_t)64 << 20, ARENA_BYTES, (size_t)1 << 20, seed * 47U);
+    live_through_windows(2, 2, (size_t)64 << 20, (size_t)640 << 10, 0, seed * 29U);
+    live_through_windows(2, 2, WINDOW_FLAGS, ARENA_BYTES, 0, seed * 11U);
+    live_through_windows(3, 3, (size_t)64 << 10, ARENA_BYTES, 0, seed * 13U); /* some do not fit */
+    live_through_windows(4, 2, WINDOW_FLAGS, ARENA_BYTES, 0, seed * 17U);     /* two domains */
+    live_through_windows(2, 2, WINDOW_FLAGS, (size_t)640 << 10, 0, seed * 19U); /* empty sets */
 }
 
 /* The life of test_exchange_cuda, whose ranks are GPUs. */
