@@ -72,6 +72,16 @@ fv_principal_t *fv_call_principal(const fv_call_t *call)
     return call->principal;
 }
 
+void fv_call_step_aside(fv_call_t *call)
+{
+    (void)call; /* there is one thread here */
+}
+
+void fv_call_step_back(fv_call_t *call)
+{
+    (void)call;
+}
+
 fv_status_t fv_call_recheck(const fv_call_t *call)
 {
     (void)call;
