@@ -274,7 +274,7 @@ static void make_operation(client_t *client)
     int64_t dice = sim_pick(0, 99);
     int session = pick_session(client, true);
 
-    if ((c.n_models == 0) || ((dice == 99) && !client->is_closing)) {
+    if ((c.n_models == 0) || ((dice > 96) && !client->is_closing)) {
         client->op = (operation_t){.kind = OP_REGISTER, .model = (int)sim_pick(0, MODELS_MAX - 1)};
     } else if (client->is_closing) {
         client->op = (operation_t){.kind = OP_CLOSE, .session = session};

@@ -5,6 +5,8 @@
 #include "tests/sim/job.h"
 
 static uint32_t s_n_hosts;
+static uint32_t
+    s_n_messages; /* the last of so many that change something is its receiver's death; 0: none */
 
 /* The ten stations of a step are places to die at, as system calls are. */
 static void on_station(int station)
@@ -20,6 +22,18 @@ static uint32_t some_process(void)
     return sim_chance(4) ? 0U : (uint32_t)sim_pick(0, (int64_t)n - 1); /* rank 0 more often */
 }
 
+/* Rank 0 says something to a process that is no STEP. */
+void sim_faults_on_message(uint32_t process)
+{
+    if ((s_n_messages > 0) && (--s_n_messages == 0) && sim_process_is_alive(process)) {
+        uint32_t n_calls = (uint32_t)sim_pick(1, 30);
+        sim_say("fault: process %u dies over a message, at its %u. call", process, n_calls);
+        sim_job_note_fault();
+        g_sim_counts.n_kills++;
+        sim_kill_after(process, n_calls);
+    }
+}
+
 static void strike(void *a, uint64_t b)
 {
     uint32_t number = some_process();
@@ -29,7 +43,9 @@ static void strike(void *a, uint64_t b)
     (void)b;
     if (sim_process_is_alive(number)) {
         sim_job_note_fault();
-        if (dice < 25) {
+        if (dice < 10) {
+            s_n_messages = (uint32_t)sim_pick(1, 20);
+        } else if (dice < 30) {
             sim_say("fault: process %u is killed", number);
             g_sim_counts.n_kills++;
             sim_kill(number);
@@ -57,6 +73,7 @@ static void calm_down(void *a, uint64_t b)
 {
     (void)a;
     (void)b;
+    s_n_messages = 0;
     for (uint32_t i = 0; i < sim_job_n_processes(); i++) {
         sim_kill_after(i, 0);
     }
@@ -65,6 +82,7 @@ static void calm_down(void *a, uint64_t b)
 void sim_faults_begin(const sim_job_config_t *config, int64_t until_us)
 {
     s_n_hosts = config->n_hosts;
+    s_n_messages = sim_chance(4) ? (uint32_t)sim_pick(1, 12) : 0U; /* at the very beginning, too */
     fv_fault_hook = on_station;
     if (sim_chance(4)) {
         sim_set_delay(1000, sim_pick(2000, 200000)); /* a slow network between hosts */

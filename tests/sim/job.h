@@ -96,6 +96,8 @@ void sim_laws_check_quiet(bool is_empty);
 /* ------------------------------------------------------------------ faults.c */
 
 void sim_faults_begin(const sim_job_config_t *config, int64_t until_us);
+/* Rank 0 has begun to say something to a process that is no STEP. */
+void sim_faults_on_message(uint32_t process);
 
 /* ------------------------------------------------------------------ clients.c */
 
