@@ -51,3 +51,8 @@ fv_add_e2e_pieces(test_e2e_stream)
 pkg_check_modules(CJSON REQUIRED IMPORTED_TARGET libcjson)
 fv_add_e2e_test(test_e2e_cli)
 target_link_libraries(test_e2e_cli PRIVATE fv_npy PkgConfig::CJSON)
+
+# The history check; a million operations: FV_HISTORY_OPERATIONS=1000000 (bench/results/history.md).
+fv_add_test(test_history e2e SOURCES history/test_history.c history/actor.c history/actor_attend.c history/record.c
+            history/killer.c LIBS fv_e2e Threads::Threads m TIMEOUT 180)
+set_tests_properties(test_history PROPERTIES ENVIRONMENT "FV_TEST_FOVEAD=$<TARGET_FILE:fovead>")
