@@ -38,5 +38,7 @@ fv_add_test(test_worker_alloc unit SOURCES unit/test_worker_alloc.c LIBS fv_work
 target_link_options(test_worker_alloc PRIVATE
                     -Wl,--wrap=malloc -Wl,--wrap=calloc -Wl,--wrap=realloc)
 fv_add_test(test_journal unit SOURCES unit/test_journal.c LIBS fv_common)
+fv_add_test(test_disklog unit SOURCES unit/test_disklog.c support/journal_file.c LIBS fv_common TIMEOUT 120)
 fv_add_test(test_store_folder unit SOURCES unit/test_store_folder.c LIBS fv_common)
-fv_add_test(test_store unit SOURCES unit/test_store.c support/journal_file.c LIBS fv_worker TIMEOUT 120)
+fv_add_test(test_store_disk unit SOURCES unit/test_store_disk.c support/store_life.c support/journal_file.c LIBS fv_worker TIMEOUT 180)
+fv_add_test(test_store unit SOURCES unit/test_store.c support/store_life.c support/journal_file.c LIBS fv_worker TIMEOUT 120)

@@ -1,0 +1,234 @@
+/*
+ * test_store_disk.c - level host: a worker's sessions come back from a disk, with nothing left in memory.
+ *
+ * Goal:   the same bits, in place and from a device's mirror; also when the disk came later, or was away for a while; a damaged
+ *         log gives the same bits or refuses a session.
+ * Method: as test_store.c; the files in memory are deleted before the worker that opens them again.
+ */
+#include "tests/support/journal_file.h"
+#include "tests/support/store_life.h"
+#include "tests/support/test.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* The rest of the tests' place, with a disk: the folder that tests run in is on one. */
+static fv_store_place_t with_disk(char dir[64])
+{
+    fv_store_place_t place = fv_life_place;
+
+    (void)snprintf(dir, 64, "fv_disk_XXXXXX");
+    assert_non_null(mkdtemp(dir));
+    assert_int_equal(fv_store_place_disk(&place, dir), FV_OK);
+    return place;
+}
+
+/* What a host that was down has lost. */
+static void wipe_memory(void)
+{
+    char path[FV_STORE_PATH_BYTES];
+
+    fv_store_path(&fv_life_place, FV_STORE_PAGES, path);
+    assert_int_equal(unlink(path), 0);
+    fv_store_path(&fv_life_place, FV_STORE_TABLES, path);
+    assert_int_equal(unlink(path), 0);
+}
+
+typedef float answers_t[FV_LIFE_SESSIONS][FV_LIFE_LAYERS][FV_LIFE_HEADS * FV_LIFE_DIM];
+
+static void query_all(fv_worker_t *worker, answers_t out)
+{
+    for (uint32_t s = 0; s < FV_LIFE_SESSIONS; s++) {
+        fv_life_query(worker, s, out[s]);
+    }
+}
+
+/* Opens what is there, keeps all of it, and compares. */
+static fv_worker_t *come_back(answers_t before)
+{
+    static answers_t after;
+    const fv_ctl_model_t model = fv_life_model();
+    fv_worker_t *worker = fv_life_worker();
+
+    assert_int_equal(fv_worker_model(worker, &model), FV_OK);
+    for (uint32_t s = 0; s < FV_LIFE_SESSIONS; s++) {
+        assert_int_equal(fv_life_keep(worker, s, 0), FV_OK);
+    }
+    assert_int_equal(fv_worker_keep_end(worker), FV_OK);
+    query_all(worker, after);
+    assert_memory_equal(after, before, sizeof(after));
+    return worker;
+}
+
+static void check_outlives_its_host(void)
+{
+    static answers_t before;
+    char dir[64];
+    const fv_store_place_t memory = fv_life_place;
+    const fv_ctl_close_t close2 = {.session_slot = 2};
+    fv_ctl_open_t open4 = fv_life_open(4);
+
+    fv_life_place = with_disk(dir);
+    fv_worker_t *worker = fv_life_worker();
+    fv_life_play(worker);
+    query_all(worker, before);
+    fv_worker_destroy(worker);
+    for (int round = 0; round < 3; round++) { /* each time from what the one before has written */
+        wipe_memory();
+        fv_worker_destroy(come_back(before));
+    }
+    fv_worker_destroy(come_back(before)); /* from memory: goes on with the same log */
+    worker = come_back(before);
+    static float out[256 * FV_LIFE_HEADS * FV_LIFE_DIM];
+    assert_int_equal(fv_worker_open(worker, &open4), FV_OK);
+    fv_life_run(worker, 4, 0, 0, 100, true, out);
+    assert_int_equal(fv_worker_close(worker, &close2), FV_OK);
+    fv_life_run(worker, 1, 0, 80, 60, true, out); /* in pages that were another's */
+    fv_life_query(worker, 0, before[0]);
+    fv_life_run(worker, 1, 0, 139, 1, false, before[1][0]);
+    fv_worker_destroy(worker);
+    wipe_memory();
+    worker = fv_life_worker();
+    const fv_ctl_model_t model = fv_life_model();
+    const uint64_t lengths1[FV_LIFE_LAYERS] = {140, 140};
+    const uint64_t lengths4[FV_LIFE_LAYERS] = {100, 0};
+    assert_int_equal(fv_worker_model(worker, &model), FV_OK);
+    assert_int_equal(fv_life_keep(worker, 0, 0), FV_OK);
+    assert_int_equal(fv_life_keep_lengths(worker, 1, lengths1), FV_OK);
+    assert_int_equal(fv_life_keep(worker, 2, 0), FV_ERR_DATA_LOSS); /* was closed */
+    assert_int_equal(fv_life_keep_lengths(worker, 4, lengths4), FV_OK);
+    assert_int_equal(fv_worker_keep_end(worker), FV_OK);
+    float after[FV_LIFE_LAYERS][FV_LIFE_HEADS * FV_LIFE_DIM];
+    fv_life_query(worker, 0, after);
+    assert_memory_equal(after, before[0], sizeof(after));
+    fv_life_run(worker, 1, 0, 139, 1, false, after[0]);
+    assert_memory_equal(after[0], before[1][0], sizeof(after[0]));
+    fv_worker_discard_store(worker);
+    fv_worker_destroy(worker);
+    assert_int_equal(access(fv_life_place.disk_dir, F_OK), -1);
+    fv_life_place = memory;
+    (void)rmdir(dir);
+}
+
+static void test_outlives_its_host_in_place(void **state)
+{
+    (void)state;
+    fv_life_ops = fv_backend_cpu;
+    check_outlives_its_host();
+}
+
+static void test_outlives_its_host_from_a_mirror(void **state)
+{
+    (void)state;
+    fv_life_ops = fv_backend_cpu;
+    fv_life_ops.kv_home = FV_KV_DEVICE;
+    check_outlives_its_host();
+}
+
+/* Files of level process get a disk, which has nothing yet: all pages go there before anything else. */
+static void test_a_disk_comes_later(void **state)
+{
+    static answers_t before;
+    char dir[64];
+    const fv_store_place_t memory = fv_life_place;
+
+    (void)state;
+    fv_life_ops = fv_backend_cpu;
+    fv_worker_t *worker = fv_life_worker();
+    fv_life_play(worker);
+    query_all(worker, before);
+    fv_worker_destroy(worker);
+    fv_life_place = with_disk(dir);
+    fv_worker_destroy(come_back(before));
+    wipe_memory();
+    fv_worker_destroy(come_back(before));
+    fv_store_place_t both = fv_life_place;
+    fv_life_place = memory; /* and is not there for a while: what it has is older then */
+    worker = come_back(before);
+    static float out[256 * FV_LIFE_HEADS * FV_LIFE_DIM];
+    fv_life_run(worker, 2, 0, 90, 8, true, out);
+    const fv_ctl_truncate_t cut = {.session_slot = 2, .layer = 0, .position = 90};
+    assert_int_equal(fv_worker_truncate(worker, &cut), FV_OK);
+    fv_worker_destroy(worker);
+    fv_life_place = both;
+    fv_worker_destroy(come_back(before));
+    wipe_memory();
+    worker = come_back(before);
+    fv_worker_discard_store(worker);
+    fv_worker_destroy(worker);
+    fv_life_place = memory;
+    (void)rmdir(dir);
+}
+
+/* Whatever a damaged log still gives is right: the same bits, or the session is refused; and most are not. */
+static void test_a_damaged_disk_never_changes_an_answer(void **state)
+{
+    static uint8_t log[1 << 22];
+    static answers_t before;
+    float after[FV_LIFE_LAYERS][FV_LIFE_HEADS * FV_LIFE_DIM];
+    char dir[64];
+    char path[FV_STORE_PATH_BYTES];
+    const fv_ctl_model_t model = fv_life_model();
+    const fv_store_place_t memory = fv_life_place;
+    uint32_t n_kept = 0;
+    uint32_t n_refused = 0;
+
+    (void)state;
+    fv_life_ops = fv_backend_cpu;
+    fv_life_place = with_disk(dir);
+    fv_worker_t *worker = fv_life_worker();
+    fv_life_play(worker);
+    query_all(worker, before);
+    fv_worker_destroy(worker);
+    fv_store_path(&fv_life_place, FV_STORE_LOG, path);
+    size_t n_bytes = fv_read_file(path, log, sizeof(log));
+    size_t n_used = n_bytes;
+    while ((n_used > 0) && (log[n_used - 1U] == 0U)) {
+        n_used--;
+    }
+    size_t step = (n_used - FV_JOURNAL_HEAD_BYTES) / 90U | 1U;
+    for (size_t at = FV_JOURNAL_HEAD_BYTES; at < n_used; at += step) {
+        wipe_memory();
+        log[at] ^= (uint8_t)(1U << (at % 8U));
+        fv_write_file(path, log, n_bytes);
+        log[at] ^= (uint8_t)(1U << (at % 8U));
+        bool is_kept[FV_LIFE_SESSIONS];
+        worker = fv_life_worker();
+        assert_int_equal(fv_worker_model(worker, &model), FV_OK);
+        for (uint32_t s = 0; s < FV_LIFE_SESSIONS; s++) {
+            is_kept[s] = fv_life_keep(worker, s, 0) == FV_OK;
+            n_kept += is_kept[s] ? 1U : 0U;
+            n_refused += is_kept[s] ? 0U : 1U;
+        }
+        assert_int_equal(fv_worker_keep_end(worker), FV_OK);
+        for (uint32_t s = 0; s < FV_LIFE_SESSIONS; s++) {
+            if (is_kept[s]) {
+                fv_life_query(worker, s, after);
+                assert_memory_equal(after, before[s], sizeof(after));
+            }
+        }
+        fv_worker_destroy(worker);
+    }
+    print_message("%u kept, %u refused\n", n_kept, n_refused);
+    assert_true(n_kept > n_refused / 2U);
+    assert_true(n_refused > 0U);
+    worker = fv_life_worker();
+    fv_worker_discard_store(worker);
+    fv_worker_destroy(worker);
+    fv_life_place = memory;
+    (void)rmdir(dir);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_outlives_its_host_in_place),
+        cmocka_unit_test(test_outlives_its_host_from_a_mirror),
+        cmocka_unit_test(test_a_disk_comes_later),
+        cmocka_unit_test(test_a_damaged_disk_never_changes_an_answer),
+    };
+
+    return cmocka_run_group_tests(tests, fv_life_make_folder, fv_life_remove_folder);
+}
