@@ -48,9 +48,10 @@ rank_pid() { # RANK: its process among mpirun's children
 }
 
 until_steps() { # (no retries: a service that is gone shall not be waited for)
-    for _ in {1..100}; do
+    local end=$((SECONDS + 20))
+    while [[ $SECONDS -lt $end ]]; do
         kill -0 "$job" 2>/dev/null || return 1
-        timeout 5 "$fovea" --address "$address" --retry 0 status --json 2>/dev/null | grep -qE '"n_steps":[[:space:]]*[1-9][0-9]' && return 0
+        timeout 2 "$fovea" --address "$address" --retry 0 status --json 2>/dev/null | grep -qE '"n_steps":[[:space:]]*[1-9][0-9]' && return 0
         sleep 0.1
     done
     return 1
@@ -69,6 +70,10 @@ lose() { # SIGNAL OPTION...
     client=$!
     if ! until_steps; then
         fail "$what: no step ran"
+        for pid in $(pgrep -P "$job"); do # where its threads wait, for who reads this
+            echo "    process $pid: $(cat "/proc/$pid"/task/*/wchan 2>/dev/null | sort | uniq -c | paste -sd ' ')"
+            command -v gdb >/dev/null && timeout 10 gdb -p "$pid" -batch -ex 'thread apply all bt 12' 2>/dev/null | grep -E '^#|^Thread' | tail -n 80
+        done
         kill -KILL "$client" "$job" 2>/dev/null
         return
     fi
@@ -93,7 +98,8 @@ lose() { # SIGNAL OPTION...
         [[ ! -s $work/exit ]] || break
         sleep 0.1
     done
-    [[ $(cat "$work/exit" 2>/dev/null) == 3 ]] || fail "$what: rank 0 ended with $(cat "$work/exit" 2>&1), expected 3"
+    # (a second line names a host that was cut off)
+    [[ $(head -n 1 "$work/exit" 2>/dev/null) == 3 ]] || fail "$what: rank 0 ended with $(head -n 1 "$work/exit" 2>&1), expected 3"
     for pid in $pids; do
         for ((; i < LIMIT_S * 10; i++)); do # the driver takes its time to clear up after a process
             [[ -d /proc/$pid ]] || break
