@@ -297,11 +297,6 @@ void fv_backend_cuda_unreach(fv_backend_t *backend, const void *begin)
     (void)pthread_mutex_unlock(&backend->pinned_lock);
 }
 
-static void *cuda_kv_base(fv_backend_t *backend)
-{
-    return backend->arena;
-}
-
 const fv_backend_ops_t fv_backend_cuda = {
     .name = "cuda",
     .has_latent = true,
@@ -313,7 +308,6 @@ const fv_backend_ops_t fv_backend_cuda = {
     .host_free = cuda_host_free,
     .prefetch = cuda_prefetch,
     .append = cuda_append,
-    .kv_base = cuda_kv_base,
     .copy_pages = fv_cuda_copy_pages,
     .attend = cuda_attend,
     .merge = cuda_merge,

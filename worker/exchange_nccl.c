@@ -90,35 +90,6 @@ static fv_status_t nccl_run(void *ctx,
     return FV_OK;
 }
 
-/* Between memory of the devices, in order on the stream. */
-static fv_status_t nccl_bring(void *ctx,
-                              const fv_exchange_message_t *sends,
-                              size_t n_sends,
-                              const fv_exchange_message_t *recvs,
-                              size_t n_recvs)
-{
-    fv_exchange_nccl_t *exchange = ctx;
-    int first = (int)exchange->config.first_rank;
-    ncclResult_t result = ncclSuccess;
-
-    if (exchange->broken) {
-        return fv_fail(FV_ERR_RANK_LOST, "exchange: it failed in an earlier step");
-    }
-    exchange->has_brought = true;
-    FV_RETURN_IF_ERR(fv_nccl_check(ncclGroupStart(), "ncclGroupStart"));
-    for (size_t i = 0; (i < n_sends) && (result == ncclSuccess); i++) {
-        result = ncclSend(sends[i].data, sends[i].n_bytes, ncclUint8, (int)sends[i].peer - first,
-                          exchange->comm, exchange->stream);
-    }
-    for (size_t i = 0; (i < n_recvs) && (result == ncclSuccess); i++) {
-        result = ncclRecv(recvs[i].data, recvs[i].n_bytes, ncclUint8, (int)recvs[i].peer - first,
-                          exchange->comm, exchange->stream);
-    }
-    ncclResult_t ended = ncclGroupEnd(); /* also after an error: the group is the thread's */
-    FV_RETURN_IF_ERR(fv_nccl_check(result, "a message of KV that moves"));
-    return fv_nccl_settle(exchange, ended, "ncclGroupEnd");
-}
-
 /* ------------------------------------------------------------------ end */
 
 /* What the device and the library say of a step that the backend has finished. */
@@ -132,7 +103,7 @@ static fv_status_t verdict(const fv_exchange_nccl_t *exchange)
                        ((const uint32_t *)exchange->place.pair_ranks.data)[gave_up - 1U],
                        exchange->config.deadline_ms);
     }
-    if (!exchange->place.has_rest && !exchange->has_brought) {
+    if (!exchange->place.has_rest) {
         return FV_OK;
     }
     FV_RETURN_IF_ERR(
@@ -147,7 +118,6 @@ static fv_status_t nccl_end(void *ctx, fv_status_t status)
     if (status == FV_OK) {
         status = verdict(exchange);
     }
-    exchange->has_brought = false;
     if (status == FV_OK) {
         return FV_OK;
     }
@@ -190,7 +160,7 @@ static bool nccl_is_aborted(void *ctx)
     if ((exchange->is_gone != NULL) && exchange->is_gone(exchange->arg)) {
         return true;
     }
-    return (exchange->place.has_rest || exchange->has_brought) &&
+    return exchange->place.has_rest &&
            ((ncclCommGetAsyncError(exchange->comm, &result) != ncclSuccess) ||
             ((result != ncclSuccess) && (result != ncclInProgress)));
 }
@@ -208,7 +178,6 @@ const fv_exchange_ops_t fv_exchange_nccl_ops = {
     .attach = nccl_attach,
     .begin = nccl_begin,
     .run = nccl_run,
-    .bring = nccl_bring,
     .end = nccl_end,
     .is_aborted = nccl_is_aborted,
     .on_poll = nccl_on_poll,

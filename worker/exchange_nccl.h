@@ -32,7 +32,6 @@ struct fv_exchange_nccl {
 
     bool (*is_gone)(void *arg);
     void *arg;
-    bool has_brought; /* the step under way has moved KV */
     bool broken;
 };
 

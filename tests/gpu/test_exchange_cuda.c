@@ -206,42 +206,6 @@ static void live_latents_and_s2(bool is_collective, uint64_t life_seed)
     close_world(&world);
 }
 
-/* KV that moves to the queries: every other item's does, in one round and in several; windows, S2, latents among them. */
-static void test_moved_kv_equals_the_oracle(void **state)
-{
-    static const size_t k_areas[] = {(size_t)512 << 10, (size_t)16 << 20};
-
-    (void)state;
-    for (size_t i = 0; i < FV_COUNT(k_areas); i++) {
-        static fv_rig_t rig; /* large */
-        world_t world;
-
-        open_world(&world, 0, false, 10000);
-        fv_rig_door_t door = door_of(&world);
-        door.move_bytes = k_areas[i];
-        fv_rig_create_through(&rig, world.n_ranks, ARENA_BYTES, &fv_backend_cuda, &door,
-                              seed * 23U + i);
-        fv_model_spec_t spec = fixed_spec(FV_DTYPE_BF16);
-        uint32_t model = fv_rig_model(&rig, &spec);
-        fv_rig_open(&rig, FV_RIG_SESSIONS - 1U, model, 1, (uint16_t)world.n_ranks, 64);
-        for (uint32_t n = 1; n < 12U; n++) {
-            (void)fv_rig_append(&rig, FV_RIG_SESSIONS - 1U, n % 2U, 37U * n);
-        }
-        assert_true(rig.n_moved > 1U);
-        fv_rig_destroy(&rig);
-        close_world(&world);
-        open_world(&world, 0, false, 10000);
-        door = door_of(&world);
-        door.move_bytes = k_areas[i];
-        fv_rig_create_through(&rig, world.n_ranks, ARENA_BYTES, &fv_backend_cuda, &door,
-                              seed * 29U + i);
-        fv_rig_latents_and_s2(&rig);
-        assert_true(rig.n_moved > 10U);
-        fv_rig_destroy(&rig);
-        close_world(&world);
-    }
-}
-
 static void test_latents_and_s2_equal_the_oracle(void **state)
 {
     (void)state;
@@ -454,7 +418,6 @@ int main(void)
         cmocka_unit_test(test_send_and_receive_equal_the_oracle),
         cmocka_unit_test(test_failed_items_send_the_empty_set),
         cmocka_unit_test(test_latents_and_s2_equal_the_oracle),
-        cmocka_unit_test(test_moved_kv_equals_the_oracle),
         cmocka_unit_test(test_the_same_bits_every_time),
         cmocka_unit_test(test_a_silent_peer_ends_the_step),
         cmocka_unit_test(test_a_silent_peer_ends_a_collective_step),
