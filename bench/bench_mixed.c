@@ -77,7 +77,9 @@ typedef struct decoder {
 
 struct bench {
     options_t options;
-    fovea_client_t *client;
+    fovea_client_t *client; /* of the decoders */
+    fovea_client_t
+        *prompt_client; /* another frontend: its messages have a connection of their own */
     fovea_model_t model;
     uint16_t *q, *k, *v;      /* [chunk tokens, heads, d] random in [-1, 1] */
     uint16_t *out, *expected; /* [chunk tokens] of the prompt's last message */
@@ -148,7 +150,7 @@ static bool fill(bench_t *b, uint64_t n_tokens, uint16_t *out, fovea_session_id_
     fovea_error_t error = {0};
     fovea_session_options_t options = {.max_tokens_hint = n_tokens + 4096U};
 
-    if (!say(fovea_open_session(b->client, b->model.model_id, &options, 0, session, &error),
+    if (!say(fovea_open_session(b->prompt_client, b->model.model_id, &options, 0, session, &error),
              &error)) {
         return false;
     }
@@ -156,7 +158,7 @@ static bool fill(bench_t *b, uint64_t n_tokens, uint16_t *out, fovea_session_id_
         uint64_t n = (n_tokens - at < b->options.chunk) ? (n_tokens - at) : b->options.chunk;
         fovea_attend_item_t item = {.session = *session, .position = at, .n_tokens = (uint32_t)n};
         fovea_attend_request_t request = request_of(b, &item, out);
-        if (!say(fovea_attend(b->client, &request, TIMEOUT_MS, NULL, &error), &error)) {
+        if (!say(fovea_attend(b->prompt_client, &request, TIMEOUT_MS, NULL, &error), &error)) {
             return false;
         }
         at += n;
@@ -175,7 +177,7 @@ static double prefill(bench_t *b, uint16_t *out)
         return -1.0;
     }
     double seconds = now_s() - begin;
-    return say(fovea_close_session(b->client, &session, 0, &error), &error) ? seconds : -1.0;
+    return say(fovea_close_session(b->prompt_client, &session, 0, &error), &error) ? seconds : -1.0;
 }
 
 static bool is_same(const bench_t *b)
@@ -422,6 +424,7 @@ static bool prepare(bench_t *b)
     if ((b->q == NULL) || (b->k == NULL) || (b->v == NULL) || (b->out == NULL) ||
         (b->expected == NULL) ||
         !say(fovea_connect(o->connect, NULL, &b->client, &error), &error) ||
+        !say(fovea_connect(o->connect, NULL, &b->prompt_client, &error), &error) ||
         !say(fovea_register_model(b->client, &spec, 0, &b->model, &error), &error)) {
         return false;
     }
@@ -446,6 +449,7 @@ static void release(bench_t *b)
         free(b->decoders[i].samples);
     }
     fovea_close(b->client);
+    fovea_close(b->prompt_client);
     free(b->q);
     free(b->k);
     free(b->v);
