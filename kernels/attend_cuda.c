@@ -54,7 +54,26 @@ static int32_t q_parts(const fv_attn_item_t *item, int32_t kind)
     return ((item->io_dtype == (int32_t)FV_DTYPE_F16) && (kind != (int32_t)FV_LEAN_F16)) ? 2 : 1;
 }
 
-static fv_lean_geometry_t item_geometry(const fv_backend_t *backend, const fv_attn_item_t *item)
+/*
+ * Warps along rows. Not as many as there are rows for where shared memory has no room for Q and a ring; or more, which
+ * join no sums and so need no room for that.
+ */
+static int32_t
+row_warps(const fv_backend_t *backend, const fv_lean_geometry_t *g, int32_t n_q_parts)
+{
+    static const int32_t k_others[] = {2, 1, 4};
+    fv_lean_geometry_t other = *g;
+
+    for (size_t i = 0; !fv_lean_plan_fits(backend, &other, n_q_parts); i++) {
+        if (i == sizeof(k_others) / sizeof(k_others[0])) {
+            return g->m_warps; /* none fits: it will be refused */
+        }
+        other.m_warps = k_others[i];
+    }
+    return other.m_warps;
+}
+
+fv_lean_geometry_t fv_cuda_item_geometry(const fv_backend_t *backend, const fv_attn_item_t *item)
 {
     int64_t n_rows = (int64_t)item->n_tokens * head_group(item);
     fv_lean_geometry_t g = {
@@ -66,15 +85,17 @@ static fv_lean_geometry_t item_geometry(const fv_backend_t *backend, const fv_at
         return g;
     }
     g.m_warps = (n_rows <= 16) ? 1 : ((n_rows <= 32) ? 2 : 4);
-    while ((g.m_warps > 1) && !fv_lean_plan_fits(backend, &g, q_parts(item, g.kind))) {
-        g.m_warps /= 2; /* many rows of Q in several parts leave no ring */
+    if ((g.kind == (int32_t)FV_LEAN_F32_WIDE) && (g.m_warps == 4) &&
+        ((g.head_dim_qk > 128) || (g.head_dim_v > 128))) {
+        g.m_warps = 2; /* shared memory: 64 rows of Q in three parts leave no ring */
     }
+    g.m_warps = row_warps(backend, &g, q_parts(item, g.kind));
     return g;
 }
 
 bool fv_cuda_attend_fits(const fv_backend_t *backend, const fv_attn_item_t *item)
 {
-    const fv_lean_geometry_t g = item_geometry(backend, item);
+    const fv_lean_geometry_t g = fv_cuda_item_geometry(backend, item);
 
     return (g.latent != (int32_t)FV_LATENT_NONE) ||
            fv_lean_plan_fits(backend, &g, q_parts(item, g.kind));
@@ -96,7 +117,7 @@ static int32_t run_rows(const fv_lean_geometry_t *g)
 /* At most. */
 static size_t item_runs(const fv_backend_t *backend, const fv_attn_item_t *item)
 {
-    const fv_lean_geometry_t g = item_geometry(backend, item);
+    const fv_lean_geometry_t g = fv_cuda_item_geometry(backend, item);
     const uint64_t n_rows = (uint64_t)item->n_tokens * (uint64_t)head_group(item);
     const int32_t n_heads = (item->policy.kind == FV_POLICY_S2)
                                 ? (item->n_kv_heads * row_heads(item))
@@ -246,11 +267,11 @@ plan_item(fv_backend_t *backend, const fv_attn_item_t *item, fv_lean_draft_t *dr
 static fv_status_t
 plan_geometry(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items, size_t first)
 {
-    fv_lean_draft_t draft = {.geometry = item_geometry(backend, &items[first])};
+    fv_lean_draft_t draft = {.geometry = fv_cuda_item_geometry(backend, &items[first])};
     size_t runs_max = 0;
 
     for (size_t i = first; i < n_items; i++) {
-        const fv_lean_geometry_t g = item_geometry(backend, &items[i]);
+        const fv_lean_geometry_t g = fv_cuda_item_geometry(backend, &items[i]);
 
         runs_max += ((backend->is_planned[i] == 0) && same_geometry(&g, &draft.geometry))
                         ? item_runs(backend, &items[i])
@@ -259,7 +280,7 @@ plan_geometry(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items
     FV_RETURN_IF_ERR(fv_cuda_grow((void **)&backend->runs, &backend->runs_max, runs_max,
                                   sizeof(*backend->runs)));
     for (size_t i = first; i < n_items; i++) {
-        const fv_lean_geometry_t g = item_geometry(backend, &items[i]);
+        const fv_lean_geometry_t g = fv_cuda_item_geometry(backend, &items[i]);
 
         if ((backend->is_planned[i] == 0) && same_geometry(&g, &draft.geometry)) {
             FV_RETURN_IF_ERR(plan_item(backend, &items[i], &draft));
@@ -305,7 +326,7 @@ fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *ite
                 (unsigned long long)items[i].q_head_bytes,
                 (unsigned long long)items[i].rope_gap_bytes);
         }
-        const fv_lean_geometry_t g = item_geometry(backend, &items[i]);
+        const fv_lean_geometry_t g = fv_cuda_item_geometry(backend, &items[i]);
         const fv_tile_list_t pages = fv_cuda_item_pages(&items[i]);
 
         /* the lean runs take more than the prefill kernel's blocks would */

@@ -255,6 +255,9 @@ fv_status_t fv_cuda_merge(fv_backend_t *backend,
                           const fv_merge_sync_t *sync);
 fv_status_t fv_cuda_empty(fv_backend_t *backend, float *lse_log2, uint64_t n_rows);
 
+/* The kernel that does an item's rows: alike for all items of a launch. */
+fv_lean_geometry_t fv_cuda_item_geometry(const fv_backend_t *backend, const fv_attn_item_t *item);
+
 /* False: shared memory is too small for this item's head dims and dtypes; attend() refuses it. */
 bool fv_cuda_attend_fits(const fv_backend_t *backend, const fv_attn_item_t *item);
 

@@ -3,6 +3,7 @@ if(FV_WITH_CUDA)
     find_package(CUDAToolkit REQUIRED)
     fv_add_test(test_cuda_attend gpu SOURCES gpu/test_cuda_attend.c LIBS fv_attn_case fv_kernels CUDA::cudart_static
                 TIMEOUT 300)
+    fv_add_test(test_cuda_fit gpu SOURCES gpu/test_cuda_fit.c LIBS fv_attn_case fv_kernels CUDA::cudart_static TIMEOUT 60)
     fv_add_test(test_cuda_prefill gpu SOURCES gpu/test_cuda_prefill.c LIBS fv_attn_case fv_kernels CUDA::cudart_static
                 TIMEOUT 300)
     fv_add_test(test_cuda_latent gpu SOURCES gpu/test_cuda_latent.c LIBS fv_attn_case fv_kernels CUDA::cudart_static

@@ -4,7 +4,7 @@
  * Every case is poisoned (attn_case.h): unused slots and unseen tokens are NaN, page-table entries past the end wild.
  */
 #include "kernels/backend_cuda.h"
-#include "tests/support/attn_case.h"
+#include "tests/support/cuda_case.h"
 #include "tests/support/test.h"
 
 #include <math.h>
@@ -79,6 +79,7 @@ static void step_add(step_t *step, const fv_attn_spec_t *given, fv_rng_t *rng, b
     fv_attn_spec_t spec = *given;
     fv_attn_case_t *attn = NULL;
 
+    fv_cuda_case_fit(backend, &spec); /* there are others than latents among them */
     spec.one_part = is_wgmma(&spec);
     attn = fv_attn_case_create(&spec);
     assert_true(step->n <= STEP_MAX);

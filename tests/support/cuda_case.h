@@ -18,6 +18,7 @@ static inline bool fv_cuda_case_fits(const fv_backend_t *backend, const fv_attn_
                                  .head_dim_v = spec->head_dim_v,
                                  .io_dtype = spec->io_dtype,
                                  .kv_dtype = spec->kv_dtype,
+                                 .policy = spec->policy,
                                  .v_in_k = spec->v_in_k};
 
     return fv_cuda_attend_fits(backend, &item);
