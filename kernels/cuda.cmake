@@ -33,5 +33,6 @@ target_sources(fv_kernels PRIVATE backend_cuda.c staging_cuda.c send_cuda.c wait
                                   attend_cuda.c stage_cuda.c lean_plan_cuda.c lean_late_cuda.c
                                   prefill_plan_cuda.c merge_cuda.c)
 target_compile_definitions(fv_kernels PUBLIC FV_WITH_CUDA)
-set_source_files_properties(backend_cuda.c PROPERTIES COMPILE_DEFINITIONS "FV_CUDA_ARCHS=\"${FV_CUDA_ARCHS}\"")
+list(JOIN FV_CUDA_ARCHS "," _fv_archs)
+set_source_files_properties(backend_cuda.c PROPERTIES COMPILE_DEFINITIONS "FV_CUDA_ARCHS=\"${_fv_archs}\"")
 target_link_libraries(fv_kernels PRIVATE fv_kernels_cuda CUDA::cudart_static)
