@@ -32,7 +32,7 @@ typedef struct fv_principal {
         models_max; /* 0 = no limit */
     /* used; the engine's turn guards them */
     uint64_t n_sessions;
-    uint64_t n_models;         /* registered by it first, since the service's start */
+    uint64_t n_models;         /* registered by it first; those that came back count, too */
     uint64_t kv_bytes;         /* committed */
     uint64_t kv_bytes_pending; /* of requests in the step that runs */
     atomic_uint n_requests;    /* in flight */

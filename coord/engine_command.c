@@ -208,7 +208,7 @@ static fv_status_t do_register(fv_engine_t *engine, const fv_entry_t *entry)
             return fv_fail(FV_ERR_INTERNAL, "a rank refused a model: %s", refusal.text);
         }
         FV_RETURN_IF_ERR(
-            fv_ledger_note_model(engine->config.ledger, message.model_slot, &message.spec));
+            fv_ledger_note_model(engine->config.ledger, engine->sched, message.model_slot));
     }
     if (status == FV_OK) {
         status = fv_wire_register_response_encode(&response, &bytes);

@@ -95,7 +95,7 @@ static fv_status_t mend_command(fv_engine_t *engine)
         engine->broken_command.type, &engine->broken_command.body, engine->broken_command.n_bytes));
     if (engine->broken_command.type == FV_CTL_MODEL) { /* who asks again finds it, and uses it */
         const fv_ctl_model_t *model = &engine->broken_command.body.model;
-        return fv_ledger_note_model(engine->config.ledger, model->model_slot, &model->spec);
+        return fv_ledger_note_model(engine->config.ledger, engine->sched, model->model_slot);
     }
     return FV_OK;
 }

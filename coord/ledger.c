@@ -29,21 +29,32 @@ static size_t spare(const fv_ledger_t *ledger)
     return SPARE_BYTES + (size_t)ledger->n_open * fv_journal_size(0);
 }
 
-static fv_journal_record_t model_record(uint32_t slot, const fv_model_spec_t *spec)
+/* A model's record; its body is valid until the next. */
+static fv_journal_record_t model_record(const fv_sched_t *sched, uint32_t slot)
 {
+    static fv_ledger_model_t body; /* large; the turn is held */
+    const fv_principal_t *owner = fv_sched_model_owner(sched, slot);
+
+    memset(&body, 0, sizeof(body));
+    body.spec = *fv_sched_model(sched, slot);
+    if (owner != NULL) {
+        (void)snprintf(body.owner, sizeof(body.owner), "%s", owner->name);
+    }
     return (fv_journal_record_t){.type = FV_LEDGER_MODEL,
                                  .flags = FV_JOURNAL_FIRST,
                                  .key = FV_LEDGER_MODEL_KEY + slot,
                                  .number = 1,
-                                 .body = spec,
-                                 .n_bytes = sizeof(*spec)};
+                                 .body = &body,
+                                 .n_bytes = sizeof(body)};
 }
 
-fv_status_t fv_ledger_note_model(fv_ledger_t *ledger, uint32_t slot, const fv_model_spec_t *spec)
+fv_status_t fv_ledger_note_model(fv_ledger_t *ledger, const fv_sched_t *sched, uint32_t slot)
 {
-    const fv_journal_record_t record = model_record(slot, spec);
-
-    return (ledger == NULL) ? FV_OK : commit_one(ledger, &record, spare(ledger));
+    if (ledger == NULL) {
+        return FV_OK;
+    }
+    const fv_journal_record_t record = model_record(sched, slot);
+    return commit_one(ledger, &record, spare(ledger));
 }
 
 static void fill_session(const fv_session_t *session, fv_ledger_session_t *out)
@@ -96,7 +107,7 @@ fv_status_t fv_ledger_reserve_command(fv_ledger_t *ledger)
     return (ledger == NULL)
                ? FV_OK
                : fv_journal_reserve(ledger->journal,
-                                    fv_journal_size(sizeof(fv_model_spec_t)) + spare(ledger));
+                                    fv_journal_size(sizeof(fv_ledger_model_t)) + spare(ledger));
 }
 
 fv_status_t fv_ledger_note_truncate(fv_ledger_t *ledger, fv_session_t *session, uint64_t position)
@@ -236,7 +247,7 @@ static fv_session_t *first_session(const fv_sched_t *sched)
 static fv_status_t add_all(fv_ledger_t *ledger, const fv_sched_t *sched)
 {
     for (uint32_t i = 0; i < fv_sched_n_models(sched); i++) {
-        const fv_journal_record_t record = model_record(i, fv_sched_model(sched, i));
+        const fv_journal_record_t record = model_record(sched, i);
         FV_RETURN_IF_ERR(add(ledger, &record, NULL, 0));
     }
     for (fv_session_t *s = first_session(sched); s != NULL; s = s->next) {

@@ -41,9 +41,10 @@ FV_MUST_CHECK fv_status_t fv_ledger_load(fv_ledger_t *ledger,
                                          fv_lost_t *lost,
                                          bool *out_has_holes);
 
+/* A model of the core, with its owner. */
 FV_MUST_CHECK fv_status_t fv_ledger_note_model(fv_ledger_t *ledger,
-                                               uint32_t slot,
-                                               const fv_model_spec_t *spec);
+                                               const fv_sched_t *sched,
+                                               uint32_t slot);
 /* parent NULL: opened, not forked. */
 FV_MUST_CHECK fv_status_t fv_ledger_note_session(fv_ledger_t *ledger,
                                                  fv_session_t *session,

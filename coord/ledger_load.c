@@ -46,17 +46,25 @@ static void drop(player_t *p, uint32_t slot)
 
 static fv_status_t play_model(player_t *p, const fv_journal_record_t *record)
 {
-    static fv_model_spec_t spec; /* large; one thread */
+    static fv_ledger_model_t model; /* large; one thread */
     fv_register_response_t response;
     static fv_ctl_model_t message;
     bool is_new = false;
 
-    if ((record->n_bytes != sizeof(spec)) ||
+    if ((record->n_bytes != sizeof(model)) ||
         (record->key - FV_LEDGER_MODEL_KEY != p->sched->n_models)) {
         return bad("a model");
     }
-    memcpy(&spec, record->body, sizeof(spec));
-    return fv_sched_register(p->sched, &spec, NULL, &response, &is_new, &message);
+    memcpy(&model, record->body, sizeof(model));
+    if (memchr(model.owner, '\0', sizeof(model.owner)) == NULL) {
+        return bad("a model");
+    }
+    /* it is there, even if its owner may have fewer now */
+    FV_RETURN_IF_ERR(fv_sched_register(p->sched, &model.spec, NULL, &response, &is_new, &message));
+    if (is_new && (model.owner[0] != '\0')) {
+        fv_sched_own_model(p->sched, message.model_slot, p->owner(p->arg, model.owner));
+    }
+    return FV_OK;
 }
 
 static bool is_placement(const player_t *p, const fv_model_spec_t *spec, const fv_placement_t *at)

@@ -163,9 +163,7 @@ fv_status_t fv_sched_register(fv_sched_t *sched,
     model->spec = *spec;
     *out_message = (fv_ctl_model_t){.model_slot = sched->n_models, .spec = *spec};
     sched->n_models++;
-    if (owner != NULL) {
-        owner->n_models++;
-    }
+    fv_sched_own_model(sched, sched->n_models - 1U, owner);
     *out = response;
     *out_is_new = true;
     return FV_OK;
@@ -174,6 +172,7 @@ fv_status_t fv_sched_register(fv_sched_t *sched,
 void fv_sched_unregister_last(fv_sched_t *sched, fv_principal_t *owner)
 {
     sched->n_models--;
+    sched->models[sched->n_models].owner = NULL;
     if (owner != NULL) {
         owner->n_models--;
     }
@@ -498,6 +497,19 @@ const fv_session_table_t *fv_sched_sessions(const fv_sched_t *sched)
 fv_session_table_t *fv_sched_session_table(fv_sched_t *sched)
 {
     return sched->sessions;
+}
+
+void fv_sched_own_model(fv_sched_t *sched, uint32_t slot, fv_principal_t *owner)
+{
+    sched->models[slot].owner = owner;
+    if (owner != NULL) {
+        owner->n_models++;
+    }
+}
+
+const fv_principal_t *fv_sched_model_owner(const fv_sched_t *sched, uint32_t slot)
+{
+    return sched->models[slot].owner;
 }
 
 uint32_t fv_sched_n_models(const fv_sched_t *sched)

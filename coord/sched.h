@@ -242,6 +242,9 @@ fv_session_t *fv_sched_session(const fv_sched_t *sched, const fv_session_id_t *i
 const fv_session_table_t *fv_sched_sessions(const fv_sched_t *sched);
 fv_session_table_t *fv_sched_session_table(fv_sched_t *sched); /* not to add or remove */
 uint32_t fv_sched_n_models(const fv_sched_t *sched);
+/* A model that nobody owns counts for `owner` from now on; NULL: for nobody. */
+void fv_sched_own_model(fv_sched_t *sched, uint32_t slot, fv_principal_t *owner);
+const fv_principal_t *fv_sched_model_owner(const fv_sched_t *sched, uint32_t slot); /* or NULL */
 const fv_model_spec_t *fv_sched_model(const fv_sched_t *sched, uint32_t model_slot);
 const char *fv_sched_model_id(const fv_sched_t *sched, uint32_t model_slot);
 uint64_t fv_sched_tokens_appended(const fv_sched_t *sched);

@@ -12,6 +12,7 @@
 typedef struct fv_model {
     char id[FV_MODEL_ID_BYTES];
     fv_model_spec_t spec;
+    fv_principal_t *owner; /* whose quota it counts for; NULL: nobody's */
 } fv_model_t;
 
 /* Pages that a step under way will take on one rank. */

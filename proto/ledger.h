@@ -16,7 +16,7 @@
 #define FV_LEDGER_OWNER_BYTES  64
 
 enum {
-    FV_LEDGER_MODEL = 1, /* first; fv_model_spec_t */
+    FV_LEDGER_MODEL = 1, /* first; fv_ledger_model_t */
     FV_LEDGER_OPEN,      /* first; fv_ledger_session_t */
     FV_LEDGER_FORK,      /* first; fv_ledger_session_t: as its parent is then, up to at_position */
     FV_LEDGER_APPEND,    /* fv_ledger_append_t: acknowledged */
@@ -24,6 +24,11 @@ enum {
     FV_LEDGER_CLOSE,     /* no body */
     FV_LEDGER_LAYER, /* fv_ledger_layer_t, then n_records of {uint64_t position; uint32_t n_tokens, digest} */
 };
+
+typedef struct fv_ledger_model {
+    fv_model_spec_t spec;
+    char owner[FV_LEDGER_OWNER_BYTES]; /* whose quota it counts for; "" = nobody's */
+} fv_ledger_model_t;
 
 typedef struct fv_ledger_session {
     fv_session_id_t id, parent;

@@ -133,8 +133,9 @@ static void write_ledger(truth_t truth[N_SESSIONS])
 
     memset(truth, 0, N_SESSIONS * sizeof(*truth));
     fv_case_register(sched, &spec, model_id);
+    fv_sched_own_model(sched, 0, &g_owner);
     assert_int_equal(fv_ledger_open(&g_place, &ledger), FV_OK);
-    assert_int_equal(fv_ledger_note_model(ledger, 0, fv_sched_model(sched, 0)), FV_OK);
+    assert_int_equal(fv_ledger_note_model(ledger, sched, 0), FV_OK);
     fv_session_t *first = open_session(ledger, sched, model_id, &truth[FIRST]);
     append(ledger, first, &truth[FIRST]);
     fv_session_t *other = open_session(ledger, sched, model_id, &truth[OTHER]);
@@ -218,7 +219,7 @@ static found_t load(const truth_t truth[N_SESSIONS])
 typedef struct fixture {
     truth_t truth[N_SESSIONS];
     char path[FV_STORE_PATH_BYTES];
-    uint8_t whole[1 << 20], damaged[1 << 20];
+    uint8_t whole[1 << 21], damaged[1 << 21];
     size_t n_bytes, n_records, at[RECORDS_MAX];
 } fixture_t;
 
@@ -299,9 +300,84 @@ static void test_damaged_sessions_are_known_to_be_lost(void **state)
     drop_fixture();
 }
 
+/* A model that comes back counts for whoever registered it; also when the journal was written anew in between. */
+static void test_models_count_for_their_owner(void **state)
+{
+    truth_t truth[N_SESSIONS];
+    fv_ledger_t *ledger = NULL;
+    fv_lost_t *lost = NULL;
+    bool has_holes = false;
+
+    (void)state;
+    g_owner.n_models = 0;
+    write_ledger(truth);
+    assert_int_equal(g_owner.n_models, 1);
+    for (int round = 0; round < 2; round++) {
+        fv_sched_t *sched = fv_case_sched(1, 64, 1U << 20U);
+        g_owner.n_models = 0;
+        assert_int_equal(fv_lost_create(&lost), FV_OK);
+        assert_int_equal(fv_ledger_open(&g_place, &ledger), FV_OK);
+        assert_int_equal(fv_ledger_load(ledger, sched, owner_of, NULL, lost, &has_holes), FV_OK);
+        assert_int_equal(g_owner.n_models, 1);
+        assert_ptr_equal(fv_sched_model_owner(sched, 0), &g_owner);
+        assert_int_equal(fv_ledger_rewrite(ledger, sched), FV_OK);
+        fv_lost_destroy(lost);
+        fv_ledger_close(ledger);
+        fv_sched_destroy(sched);
+    }
+    assert_int_equal(fv_ledger_open(&g_place, &ledger), FV_OK);
+    fv_ledger_remove(ledger);
+}
+
+/* Level host: nothing in memory, all of it on the disk; then flipped there, at places all over it. */
+static void test_comes_back_from_a_disk(void **state)
+{
+    const fv_store_place_t memory = g_place;
+    fixture_t *f = &g_fix;
+    char dir[64] = "fv_ledger_XXXXXX";
+    char log[FV_STORE_PATH_BYTES];
+    uint32_t n_lost = 0;
+    uint32_t n_kept = 0;
+
+    (void)state;
+    assert_non_null(mkdtemp(dir));
+    assert_int_equal(fv_store_place_disk(&g_place, dir), FV_OK);
+    make_fixture();
+    fv_store_path(&g_place, FV_STORE_COORDINATOR_LOG, log);
+    assert_int_equal(unlink(f->path), 0);
+    assert_int_equal(load(f->truth).n_kept, N_SESSIONS - 1);
+    size_t n_bytes = fv_read_file(log, f->whole, sizeof(f->whole));
+    size_t n_used = n_bytes;
+    while (f->whole[n_used - 1U] == 0U) {
+        n_used--;
+    }
+    size_t step = (n_used - FV_JOURNAL_HEAD_BYTES) / 60U | 1U;
+    for (size_t at = FV_JOURNAL_HEAD_BYTES; at < n_used; at += step) {
+        assert_int_equal(unlink(f->path), 0);
+        memcpy(f->damaged, f->whole, n_bytes);
+        f->damaged[at] ^= (uint8_t)(1U << (at % 8U));
+        fv_write_file(log, f->damaged, n_bytes);
+        const found_t found = load(f->truth); /* checks what is kept */
+        n_lost += found.n_lost;
+        n_kept += found.n_kept;
+    }
+    assert_true(n_lost > 0U);
+    assert_true(n_kept > 60U); /* of 180 */
+    assert_int_equal(unlink(f->path), 0);
+    fv_write_file(log, f->whole, n_bytes);
+    fv_ledger_t *ledger = NULL;
+    assert_int_equal(fv_ledger_open(&g_place, &ledger), FV_OK);
+    assert_int_equal(fv_ledger_durability(ledger), 2);
+    fv_ledger_remove(ledger);
+    g_place = memory;
+    assert_int_equal(rmdir(dir), -1); /* gone with the last of it */
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_models_count_for_their_owner),
+        cmocka_unit_test(test_comes_back_from_a_disk),
         cmocka_unit_test(test_holes_join_no_sessions),
         cmocka_unit_test(test_damaged_sessions_are_known_to_be_lost),
     };
