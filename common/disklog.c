@@ -153,10 +153,12 @@ fv_status_t fv_disklog_load_tail(fv_disklog_t *log)
     log->n_tail = 0;
     log->n_own = 0;
     log->n_own_records = 0;
-    if ((n_tail > 0) &&
-        (pread(file->fd, log->buffer, FV_DISKLOG_BLOCK,
-               (off_t)(FV_JOURNAL_HEAD_BYTES + file->end - n_tail)) != (ssize_t)FV_DISKLOG_BLOCK)) {
-        return fv_journal_system_error(log->path, "read");
+    ssize_t n_read = (n_tail == 0) ? 0
+                                   : pread(file->fd, log->buffer, FV_DISKLOG_BLOCK,
+                                           (off_t)(FV_JOURNAL_HEAD_BYTES + file->end - n_tail));
+    if (n_read < (ssize_t)n_tail) { /* a file that was cut may end inside the block */
+        return fv_fail(FV_ERR_SYSTEM, "%s: cannot be read at %llu", log->path,
+                       (unsigned long long)file->end);
     }
     log->n_tail = n_tail;
     return FV_OK;

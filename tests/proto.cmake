@@ -34,6 +34,8 @@ fv_add_fuzz(fuzz_wire corpus_wire SOURCES fuzz/fuzz_wire.c fuzz/wire_oracle.c
 fv_add_fuzz(fuzz_config corpus_config SOURCES fuzz/fuzz_config.c LIBS fv_common)
 fv_add_fuzz(fuzz_token corpus_token SOURCES fuzz/fuzz_token.c LIBS fv_secret)
 fv_add_fuzz(fuzz_journal corpus_journal SOURCES fuzz/fuzz_journal.c LIBS fv_common)
+fv_add_fuzz(fuzz_disklog corpus_disklog SOURCES fuzz/fuzz_disklog.c LIBS fv_common)
+fv_add_fuzz(fuzz_store corpus_store SOURCES fuzz/fuzz_store.c support/store_life.c LIBS fv_worker fv_kernels ${CMOCKA_LIBRARIES})
 # no_mpi.c comes before the MPI library: its functions are taken
 fv_add_fuzz(fuzz_control corpus_control SOURCES fuzz/fuzz_control.c fuzz/no_mpi.c LIBS fv_worker fv_kernels)
 fv_add_fuzz(fuzz_link corpus_link SOURCES fuzz/fuzz_link.c fuzz/no_mpi.c LIBS fv_coord)
