@@ -18,6 +18,7 @@ Installs what is missing and runs the steps named, or all of them:
            on 3 ranks; what is sharded also on 2, 4 and 7
   hf       Hugging Face transformers generate through fovead, alone and on 3 ranks (installs torch: 6 GB)
   faults   ranks, spare, coordinator and mpirun are killed and stopped at each station of a step (tests/fault)
+  live     broken HTTP/2 and mutated messages against fovead with sanitizers (tests/fuzz/live; the step asan builds it)
   soak     eight clients, three ranks, mixed load: nothing grows, nothing is left (tests/soak; --seconds 1800 is the long form)
   hosts    fovead over three hosts in network namespaces (needs root)
   slurm    the Slurm batch script on a Slurm of its own (needs root and slurm-wlm, munge)
@@ -27,7 +28,7 @@ Logs: build/logs. A step that fails does not stop the others.
 HELP
 }
 
-all_steps=(scripts asan headers tsan release cuda python faults soak hf hosts slurm demo)
+all_steps=(scripts asan headers tsan release cuda python faults live soak hf hosts slurm demo)
 steps=("$@")
 [[ ${1:-} == --help ]] && usage && exit 0
 [[ $# -gt 0 ]] || steps=("${all_steps[@]}")
@@ -164,6 +165,11 @@ run_faults() {
     .venv/bin/python tests/fault/kill_matrix.py --fovead $faulty --runs 400 --heartbeat-ms 100 || code=1
     .venv/bin/python tests/fault/kill_matrix.py --fovead $faulty --runs 96 --heartbeat-ms 100 --spares 0 --only worker || code=1
     return $code
+}
+
+run_live() {
+    cmake --preset debug-asan && cmake --build --preset debug-asan --target fovead &&
+        .venv/bin/python tests/fuzz/live/live.py --fovead build/debug-asan/bin/fovead --seconds 20
 }
 
 run_soak() { .venv/bin/python tests/soak/soak.py --fovead build/release/bin/fovead --seconds 25; }

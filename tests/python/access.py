@@ -14,8 +14,8 @@ import numpy as np
 import fovea
 from fovea._pb import attention_pb2 as pb
 
-HEALTH = "/grpc.health.v1.Health/Check"
-REFLECTION = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+HEALTH = "/grpc.health.v1.Health/"
+REFLECTION = "/grpc.reflection.{}.ServerReflection/ServerReflectionInfo"
 
 
 def _openssl(*words: str | Path, cwd: Path) -> None:
@@ -102,13 +102,21 @@ def _fork(client: fovea.Client, _spec: fovea.ModelSpec, _model: str, session: st
 
 
 def _health(client: fovea.Client, *_: object) -> object:
-    return client._channel.unary_unary(HEALTH)(b"", timeout=10)
+    return client._channel.unary_unary(HEALTH + "Check")(b"", timeout=10)
 
 
-def _reflection(client: fovea.Client, *_: object) -> object:
-    token = getattr(client, "test_token", None)
-    metadata = [("authorization", f"Bearer {token}")] if token else []
-    return next(client._channel.stream_stream(REFLECTION)(iter([b"\x3a\x00"]), timeout=10, metadata=metadata))
+def _health_watch(client: fovea.Client, *_: object) -> object:
+    return next(client._channel.unary_stream(HEALTH + "Watch")(b"", timeout=10))
+
+
+def _reflection(version: str) -> Rpc:
+    def call(client: fovea.Client, *_: object) -> object:
+        token = getattr(client, "test_token", None)
+        metadata = [("authorization", f"Bearer {token}")] if token else []
+        method = client._channel.stream_stream(REFLECTION.format(version))
+        return next(method(iter([b"\x3a\x00"]), timeout=10, metadata=metadata))
+
+    return call
 
 
 def _watch(client: fovea.Client, *_: object) -> object:
@@ -130,11 +138,14 @@ RPCS: dict[str, tuple[Rpc, bool]] = {
     "GetStatus": (lambda c, spec, m, s: c.status(), False),
     "WatchStatus": (_watch, False),
     "Check": (_health, False),
-    "ServerReflectionInfo": (_reflection, False),
+    "Watch": (_health_watch, False),
+    "ServerReflectionInfo": (_reflection("v1"), False),
+    "ServerReflectionInfo, v1alpha": (_reflection("v1alpha"), False),
     "Drain": (lambda c, spec, m, s: c.drain(), False),
 }
 
 
 def all_methods() -> set[str]:
+    """Of our API, and what the service answers besides."""
     services = pb.DESCRIPTOR.services_by_name.values()
-    return {method.name for service in services for method in service.methods}
+    return {method.name for service in services for method in service.methods} | {"Check", "Watch"}

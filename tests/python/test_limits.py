@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import stat
+import subprocess
 from pathlib import Path
 
 import grpc
@@ -197,3 +199,158 @@ def test_whose_processes_may_connect(own_service):
         assert service.connect().status()
         if peers != "any":
             assert "are not allowed in (unix_peers)" in service.output()
+
+
+@pytest.mark.fovead
+def test_requests_of_a_stream(own_service):
+    """What is over stream_inflight waits, unread, and is answered in its turn."""
+    service = own_service("64m", ["--stream-inflight", "2", "--threads", "1"])
+    with service.connect() as client, service.connect() as other:
+        session = client.open_session(client.register_model(SPEC))
+        q, k, v = decode_step(SPEC, 200)
+        most = 0
+        with client.stream() as stream:
+            futures = [stream.submit(0, [(session, i * 200, 200)], q, k, v) for i in range(40)]
+            while not futures[-1].done():
+                status = other.status()
+                most = max(most, status.n_requests_queued + status.n_requests_running)
+            assert all(f.result(20).out.shape for f in futures)
+        assert most <= 2
+
+
+@pytest.mark.fovead
+def test_calls_of_a_connection(own_service):
+    """What is over connection_streams waits in the client; other connections do not."""
+    service = own_service("64m", ["--connection-streams", "3"])
+    with service.connect() as client, service.connect() as other:
+        watches = [client._rpc.WatchStatus(pb.WatchStatusRequest()) for _ in range(3)]
+        for watch in watches:
+            next(watch)
+        code, _ = outcome(lambda: client._rpc.GetStatus(pb.GetStatusRequest(), timeout=1))
+        assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert other.status()
+        watches[0].cancel()
+        assert eventually(lambda: outcome(client.status)[0] is grpc.StatusCode.OK)
+
+
+class Pusher:
+    """A connection that sends a message of 8 MiB but for its last byte, as quickly as HTTP/2's windows let it."""
+
+    def __init__(self, address: str) -> None:
+        fields = {":method": "POST", ":scheme": "http", ":path": "/fovea.v1.Attention/AttendOnce",
+                  ":authority": "x", "te": "trailers", "content-type": "application/grpc"}  # fmt: skip
+        block = b"".join(
+            b"\0" + bytes([len(n)]) + n.encode() + bytes([len(v)]) + v.encode() for n, v in fields.items()
+        )
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(address.removeprefix("unix:"))
+        self.socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + self._frame(4, b"") + self._frame(1, block, 4, 1))
+        self.socket.settimeout(0.05)
+        self.initial, self.is_stuck = 65535, False
+        self.windows = {0: 65535, 1: 65535}
+        self.left, self.heard = (8 << 20) + 4, b""
+        self._data(b"\0" + (8 << 20).to_bytes(4, "big"))
+
+    @staticmethod
+    def _frame(kind: int, payload: bytes, flags: int = 0, stream: int = 0) -> bytes:
+        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+    def _data(self, payload: bytes) -> None:
+        self.socket.sendall(self._frame(0, payload, 0, 1))
+        self.left -= len(payload)
+        for stream in self.windows:
+            self.windows[stream] -= len(payload)
+
+    def _listen(self) -> None:
+        heard = self.socket.recv(1 << 16)
+        if not heard:
+            raise ConnectionResetError
+        self.heard += heard
+        while len(self.heard) >= 9 and len(self.heard) >= 9 + int.from_bytes(self.heard[:3], "big"):
+            n = int.from_bytes(self.heard[:3], "big")
+            kind, flags, stream = self.heard[3], self.heard[4], int.from_bytes(self.heard[5:9], "big")
+            body, self.heard = self.heard[9 : 9 + n], self.heard[9 + n :]
+            if kind == 8 and stream in self.windows:
+                self.windows[stream] += int.from_bytes(body, "big")
+            elif kind == 4 and not flags & 1:
+                for at in range(0, n, 6):
+                    if body[at : at + 2] == b"\0\4":
+                        value = int.from_bytes(body[at + 2 : at + 6], "big")
+                        self.windows[1] += value - self.initial
+                        self.initial = value
+                self.socket.sendall(self._frame(4, b"", 1))
+            elif kind == 6 and not flags & 1:
+                self.socket.sendall(self._frame(6, body, 1))
+
+    def push(self) -> bool:
+        """False when it may not send now."""
+        n = min(self.left, 16000, *self.windows.values())
+        try:
+            if n > 0 and not self.is_stuck:
+                self._data(bytes(n))
+                return True
+            self._listen()
+        except TimeoutError:
+            self.is_stuck = self.is_stuck or n > 0  # half a frame is on its way: it does not read from us
+            return False
+        except ConnectionError:  # or it has closed the connection: gRPC takes its memory back
+            self.is_stuck = True
+            return False
+        return True
+
+
+@pytest.mark.fovead
+def test_memory_for_messages_that_are_on_their_way(own_service):
+    """Of 20 messages of 8 MiB that never become whole gRPC keeps about as much as grpc_memory allows, not all."""
+    service = own_service("64m", ["--grpc-memory", "16m", "--message-max", "9m"])
+
+    def resident() -> int:
+        status = Path(f"/proc/{service.process.pid}/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) >> 10
+
+    with service.connect() as client:
+        before = resident()
+        crowd = [Pusher(service.address) for _ in range(20)]
+        for _ in range(2):
+            for pusher in crowd:
+                while pusher.push():
+                    pass
+        grown = resident() - before
+        assert sum((8 << 20) + 4 - p.left for p in crowd) > 32 << 20  # as much would have come
+        assert client.status()
+        if b"__asan_init" not in Path(os.environ["FOVEAD"]).read_bytes():
+            assert grown < 64
+        for pusher in crowd:
+            pusher.socket.close()
+        assert client.status()
+
+
+# Each option of the group Limits, and the test that meets it.
+TESTS = {
+    "message_max": "test_limits.test_a_message",
+    "stream_inflight": "test_limits.test_requests_of_a_stream",
+    "connection_streams": "test_limits.test_calls_of_a_connection",
+    "request_memory": "test_limits.test_answers_count_in_request_memory",
+    "grpc_memory": "test_limits.test_memory_for_messages_that_are_on_their_way",
+    "sessions_max": "test_sessions.test_one_session_too_many",
+    "session_tokens_max": "test_limits.test_tokens_of_a_session",
+    "session_idle_s": "test_hygiene.test_an_idle_session_is_closed",
+    "batch_max": "test_limits.test_sessions_of_a_request",
+    "calls_max": "test_limits.test_calls_open_at_once",
+    "health_calls_max": "../rpc/test_rpc_builtin.test_health_has_its_own_limit",
+    "first_message_ms": "../rpc/test_rpc_builtin.test_a_call_without_its_message_ends",
+    "connections_max": "test_limits.test_connections_open_at_once",
+    "metadata_max": "test_limits.test_headers_of_a_call",
+}
+
+
+@pytest.mark.fovead
+def test_each_limit_has_a_test():
+    printed = subprocess.run([os.environ["FOVEAD"], "--print-config"], capture_output=True, text=True, check=True)
+    group = printed.stdout.split("# ---- Limits")[1].split("# ----")[0]
+    assert set(re.findall(r"^([a-z_]+) = .", group, re.M)) == set(TESTS)
+    for key, name in TESTS.items():
+        module, _, function = name.rpartition(".")
+        here = Path(__file__).parent
+        files = [f for f in (here / f"{module}.py", here / f"{module}.c") if f.exists()]
+        assert files and re.search(rf"\b{function}\(", files[0].read_text()), f"{key}: {name} is not there"

@@ -23,7 +23,9 @@ class Kind:
 
     @property
     def dim_qk(self) -> int:
-        return self.spec.latent_dim + self.spec.rope_dim if self.spec.kind == "latent" else self.spec.head_dim_qk
+        return (
+            self.spec.latent_dim + self.spec.rope_dim if self.spec.kind == "latent" else self.spec.head_dim_qk
+        )
 
     @property
     def scale(self) -> float:

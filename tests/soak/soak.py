@@ -72,7 +72,9 @@ class Job:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
                 if self.address.encode() in words and words[0].endswith(b"fovead"):
                     environment = dict(
-                        line.split(b"=", 1) for line in (entry / "environ").read_bytes().split(b"\0") if b"=" in line
+                        line.split(b"=", 1)
+                        for line in (entry / "environ").read_bytes().split(b"\0")
+                        if b"=" in line
                     )
                     found[int(environment[b"OMPI_COMM_WORLD_RANK"])] = int(entry.name)
         assert sorted(found) == list(range(n_ranks)), f"ranks found: {found}"
@@ -172,10 +174,13 @@ def growth(samples: list[Sample]) -> list[str]:
     for field, may in (("private_kib", kib), ("n_fds", 4), ("n_threads", 2)):
         for rank in range(len(samples[0].n_fds)):
             first, last = (
-                statistics.median(getattr(s, field)[rank] for s in part) for part in (rest[:fifth], rest[-fifth:])
+                statistics.median(getattr(s, field)[rank] for s in part)
+                for part in (rest[:fifth], rest[-fifth:])
             )
             if last > first + may:
-                problems.append(f"rank {rank}: {field} grew from {first:.0f} to {last:.0f} (at most {may} more)")
+                problems.append(
+                    f"rank {rank}: {field} grew from {first:.0f} to {last:.0f} (at most {may} more)"
+                )
     return problems
 
 
@@ -213,7 +218,11 @@ def write_csv(path: Path, samples: list[Sample]) -> None:
         writer.writerow(["seconds", *(f"{name}_{rank}" for name in fields for rank in ranks), "store_kib"])
         for s in samples:
             writer.writerow(
-                [f"{s.seconds:.1f}", *(getattr(s, name)[rank] for name in fields for rank in ranks), s.store_kib]
+                [
+                    f"{s.seconds:.1f}",
+                    *(getattr(s, name)[rank] for name in fields for rank in ranks),
+                    s.store_kib,
+                ]
             )
 
 
@@ -244,14 +253,20 @@ def run(options: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--fovead", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=1800)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--pause-ms", type=int, default=5, help="between two things a client does, on average")
-    parser.add_argument("--check-every", type=int, default=20, help="of a client's answers, one in so many is compared")
+    parser.add_argument(
+        "--pause-ms", type=int, default=5, help="between two things a client does, on average"
+    )
+    parser.add_argument(
+        "--check-every", type=int, default=20, help="of a client's answers, one in so many is compared"
+    )
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     options.fovead = options.fovead.resolve()

@@ -185,7 +185,9 @@ class Traffic:
         tied = self.client.open_session(self.models[0], close_with_stream=True)
         q, k, v = self.fresh(kind, 200)
         stream = self.client.stream()
-        stream.submit(0, [(tied, 0, 200)], q, k, v).result(60)  # (used: before that nothing ties it to a stream)
+        stream.submit(0, [(tied, 0, 200)], q, k, v).result(
+            60
+        )  # (used: before that nothing ties it to a stream)
         for i in range(1, 5):
             stream.submit(0, [(tied, i * 200, 200)], q, k, v)
         watch = self.client.watch(0.05)
