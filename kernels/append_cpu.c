@@ -9,6 +9,7 @@
  */
 #include "kernels/backend_cpu.h"
 #include "kernels/fp8.h"
+#include "kernels/norm.h"
 #include "kernels/page_layout.h"
 
 #include <math.h>
@@ -36,16 +37,21 @@ static void put(uint8_t *matrix, fv_dtype_t dtype, size_t i, float value)
     memcpy(matrix + 2U * i, &half, sizeof(half));
 }
 
-/* Dims [0, n) of a latent, normalised. */
+/* Dims [0, n) of a latent, normalised. Squares are added in the order of a warp, so that every backend stores the same bits. */
 static void normalise(const fv_append_item_t *item, float *row, size_t n)
 {
-    float sum = 0.0F;
+    float sums[FV_NORM_LANES] = {0.0F};
     float factor = 0.0F;
 
     for (size_t d = 0; d < n; d++) {
-        sum += row[d] * row[d];
+        sums[d / FV_NORM_DIMS % FV_NORM_LANES] += row[d] * row[d];
     }
-    factor = 1.0F / sqrtf(item->norm_alpha * (sum / (float)n) + item->norm_eps);
+    for (size_t half = FV_NORM_LANES / 2U; half > 0U; half /= 2U) {
+        for (size_t lane = 0; lane < half; lane++) {
+            sums[lane] += sums[lane + half];
+        }
+    }
+    factor = 1.0F / sqrtf(item->norm_alpha * (sums[0] / (float)n) + item->norm_eps);
     for (size_t d = 0; d < n; d++) {
         row[d] *= factor;
     }
@@ -96,6 +102,13 @@ static void append_head(fv_backend_t *backend, const fv_append_item_t *item, int
     size_t page_bytes = fv_page_bytes((fv_dtype_t)item->kv_dtype, item->head_dim_qk,
                                       item->head_dim_v, item->v_in_k);
 
+    if (item->src_dtype == (int32_t)FV_DTYPE_FP8_LATENT) { /* whole pages */
+        for (uint64_t p = 0; p < item->n_tokens / FV_PAGE_TOKENS; p++) {
+            memcpy(fv_cpu_page(backend, pages[item->local_begin / FV_PAGE_TOKENS + p], page_bytes),
+                   (const uint8_t *)item->k + p * page_bytes, page_bytes);
+        }
+        return;
+    }
     for (uint64_t t = 0; t < item->n_tokens; t++) {
         uint64_t local = item->local_begin + t;
         uint8_t *page = fv_cpu_page(backend, pages[local / FV_PAGE_TOKENS], page_bytes);
@@ -211,14 +224,16 @@ fv_status_t fv_cpu_read_page(const fv_backend_t *backend,
     size_t e = fv_dtype_bytes(kv);
 
     FV_RETURN_IF_ERR(fv_cpu_check_copy(page));
-    if (kv == FV_DTYPE_FP8_LATENT) { /* it has no rows of one dtype, and no device has it */
-        return fv_fail(FV_ERR_UNIMPLEMENTED, "kernels: kv_dtype: FP8_LATENT is not read by rows");
-    }
-    const uint8_t *k = fv_cpu_page(
-        backend, page->src, fv_page_bytes(kv, page->head_dim_qk, page->head_dim_v, page->v_in_k));
+    size_t page_bytes = fv_page_bytes(kv, page->head_dim_qk, page->head_dim_v, page->v_in_k);
+    const uint8_t *k = fv_cpu_page(backend, page->src, page_bytes);
     if (k == NULL) {
         return fv_fail(FV_ERR_INVALID_ARG, "kernels: page %u: expected one inside the arena",
                        page->src);
+    }
+    if (kv ==
+        FV_DTYPE_FP8_LATENT) { /* it has no rows of one dtype, and on devices the same bytes */
+        memcpy(k_rows, k, page_bytes);
+        return FV_OK;
     }
     const uint8_t *v = k + fv_page_v_offset(kv, page->head_dim_qk);
     for (size_t slot = 0; slot < FV_PAGE_TOKENS; slot++) {

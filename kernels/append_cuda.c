@@ -11,12 +11,23 @@
 
 #include <string.h>
 
-/* Of a token's rows of all heads. */
+/* Of a token's rows of all heads; of whole pages of FP8 latents, their 64th part. */
 static size_t k_row_bytes(const fv_append_item_t *item)
 {
+    if (item->src_dtype == (int32_t)FV_DTYPE_FP8_LATENT) {
+        return fv_cuda_page_bytes(item->kv_dtype, item->head_dim_qk, item->head_dim_v,
+                                  item->v_in_k) /
+               FV_PAGE_TOKENS;
+    }
     return (size_t)item->n_kv_heads *
            ((size_t)item->head_dim_qk * fv_dtype_bytes((fv_dtype_t)item->src_dtype) +
             item->rope_gap_bytes);
+}
+
+static size_t k_token_bytes(const fv_append_item_t *item)
+{
+    return (item->src_dtype == (int32_t)FV_DTYPE_FP8_LATENT) ? k_row_bytes(item)
+                                                             : item->k_token_bytes;
 }
 
 static size_t v_row_bytes(const fv_append_item_t *item)
@@ -129,6 +140,22 @@ static fv_status_t send_units(fv_backend_t *backend,
     return FV_OK;
 }
 
+/* Whole pages of FP8 latents, as they are stored. */
+static fv_status_t append_pages(fv_backend_t *backend, const fv_append_item_t *item)
+{
+    size_t row_bytes = k_row_bytes(item);
+    const uint8_t *k = stage_rows(backend, item->k, row_bytes, (size_t)item->n_tokens, &row_bytes);
+    const size_t page_bytes = row_bytes * FV_PAGE_TOKENS;
+
+    for (uint64_t p = 0; p < item_pages(item); p++) {
+        const fv_page_ref_t ref = item->pages[item->local_begin / FV_PAGE_TOKENS + p];
+
+        FV_RETURN_IF_ERR(fv_cuda_send_bytes(backend, backend->arena + (size_t)ref * FV_PAGE_UNIT,
+                                            k + p * page_bytes, page_bytes));
+    }
+    return FV_OK;
+}
+
 static fv_status_t append_item(fv_backend_t *backend, const fv_append_item_t *item)
 {
     size_t k_stride = item->k_token_bytes;
@@ -172,10 +199,9 @@ fv_status_t fv_cuda_append(fv_backend_t *backend, const fv_append_item_t *items,
         const fv_append_item_t *item = &items[i];
 
         FV_RETURN_IF_ERR(fv_cpu_check_append(item));
-        FV_RETURN_IF_ERR(fv_cuda_check_kv(item->kv_dtype));
         FV_RETURN_IF_ERR(check_pages(backend, item));
         n_bytes += rows_bytes(backend, item->k, k_row_bytes(item), (size_t)item->n_tokens,
-                              item->k_token_bytes) +
+                              k_token_bytes(item)) +
                    rows_bytes(backend, item->v, v_row_bytes(item), (size_t)item->n_tokens,
                               item->v_token_bytes);
     }
@@ -186,10 +212,39 @@ fv_status_t fv_cuda_append(fv_backend_t *backend, const fv_append_item_t *items,
     backend->outbox.has_appends = true;
     for (size_t i = 0; i < n_items; i++) {
         if (items[i].n_tokens > 0) {
-            FV_RETURN_IF_ERR(append_item(backend, &items[i]));
+            FV_RETURN_IF_ERR((items[i].src_dtype == (int32_t)FV_DTYPE_FP8_LATENT)
+                                 ? append_pages(backend, &items[i])
+                                 : append_item(backend, &items[i]));
         }
     }
     return FV_OK;
+}
+
+static fv_copy_unit_t copy_unit(const fv_page_copy_t *c)
+{
+    const uint32_t e = (uint32_t)fv_dtype_bytes((fv_dtype_t)c->kv_dtype);
+
+    if (c->kv_dtype ==
+        (int32_t)FV_DTYPE_FP8_LATENT) { /* tokens lie across it: the whole page, in any rows */
+        return (fv_copy_unit_t){
+            .src = c->src,
+            .dst = c->dst,
+            .n_tokens = FV_PAGE_TOKENS,
+            .k_bytes = (uint32_t)(fv_cuda_page_bytes(c->kv_dtype, c->head_dim_qk, c->head_dim_v,
+                                                     c->v_in_k) /
+                                  FV_PAGE_TOKENS),
+            .elem_bytes = 1,
+        };
+    }
+    return (fv_copy_unit_t){
+        .src = c->src,
+        .dst = c->dst,
+        .n_tokens = (uint32_t)c->n_tokens,
+        .k_bytes = (uint32_t)c->head_dim_qk * e,
+        .v_bytes = c->v_in_k ? 0U : ((uint32_t)c->head_dim_v * e),
+        .elem_bytes = e,
+        .v_offset = FV_PAGE_TOKENS * (uint32_t)c->head_dim_qk * e,
+    };
 }
 
 fv_status_t fv_cuda_copy_pages(fv_backend_t *backend, const fv_page_copy_t *copies, size_t n_copies)
@@ -201,7 +256,6 @@ fv_status_t fv_cuda_copy_pages(fv_backend_t *backend, const fv_page_copy_t *copi
         size_t page_bytes = 0;
 
         FV_RETURN_IF_ERR(fv_cpu_check_copy(c));
-        FV_RETURN_IF_ERR(fv_cuda_check_kv(c->kv_dtype));
         page_bytes = fv_cuda_page_bytes(c->kv_dtype, c->head_dim_qk, c->head_dim_v, c->v_in_k);
         if (!fv_cuda_page_ok(backend, c->src, page_bytes) ||
             !fv_cuda_page_ok(backend, c->dst, page_bytes)) {
@@ -217,18 +271,7 @@ fv_status_t fv_cuda_copy_pages(fv_backend_t *backend, const fv_page_copy_t *copi
         fv_cuda_reserve(backend, FV_CUDA_STAGE_BYTES(n_copies * sizeof(fv_copy_unit_t))));
     offset = fv_cuda_stage_still(backend, n_copies * sizeof(fv_copy_unit_t));
     for (size_t i = 0; i < n_copies; i++) {
-        const fv_page_copy_t *c = &copies[i];
-        const uint32_t e = (uint32_t)fv_dtype_bytes((fv_dtype_t)c->kv_dtype);
-
-        ((fv_copy_unit_t *)fv_cuda_on_host(backend, offset))[i] = (fv_copy_unit_t){
-            .src = c->src,
-            .dst = c->dst,
-            .n_tokens = (uint32_t)c->n_tokens,
-            .k_bytes = (uint32_t)c->head_dim_qk * e,
-            .v_bytes = c->v_in_k ? 0U : ((uint32_t)c->head_dim_v * e),
-            .elem_bytes = e,
-            .v_offset = FV_PAGE_TOKENS * (uint32_t)c->head_dim_qk * e,
-        };
+        ((fv_copy_unit_t *)fv_cuda_on_host(backend, offset))[i] = copy_unit(&copies[i]);
     }
     /* at once, so that appends noted before and after keep their order; its units are read over the bus */
     FV_RETURN_IF_ERR(fv_cuda_flush(backend));

@@ -12,6 +12,7 @@
  * alone, which is most of them: strided blocks of two heads differ by one at most. With a pattern for each query head, each
  * is a head of a run, and rows of the page table are shared.
  */
+#include "kernels/fp8.h"
 #include "kernels/latent_cuda.h"
 #include "kernels/lean_cuda_launch.h"
 #include "kernels/stage_cuda.h"
@@ -26,6 +27,9 @@ static int32_t item_kind(const fv_attn_item_t *item)
 {
     if (item->kv_dtype == (int32_t)FV_DTYPE_F32) {
         return FV_LEAN_F32_WIDE;
+    }
+    if (item->kv_dtype == (int32_t)FV_DTYPE_FP8_LATENT) {
+        return FV_LATENT_FP8;
     }
     if (item->kv_dtype == (int32_t)FV_DTYPE_BF16) {
         return FV_LEAN_BF16;
@@ -315,7 +319,6 @@ fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *ite
 
     for (size_t i = 0; i < n_items; i++) {
         FV_RETURN_IF_ERR(fv_cpu_check_attend(&items[i]));
-        FV_RETURN_IF_ERR(fv_cuda_check_kv(items[i].kv_dtype));
         if (items[i].scores != NULL) {
             return fv_fail(FV_ERR_UNIMPLEMENTED, "cuda backend: scores: given some, expected none");
         }

@@ -300,6 +300,7 @@ void fv_backend_cuda_unreach(fv_backend_t *backend, const void *begin)
 const fv_backend_ops_t fv_backend_cuda = {
     .name = "cuda",
     .has_latent = true,
+    .has_fp8_latent = true,
     .is_async = true,
     .create = cuda_create,
     .destroy = cuda_destroy,

@@ -15,6 +15,7 @@
 #include "kernels/kernels.h"
 #include "kernels/lean_cuda.h"
 #include "kernels/lean_plan_cuda.h"
+#include "kernels/page_layout.h"
 #include "kernels/prefill_cuda.h"
 #include "kernels/pull_cuda.h"
 #include "kernels/table_cache.h"
@@ -277,17 +278,7 @@ fv_status_t fv_prefill_start(fv_backend_t *backend);
 static inline size_t
 fv_cuda_page_bytes(int32_t kv_dtype, int32_t head_dim_qk, int32_t head_dim_v, bool v_in_k)
 {
-    return (size_t)(head_dim_qk + (v_in_k ? 0 : head_dim_v)) * FV_PAGE_TOKENS *
-           fv_dtype_bytes((fv_dtype_t)kv_dtype);
-}
-
-/* What descriptors may ask for and this backend does not serve: refused before anything is read. */
-static inline fv_status_t fv_cuda_check_kv(int32_t kv_dtype)
-{
-    return (kv_dtype == (int32_t)FV_DTYPE_FP8_LATENT)
-               ? fv_fail(FV_ERR_UNIMPLEMENTED,
-                         "cuda backend: kv_dtype: given FP8_LATENT, expected F32, F16 or BF16")
-               : FV_OK;
+    return fv_page_bytes((fv_dtype_t)kv_dtype, head_dim_qk, head_dim_v, v_in_k);
 }
 
 static inline bool

@@ -60,6 +60,18 @@ static fv_status_t check_pointer(const char *field, const void *given)
     return check(given != NULL, field, 0, "a pointer");
 }
 
+/* Pages of FP8 latents as they are stored: whole ones, of a cache of the same. */
+static fv_status_t check_page_source(const fv_append_item_t *item)
+{
+    FV_RETURN_IF_ERR(check(item->kv_dtype == (int32_t)FV_DTYPE_FP8_LATENT, "src_dtype",
+                           item->src_dtype, "F32, F16 or BF16 for such a kv_dtype"));
+    FV_RETURN_IF_ERR(
+        check((item->local_begin % FV_PAGE_TOKENS == 0U) && (item->n_tokens % FV_PAGE_TOKENS == 0U),
+              "n_tokens", (int64_t)item->n_tokens, "whole pages of 64 with src_dtype FP8_LATENT"));
+    return check((item->n_kv_heads == 1) && (item->norm_alpha == 0.0F), "n_kv_heads, norm_alpha",
+                 item->n_kv_heads, "1 head, no norm with src_dtype FP8_LATENT");
+}
+
 fv_status_t fv_cpu_check_append(const fv_append_item_t *item)
 {
     FV_RETURN_IF_ERR(check_heads(item->n_kv_heads));
@@ -70,8 +82,10 @@ fv_status_t fv_cpu_check_append(const fv_append_item_t *item)
             "kernels: norm_alpha: given %g, expected 0, or a positive number with v_in_k",
             (double)item->norm_alpha);
     }
-    FV_RETURN_IF_ERR(check_dtype("src_dtype", item->src_dtype));
     FV_RETURN_IF_ERR(check_cache("kv_dtype", item->kv_dtype, item->head_dim_v, item->v_in_k));
+    FV_RETURN_IF_ERR((item->src_dtype == (int32_t)FV_DTYPE_FP8_LATENT)
+                         ? check_page_source(item)
+                         : check_dtype("src_dtype", item->src_dtype));
     if (item->n_tokens == 0) {
         return FV_OK;
     }

@@ -8,29 +8,6 @@
 #include <math.h>
 #include <string.h>
 
-uint8_t fv_f32_to_e4m3(float f)
-{
-    uint8_t sign = signbit(f) ? 0x80U : 0U;
-    float magnitude = fabsf(f);
-    uint32_t bits = 0;
-
-    if (!isfinite(f)) {
-        return (uint8_t)(sign | FV_E4M3_NAN);
-    }
-    if (magnitude >= FV_E4M3_MAX) {
-        return (uint8_t)(sign | (FV_E4M3_NAN - 1U));
-    }
-    if (magnitude < 0x1p-6F) { /* subnormal: the fp32 adder rounds to a multiple of 2^-9 */
-        float shifted = magnitude + 0x1p14F;
-
-        memcpy(&bits, &shifted, sizeof(bits));
-        return (uint8_t)(sign | (bits & 0xfU)); /* 8 is the smallest normal */
-    }
-    memcpy(&bits, &magnitude, sizeof(bits));
-    bits += 0x7ffffU + ((bits >> 20U) & 1U);
-    return (uint8_t)(sign | (uint8_t)((bits >> 20U) - (120U << 3U)));
-}
-
 float fv_e4m3_to_f32(uint8_t byte)
 {
     uint32_t exponent = ((uint32_t)byte >> 3U) & 0xfU;

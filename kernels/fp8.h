@@ -13,26 +13,59 @@
 #define FV_KERNELS_FP8_H
 
 #include "common/model.h"
+#include "common/policy.h"
+
+#include <math.h>
+#include <string.h>
 
 #define FV_E4M3_MAX 448.0F
 #define FV_E4M3_NAN 0x7fU
 
-/* To nearest, ties to even; beyond 448 saturates; infinities and NaN become NaN. */
-uint8_t fv_f32_to_e4m3(float f);
+#define FV_LATENT_FP8 \
+    4 /* fv_lean_launch_t.kind of latents in FP8, which is none of fv_lean_kind_t */
+
+/* To nearest, ties to even; beyond 448 saturates; infinities and NaN become 0x7f. The GPU has the same code, so the same bits. */
+static inline FV_HD uint8_t fv_f32_to_e4m3(float f)
+{
+    const float magnitude = fabsf(f);
+    uint32_t sign = 0;
+    uint32_t bits = 0;
+
+    memcpy(&sign, &f, sizeof(sign));
+    sign = (sign >> 24U) & 0x80U;
+    memcpy(&bits, &magnitude, sizeof(bits));
+    if (bits >=
+        0x7f800000U) { /* without its sign: who computed a NaN decides that, and not alike */
+        return FV_E4M3_NAN;
+    }
+    if (magnitude >= FV_E4M3_MAX) {
+        return (uint8_t)(sign | (FV_E4M3_NAN - 1U));
+    }
+    if (magnitude < 0x1p-6F) { /* subnormal: the fp32 adder rounds to a multiple of 2^-9 */
+        const float shifted = magnitude + 0x1p14F;
+
+        memcpy(&bits, &shifted, sizeof(bits));
+        return (uint8_t)(sign | (bits & 0xfU)); /* 8 is the smallest normal */
+    }
+    bits += 0x7ffffU + ((bits >> 20U) & 1U);
+    return (uint8_t)(sign | ((bits >> 20U) - (120U << 3U)));
+}
+
 float fv_e4m3_to_f32(uint8_t byte); /* exact */
 
 /* n dims, a multiple of FV_FP8_BLOCK, of one token, and n / FV_FP8_BLOCK scales. */
 void fv_fp8_quantise(const float *row, size_t n, uint8_t *out, float *out_scales);
 
 /*
- * A page: K^T of the latent [dv, P] bytes, scales [dv / FV_FP8_BLOCK, P] fp32, RoPE key [dk - dv, P] bf16, plain rows each.
+ * A page, on CPUs and GPUs: K^T of the latent [dv, P] bytes, scales [dv / FV_FP8_BLOCK, P] fp32, RoPE key [dk - dv, P] bf16,
+ * plain rows each.
  */
-static inline size_t fv_fp8_scales_offset(int32_t dv)
+static inline FV_HD size_t fv_fp8_scales_offset(int32_t dv)
 {
     return (size_t)dv * FV_PAGE_TOKENS;
 }
 
-static inline size_t fv_fp8_rope_offset(int32_t dv)
+static inline FV_HD size_t fv_fp8_rope_offset(int32_t dv)
 {
     return fv_fp8_scales_offset(dv) + (size_t)(dv / FV_FP8_BLOCK) * FV_PAGE_TOKENS * sizeof(float);
 }

@@ -79,7 +79,7 @@ typedef struct fv_device_info {
 typedef struct fv_append_item {
     int32_t n_kv_heads; /* on this rank */
     int32_t head_dim_qk, head_dim_v;
-    int32_t src_dtype, kv_dtype; /* fv_dtype_t */
+    int32_t src_dtype, kv_dtype; /* fv_dtype_t; src FP8_LATENT: whole pages (fp8.h) */
     bool v_in_k; /* LATENT: V is dims [0, head_dim_v) of K and stored with it; `v` is not read */
     size_t rope_gap_bytes;      /* v_in_k: between dims [0, dv) and the others of a source row: a
                                    slice of a latent and the RoPE key lie apart */
@@ -288,8 +288,8 @@ typedef struct fv_backend_ops {
 
 extern const fv_backend_ops_t fv_backend_cpu;
 /*
- * A page of the CPU backend as plain rows: k_rows [FV_PAGE_TOKENS, head_dim_qk], v_rows [FV_PAGE_TOKENS, head_dim_v] (unused
- * with v_in_k), elements of kv_dtype as stored. Rows that were never written hold anything. Errors: FV_ERR_INVALID_ARG.
+ * A page of the CPU backend as plain rows (FP8_LATENT: as it is): k_rows [FV_PAGE_TOKENS, head_dim_qk], v_rows [FV_PAGE_TOKENS,
+ * head_dim_v] (unused with v_in_k), elements of kv_dtype as stored. Rows that were never written hold anything. Errors: FV_ERR_INVALID_ARG.
  */
 FV_MUST_CHECK fv_status_t fv_cpu_read_page(const fv_backend_t *backend,
                                            const fv_page_copy_t *page,

@@ -3,16 +3,18 @@
  *
  * Decode path: station 7 of 10. Before: latent_cuda.cu. After: latent_merge.cuh, lean_write.cuh.
  *
- * For what the tensor-core kernel does not take (latent_kernel.cuh): other dims, fp16 and fp32, weighted latents (mu). Right,
- * with fp32's accuracy, and slow. A CTA does one share, 16 rows at a time; Q and O lie in shared memory as fp32, a page comes
+ * For what the tensor-core kernel does not take (latent_kernel.cuh): other dims, fp16, fp32 and FP8, weighted latents (mu).
+ * Right, with fp32's accuracy, and slow. A CTA does one share, 16 rows at a time; Q and O lie in shared memory as fp32, a page comes
  * panel by panel (64 dims), for the scores and once more for O.
  */
+#include "kernels/fp8.h"
 #include "kernels/latent_any.h"
 #include "kernels/latent_merge.cuh"
 #include "kernels/lean_out.cuh"
 #include "kernels/lean_query.cuh"
 #include "kernels/lean_tile.cuh"
 
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #define ROWS        FV_LATENT_ANY_ROWS
@@ -98,6 +100,50 @@ load_group(const fv_lean_launch_t &p, const memory_t &at, const fv_lean_run_t *r
     __syncthreads();
 }
 
+/* The same of a page of FP8 latents (fp8.h): dim by dim, four tokens at a time. A panel is all latent or all RoPE key. */
+static __device__ void load_panel_fp8(const fv_lean_launch_t &p,
+                                      state_t *s,
+                                      const uint8_t *page,
+                                      uint32_t panel,
+                                      uint32_t width)
+{
+    const uint32_t dv = (uint32_t)p.head_dim_v;
+
+    for (uint32_t i = threadIdx.x; i < FV_PAGE_TOKENS / 4U * width; i += THREADS) {
+        const uint32_t c = i / (FV_PAGE_TOKENS / 4U);
+        const uint32_t t = i % (FV_PAGE_TOKENS / 4U) * 4U;
+        const uint32_t d = panel * 64U + c;
+        float x[4];
+
+        if (d < dv) {
+            const uint32_t raw = *(const uint32_t *)(page + d * FV_PAGE_TOKENS + t);
+            const float4 scales = *(const float4 *)(page + fv_fp8_scales_offset((int32_t)dv) +
+                                                    (d / FV_FP8_BLOCK * FV_PAGE_TOKENS + t) * 4U);
+            const float2 low = __half22float2(__half2(
+                __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)(raw & 0xffffU), __NV_E4M3)));
+            const float2 high = __half22float2(
+                __half2(__nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)(raw >> 16U), __NV_E4M3)));
+
+            x[0] = low.x * scales.x;
+            x[1] = low.y * scales.y;
+            x[2] = high.x * scales.z;
+            x[3] = high.y * scales.w;
+        } else {
+            const uint2 raw = *(const uint2 *)(page + fv_fp8_rope_offset((int32_t)dv) +
+                                               ((d - dv) * FV_PAGE_TOKENS + t) * 2U);
+
+            x[0] = __uint_as_float(raw.x << 16U);
+            x[1] = __uint_as_float(raw.x & 0xffff0000U);
+            x[2] = __uint_as_float(raw.y << 16U);
+            x[3] = __uint_as_float(raw.y & 0xffff0000U);
+        }
+#pragma unroll
+        for (uint32_t j = 0; j < 4U; j++) {
+            s->panel[t + j][c] = x[j];
+        }
+    }
+}
+
 /* Dims [64 panel, + width) of all tokens of a page, as fp32. */
 static __device__ void load_panel(const fv_lean_launch_t &p,
                                   state_t *s,
@@ -110,6 +156,11 @@ static __device__ void load_panel(const fv_lean_launch_t &p,
     const uint32_t n_chunks = width / per;
 
     __syncthreads(); /* all are done with the panel before */
+    if (p.kind == FV_LATENT_FP8) {
+        load_panel_fp8(p, s, page, panel, width);
+        __syncthreads();
+        return;
+    }
     for (uint32_t i = threadIdx.x; i < FV_PAGE_TOKENS * n_chunks; i += THREADS) {
         const uint32_t t = i / n_chunks;
         const uint32_t c = i - t * n_chunks;

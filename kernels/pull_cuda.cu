@@ -3,7 +3,9 @@
  *
  * Decode path: station 6 of 10. Before: send_cuda.c. After: lean_kernel.cuh reads what was brought.
  */
+#include "kernels/fp8.h"
 #include "kernels/lean_cuda.h"
+#include "kernels/norm.h"
 #include "kernels/ptx.cuh"
 #include "kernels/pull_cuda.h"
 
@@ -35,8 +37,10 @@ static __device__ __forceinline__ void load_elems(float out[N], const uint8_t *s
     if (((uintptr_t)src % (2U * N)) == 0) {
         if (N == 8) {
             *(uint4 *)raw = *(const uint4 *)src;
-        } else {
+        } else if (N == 4) {
             *(uint2 *)raw = *(const uint2 *)src;
+        } else {
+            raw[0] = *(const uint16_t *)src;
         }
     } else {
 #pragma unroll
@@ -118,22 +122,76 @@ static __device__ __forceinline__ void append_unit(uint8_t *arena, const fv_pull
     }
 }
 
-/* What dims [0, dv) of a latent are multiplied with. All lanes of a warp. */
+/*
+ * What dims [0, dv) of a latent are multiplied with. All lanes of a warp. In the order of norm.h, each
+ * operation rounded by itself, as on a CPU: a factor of other bits would round some values of a page the other way.
+ */
 static __device__ __forceinline__ float latent_factor(const fv_pull_unit_t *u, const uint8_t *row)
 {
     const uint32_t src_e = (u->src_dtype == FV_DTYPE_F32) ? 4U : 2U;
     float sum = 0.0F;
 
-    for (uint32_t d = (threadIdx.x & 31U) * 4U; d < u->head_dim_v; d += 128U) {
-        float x[4];
+    for (uint32_t d = (threadIdx.x & 31U) * FV_NORM_DIMS; d < u->head_dim_v;
+         d += FV_NORM_DIMS * FV_NORM_LANES) {
+        float x[FV_NORM_DIMS];
 
-        load_elems<4>(x, row + d * src_e, u->src_dtype);
-        sum += x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3];
+        load_elems<FV_NORM_DIMS>(x, row + d * src_e, u->src_dtype);
+#pragma unroll
+        for (uint32_t i = 0; i < FV_NORM_DIMS; i++) {
+            sum = __fadd_rn(sum, __fmul_rn(x[i], x[i]));
+        }
     }
     for (int lanes = 16; lanes > 0; lanes /= 2) {
-        sum += __shfl_xor_sync(0xffffffffU, sum, lanes);
+        sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffU, sum, lanes));
     }
-    return 1.0F / sqrtf(u->norm_alpha * (sum / (float)u->head_dim_v) + u->norm_eps);
+    const float mean = __fdiv_rn(sum, (float)u->head_dim_v);
+
+    return __frcp_rn(__fsqrt_rn(__fadd_rn(__fmul_rn(u->norm_alpha, mean), u->norm_eps)));
+}
+
+/* A latent and its RoPE key into a page of FP8 (fp8.h), as fv_fp8_put() does: the same bits, but for a NaN's. A warp. */
+static __device__ __forceinline__ void
+put_fp8(uint8_t *page, const fv_pull_unit_t *u, const uint8_t *row, uint32_t slot, float factor)
+{
+    const uint32_t src_e = (u->src_dtype == FV_DTYPE_F32) ? 4U : 2U;
+    const uint32_t lane = threadIdx.x & 31U;
+    const uint8_t *key = row + u->head_dim_v * src_e + u->rope_gap_bytes;
+
+    for (uint32_t first = 0; first < u->head_dim_v; first += FV_FP8_BLOCK) {
+        const uint32_t d = first + lane * (FV_FP8_BLOCK / 32U);
+        float x[FV_FP8_BLOCK / 32];
+        float largest = 0.0F;
+
+        load_elems<FV_FP8_BLOCK / 32>(x, row + d * src_e, u->src_dtype);
+#pragma unroll
+        for (int i = 0; i < FV_FP8_BLOCK / 32; i++) {
+            x[i] = __fmul_rn(x[i], factor);
+            largest = (isfinite(x[i]) && (fabsf(x[i]) > largest)) ? fabsf(x[i]) : largest;
+        }
+        for (int lanes = 16; lanes > 0; lanes /= 2) {
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffU, largest, lanes));
+        }
+        const float scale = __fdiv_rn(largest, FV_E4M3_MAX);
+
+#pragma unroll
+        for (uint32_t i = 0; i < FV_FP8_BLOCK / 32U; i++) {
+            const bool is_zero = (scale == 0.0F) && isfinite(x[i]);
+
+            page[(d + i) * FV_PAGE_TOKENS + slot] =
+                is_zero ? (uint8_t)0 : fv_f32_to_e4m3(__fdiv_rn(x[i], scale));
+        }
+        if (lane == 0) {
+            *(float *)(page + fv_fp8_scales_offset(u->head_dim_v) +
+                       (first / FV_FP8_BLOCK * FV_PAGE_TOKENS + slot) * 4U) = scale;
+        }
+    }
+    for (uint32_t d = lane; d < (uint32_t)u->head_dim_qk - u->head_dim_v; d += 32U) {
+        float x[1];
+
+        load_elems<1>(x, key + d * src_e, u->src_dtype);
+        *(__nv_bfloat16 *)(page + fv_fp8_rope_offset(u->head_dim_v) +
+                           (d * FV_PAGE_TOKENS + slot) * 2U) = __float2bfloat16_rn(x[0]);
+    }
 }
 
 /* Tokens' latents and RoPE keys into their page: a row by a warp. */
@@ -154,6 +212,10 @@ static __device__ __forceinline__ void append_latent(uint8_t *arena, const fv_pu
         uint8_t *page = arena + (uint64_t)u->pages[h] * FV_PAGE_UNIT;
         const float factor = (u->norm_alpha > 0.0F) ? latent_factor(u, row) : 1.0F;
 
+        if (u->kv_dtype == FV_DTYPE_FP8_LATENT) {
+            put_fp8(page, u, row, (uint32_t)u->slot + t, factor);
+            continue;
+        }
         for (uint32_t c = threadIdx.x & 31U; c < n_chunks; c += 32U) {
             const bool is_rope = c >= dv_chunks;
 

@@ -8,6 +8,8 @@ if(FV_WITH_CUDA)
                 TIMEOUT 300)
     fv_add_test(test_cuda_latent gpu SOURCES gpu/test_cuda_latent.c LIBS fv_attn_case fv_kernels CUDA::cudart_static
                 TIMEOUT 300)
+    fv_add_test(test_cuda_latent_fp8 gpu SOURCES gpu/test_cuda_latent_fp8.c
+                LIBS fv_attn_case fv_kernels CUDA::cudart_static m TIMEOUT 120)
     fv_add_test(test_cuda_pages gpu SOURCES gpu/test_cuda_pages.c LIBS fv_attn_case fv_kernels TIMEOUT 300)
     fv_add_test(test_cuda_tables gpu SOURCES gpu/test_cuda_tables.c LIBS fv_attn_case fv_kernels CUDA::cudart_static
                 TIMEOUT 120)

@@ -32,7 +32,7 @@ fv_status_t fv_mirror_write(fv_backend_t *mirror,
     return fv_backend_cpu.append(mirror, appends, n_appends);
 }
 
-/* Rows of one page: K at `rows`, V behind. */
+/* Rows of one page: K at `rows`, V behind; a page of FP8 latents as it is. */
 static fv_append_item_t append_of(const fv_page_copy_t *page, const uint8_t *rows)
 {
     size_t e = fv_dtype_bytes((fv_dtype_t)page->kv_dtype);

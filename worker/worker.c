@@ -383,12 +383,6 @@ fv_status_t fv_worker_check_placement(const fv_worker_t *worker,
         return fv_fail(FV_ERR_PROTOCOL, "placement: %u x %u parts for %d heads, %d groups",
                        p->n_head_parts, p->n_ctx_parts, n_heads, groups);
     }
-    if ((groups > 1) && (p->n_ctx_parts > 1U) && !fv_exact_is_served(worker)) {
-        return fv_fail(FV_ERR_UNIMPLEMENTED,
-                       "placement: slices of latents x context parts are not served by the %s "
-                       "backend",
-                       worker->config.backend->name);
-    }
     if ((p->shard_tokens == 0U) || (p->shard_tokens % FV_PAGE_TOKENS != 0U)) {
         return fv_fail(FV_ERR_PROTOCOL,
                        "placement: shard_tokens given %u, expected a multiple of %d",

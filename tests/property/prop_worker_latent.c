@@ -12,13 +12,12 @@
 
 #define ARENA_BYTES ((size_t)24 << 20)
 
-#if defined( \
-    FV_PROP_CUDA) /* tests/worker.cmake: that backend adds no scores up, and has no slices by context */
-#    define BACKEND (&fv_backend_cuda)
-#    define IS_CUDA true
+#if defined(FV_PROP_CUDA) /* tests/worker.cmake: that backend adds no scores up */
+#    define BACKEND   (&fv_backend_cuda)
+#    define HAS_EXACT false
 #else
-#    define BACKEND NULL
-#    define IS_CUDA false
+#    define BACKEND   NULL
+#    define HAS_EXACT true
 #endif
 
 static uint64_t seed;
@@ -50,8 +49,8 @@ static fv_model_spec_t make_spec(fv_rig_t *rig, const grid_t *grid, bool exact)
 {
     fv_model_spec_t spec = fv_rig_random_latent(&rig->random, grid->groups);
 
-    spec.n_q_heads += (int32_t)grid->n_per_slice;               /* heads enough for each */
-    if (!IS_CUDA && (fv_random_int(&rig->random, 0, 2) == 0)) { /* slices of whole scales */
+    spec.n_q_heads += (int32_t)grid->n_per_slice; /* heads enough for each */
+    if (fv_random_int(&rig->random, 0, 2) == 0) { /* slices of whole scales */
         spec.kv_dtype = FV_DTYPE_FP8_LATENT;
         spec.latent_dim = 128 * grid->groups;
     }
@@ -91,7 +90,7 @@ static void test_exact_equals_the_model(void **state)
                                      {8, 1, 1}, {2, 1, 2}, {2, 2, 2}};
 
     (void)state;
-    if (IS_CUDA) {
+    if (!HAS_EXACT) {
         skip();
     }
     for (size_t i = 0; i < FV_COUNT(k_grids); i++) {
@@ -107,9 +106,7 @@ static void test_slices_by_context(void **state)
 
     (void)state;
     for (size_t i = 0; i < FV_COUNT(k_grids); i++) {
-        if (!IS_CUDA || (k_grids[i].groups == 1) || (k_grids[i].n_ctx == 1U)) {
-            one_grid(&k_grids[i], false);
-        }
+        one_grid(&k_grids[i], false);
     }
 }
 
@@ -155,7 +152,7 @@ static void decode_at(int32_t groups, uint64_t n_q, uint64_t n_tokens, uint64_t 
 static void test_bytes_and_rounds(void **state)
 {
     (void)state;
-    if (IS_CUDA) {
+    if (!HAS_EXACT) {
         skip();
     }
     decode_at(2, 16, 256, 1);
@@ -173,16 +170,13 @@ static void ask_for_a_slice(fv_rig_t *rig, fv_rig_item_t *item)
 static void test_random_histories(void **state)
 {
     (void)state;
-    if (IS_CUDA) {
-        skip();
-    }
     for (uint32_t n_ranks = 2; n_ranks <= 4U; n_ranks += 2U) {
         static fv_rig_t rig; /* large */
         const grid_t grid = {.groups = 2, .n_per_slice = 1, .n_ctx = n_ranks / 2U};
 
         fv_rig_create(&rig, n_ranks, ARENA_BYTES, BACKEND, seed * 53U + n_ranks);
         for (uint32_t slot = 0; slot < 3U; slot++) {
-            fv_model_spec_t spec = make_spec(&rig, &grid, slot != 1U);
+            fv_model_spec_t spec = make_spec(&rig, &grid, HAS_EXACT && (slot != 1U));
 
             fv_rig_open(&rig, slot, fv_rig_model(&rig, &spec), 2, (uint16_t)grid.n_ctx, 64);
         }
@@ -223,10 +217,10 @@ static void test_a_full_pool_keeps_nobody_waiting(void **state)
     const grid_t grid = {.groups = 2, .n_per_slice = 1, .n_ctx = 1};
 
     (void)state;
-    if (IS_CUDA) {
+    if (!HAS_EXACT) {
         skip();
     }
-    fv_rig_create(&rig, 2, (size_t)384 << 10, NULL, seed * 59U);
+    fv_rig_create(&rig, 2, (size_t)384 << 10, BACKEND, seed * 59U);
     fv_model_spec_t spec = make_spec(&rig, &grid, true);
     uint32_t model = fv_rig_model(&rig, &spec);
     for (uint32_t slot = 0; slot < 4U; slot++) {
@@ -320,7 +314,7 @@ static void test_s2_frees_latents(void **state)
         static fv_rig_t rig; /* large */
         const grid_t *grid = &k_cases[i].grid;
 
-        if (IS_CUDA && (k_cases[i].exact || ((grid->groups > 1) && (grid->n_ctx > 1U)))) {
+        if (k_cases[i].exact && !HAS_EXACT) {
             continue;
         }
         uint32_t n_hp = (uint32_t)fv_max64(1, grid->groups) * grid->n_per_slice;

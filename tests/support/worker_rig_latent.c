@@ -17,20 +17,25 @@ static double *must_alloc(size_t n)
     return data;
 }
 
-/* The slice's dims of a row, as latent_norm says, in the precision of an append. */
+/* The slice's dims of a row, as latent_norm says, in the precision and the order of an append: 32 sums, 4 dims each in turn. */
 static void normalise(const fv_model_spec_t *spec, int32_t slice, float *row)
 {
     int32_t dim = spec->latent_dim / fv_model_groups(spec);
-    float sum = 0.0F;
+    float sums[32] = {0.0F};
 
     if (spec->latent_norm.mode == FV_NORM_NONE) {
         return;
     }
     for (int32_t d = 0; d < dim; d++) {
-        sum += row[d] * row[d];
+        sums[d / 4 % 32] += row[d] * row[d];
+    }
+    for (int32_t n = 16; n > 0; n /= 2) {
+        for (int32_t i = 0; i < n; i++) {
+            sums[i] += sums[i + n];
+        }
     }
     float factor = 1.0F / sqrtf(spec->latent_norm.alpha[slice] / (float)fv_model_groups(spec) *
-                                    (sum / (float)dim) +
+                                    (sums[0] / (float)dim) +
                                 spec->latent_norm.eps);
     for (int32_t d = 0; d < dim; d++) {
         row[d] *= factor;

@@ -35,8 +35,7 @@ static void random_open(fv_rig_t *rig)
     int64_t n_heads = fv_model_is_latent(spec) ? spec->n_q_heads : spec->n_kv_heads;
     int64_t n_places = (int64_t)rig->n_ranks / groups;
     int64_t hp = groups * fv_random_int(r, 1, (n_heads < n_places) ? n_heads : n_places);
-    /* slices by context: not every backend serves them, so not at random */
-    int64_t cp = (groups > 1) ? 1 : fv_random_int(r, 1, (int64_t)rig->n_ranks / hp);
+    int64_t cp = fv_random_int(r, 1, (int64_t)rig->n_ranks / hp);
     uint32_t slot = 0;
 
     if (pick_slot(rig, &slot)) {

@@ -147,6 +147,56 @@ static void test_fp8_cache(void **state)
     }
 }
 
+/* Pages of FP8 latents leave and come back as they are; nothing else is taken for one. */
+static void test_fp8_pages_move_whole(void **state)
+{
+    enum {
+        DK = 192,
+        DV = 128,
+        PAGE = 17 * 1024 /* 64 (128 + 4 + 2 * 64), in whole KiB */
+    };
+    static const fv_page_ref_t pages[2] = {0, PAGE / FV_PAGE_UNIT};
+    static uint8_t stored[2][PAGE];
+    static uint8_t again[PAGE];
+    fv_backend_t *backend = open_backend("portable");
+    fv_append_item_t append = {.n_kv_heads = 1,
+                               .head_dim_qk = DK,
+                               .head_dim_v = DV,
+                               .src_dtype = FV_DTYPE_FP8_LATENT,
+                               .kv_dtype = FV_DTYPE_FP8_LATENT,
+                               .v_in_k = true,
+                               .k = stored,
+                               .n_tokens = 128,
+                               .pages = pages,
+                               .pages_head_stride = 2};
+
+    (void)state;
+    for (size_t i = 0; i < sizeof(stored); i++) {
+        stored[i / PAGE][i % PAGE] = (uint8_t)(i * 31U + i / 251U);
+    }
+    assert_int_equal(fv_backend_cpu.append(backend, &append, 1), FV_OK);
+    for (size_t p = 0; p < 2U; p++) {
+        const fv_page_copy_t page = {.src = pages[p],
+                                     .dst = pages[p],
+                                     .n_tokens = 64,
+                                     .head_dim_qk = DK,
+                                     .head_dim_v = DV,
+                                     .kv_dtype = FV_DTYPE_FP8_LATENT,
+                                     .v_in_k = true};
+
+        assert_int_equal(fv_cpu_read_page(backend, &page, again, NULL), FV_OK);
+        assert_memory_equal(again, stored[p], PAGE);
+    }
+    append.n_tokens = 100;
+    assert_int_equal(fv_backend_cpu.append(backend, &append, 1), FV_ERR_INVALID_ARG);
+    assert_non_null(strstr(fv_error_context(), "n_tokens: given 100"));
+    append.n_tokens = 128;
+    append.kv_dtype = FV_DTYPE_BF16;
+    assert_int_equal(fv_backend_cpu.append(backend, &append, 1), FV_ERR_INVALID_ARG);
+    assert_non_null(strstr(fv_error_context(), "src_dtype"));
+    fv_backend_cpu.destroy(backend);
+}
+
 /* M5: a batch of 128 with sequences of length 0 among it: their rows are 0 with lse -inf, the others as alone. */
 static void test_empty_sequences_in_a_batch(void **state)
 {
@@ -229,6 +279,7 @@ int main(void)
         cmocka_unit_test(test_scales_and_dtypes),
         cmocka_unit_test(test_empty_sequences_in_a_batch),
         cmocka_unit_test(test_fp8_cache),
+        cmocka_unit_test(test_fp8_pages_move_whole),
         cmocka_unit_test(test_wrong_descriptors_are_named),
     };
 

@@ -23,7 +23,7 @@ static void test_goldens(void **state)
         {0x1p-9F, 0x01},   {0x1p-10F, 0x00},  {0x1.8p-9F, 0x02}, {0x1.4p-9F, 0x01},
         {0x1.8p-8F, 0x03}, {0x1.cp-7F, 0x07}, {0x1.fp-7F, 0x08}, {1.0625F, 0x38},
         {1.1875F, 0x3a},   {1.07F, 0x39},     {0x1p-149F, 0x00}, {INFINITY, 0x7f},
-        {-INFINITY, 0xff}, {NAN, 0x7f},
+        {-INFINITY, 0x7f}, {NAN, 0x7f},
     };
 
     (void)state;
@@ -81,7 +81,7 @@ static void test_a_token_is_656_bytes(void **state)
     assert_int_equal(bytes[256], 0x00);
     assert_int_equal(bytes[384], 0xfe);
     assert_int_equal(bytes[400], 0x7f);
-    assert_int_equal(bytes[401], 0xff);
+    assert_int_equal(bytes[401], 0x7f);
     assert_int_equal(fv_fp8_token_bytes(512, 64), 656);
 }
 
