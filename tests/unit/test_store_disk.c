@@ -5,13 +5,17 @@
  *         log gives the same bits or refuses a session.
  * Method: as test_store.c; the files in memory are deleted before the worker that opens them again.
  */
+#include "common/disklog.h"
 #include "tests/support/journal_file.h"
 #include "tests/support/store_life.h"
 #include "tests/support/test.h"
 
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 /* The rest of the tests' place, with a disk: the folder that tests run in is on one. */
@@ -221,6 +225,63 @@ static void test_a_damaged_disk_never_changes_an_answer(void **state)
     (void)rmdir(dir);
 }
 
+/* From here on no file of this process takes another byte behind `at`: a device that fails. Exit code 0: as it should be. */
+static int fail_to_commit(answers_t before, uint64_t at)
+{
+    static float out[256 * FV_LIFE_HEADS * FV_LIFE_DIM];
+    const struct rlimit limit = {.rlim_cur = at, .rlim_max = at};
+    fv_worker_t *worker = come_back(before);
+
+    if ((signal(SIGXFSZ, SIG_IGN) == SIG_ERR) || (setrlimit(RLIMIT_FSIZE, &limit) != 0)) {
+        return 2;
+    }
+    if (fv_life_try_run(worker, 0, 0, fv_life_lengths[0][0], 100, true, out) == FV_OK) {
+        return 3; /* what no disk has is not acknowledged */
+    }
+    return (fv_life_try_run(worker, 0, 0, fv_life_lengths[0][0] - 1U, 1, false, out) == FV_OK) ? 4
+                                                                                               : 0;
+}
+
+/* A step whose write fails is told so, the rank does nothing more, and nobody has lost anything when it is started again. */
+static void test_a_write_that_fails_loses_nothing(void **state)
+{
+    static answers_t before;
+    char dir[64];
+    char path[FV_STORE_PATH_BYTES];
+    const fv_store_place_t memory = fv_life_place;
+    fv_journal_head_t head;
+    fv_journal_report_t report = {0};
+    const fv_disklog_reader_t nobody = {0};
+    bool is_locked = false;
+    int code = -1;
+
+    (void)state;
+    fv_life_ops = fv_backend_cpu;
+    fv_life_place = with_disk(dir);
+    fv_worker_t *worker = fv_life_worker();
+    fv_life_play(worker);
+    query_all(worker, before);
+    fv_worker_destroy(worker);
+    fv_worker_destroy(come_back(before));
+    fv_store_path(&fv_life_place, FV_STORE_LOG, path);
+    assert_int_equal(fv_disklog_inspect(path, &nobody, &head, &report, &is_locked), FV_OK);
+    pid_t pid = fork();
+    if (pid == 0) { /* come_back() itself writes a little more: the tables */
+        _exit(fail_to_commit(before, report.n_bytes + 3U * FV_JOURNAL_HEAD_BYTES));
+    }
+    assert_true(pid > 0);
+    assert_int_equal(waitpid(pid, &code, 0), pid);
+    assert_true(WIFEXITED(code));
+    assert_int_equal(WEXITSTATUS(code), 0);
+    fv_worker_destroy(come_back(before)); /* from memory */
+    wipe_memory();
+    worker = come_back(before); /* from the disk */
+    fv_worker_discard_store(worker);
+    fv_worker_destroy(worker);
+    fv_life_place = memory;
+    (void)rmdir(dir);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -228,6 +289,7 @@ int main(void)
         cmocka_unit_test(test_outlives_its_host_from_a_mirror),
         cmocka_unit_test(test_a_disk_comes_later),
         cmocka_unit_test(test_a_damaged_disk_never_changes_an_answer),
+        cmocka_unit_test(test_a_write_that_fails_loses_nothing),
     };
 
     return cmocka_run_group_tests(tests, fv_life_make_folder, fv_life_remove_folder);
