@@ -126,7 +126,9 @@ def folder() -> Iterator[Path]:
 @pytest.fixture
 def disk() -> Iterator[Path]:
     """A folder that is not memory."""
-    with tempfile.TemporaryDirectory(prefix="fv-disk-", dir=os.environ.get("FV_TEST_DISK", "/var/tmp")) as name:
+    with tempfile.TemporaryDirectory(
+        prefix="fv-disk-", dir=os.environ.get("FV_TEST_DISK", "/var/tmp")
+    ) as name:
         yield Path(name)
 
 
@@ -261,6 +263,43 @@ def test_all_processes_are_killed_at_random_moments(folder: Path, disk: Path, le
     assert service.stop() == 0
     assert not service.store.exists(), sorted(service.store.rglob("*"))  # a clean stop leaves nothing
     assert not (disk / "logs").exists(), sorted(disk.rglob("*"))
+
+
+@pytest.mark.parametrize("level", ["process", "host"])
+def test_latents_come_back(folder: Path, disk: Path, level: str) -> None:
+    """Of slices, too, with their norms: the same bits as before."""
+    options = ["--durability", level] + (["--disk-dir", str(disk / "logs")] if level == "host" else [])
+    service = Killable(folder, *options)
+    client = service.start()
+    rng = np.random.default_rng(SEED)
+    tokens, heads, latent, rope = 150, 4, 256, 64
+    kv = rng.standard_normal((tokens, latent + rope), np.float32)
+    q = rng.standard_normal((tokens, heads, latent + rope), np.float32)
+    sessions = []
+    sliced = {
+        "sharding": fovea.Sharding("latent", groups=2),
+        "latent_norm": fovea.SliceRms(1e-6, [2.0, 2.0]),
+    }
+    for more in ({}, sliced) if RANKS else ({},):  # one rank holds no slices
+        spec = fovea.ModelSpec(
+            name=f"latent{len(more)}", n_layers=1, n_q_heads=heads, kind="latent", latent_dim=latent, rope_dim=rope,
+            kv_dtype="bf16", softmax_scale=0.1, **more,
+        )  # fmt: skip
+        sessions.append(client.open_session(client.register_model(spec)).id)
+        client.attend(0, [(sessions[-1], 0, tokens)], q, kv, None)
+
+    def ask(client: fovea.Client) -> list[bytes]:
+        calls = [client.attend(0, [(id, tokens - 1, 1)], q[-1:], None, None, append=False) for id in sessions]
+        return [call.out.tobytes() for call in calls]
+
+    before = ask(client)
+    for _ in range(2):
+        service.kill()
+        if level == "host":
+            shutil.rmtree(service.store)
+        client = service.start()
+        assert ask(client) == before
+    assert service.stop() == 0
 
 
 def _records(journal: bytearray) -> list[tuple[int, int]]:
