@@ -13,6 +13,8 @@ usage: netns.sh COMMAND        (as root)
   down               remove them, and kill what still runs there
   on HOST CMD...     run a command on a host; mpirun there starts its ranks on the other hosts
   link HOST up|down  plug or unplug a host
+  loss HOST PERCENT  of the packets to and from it are lost (0: none; needs nft)
+  delay HOST MS      its packets take so much longer, each way, until this command ends (needs python3, ethtool)
   hosts              their names, separated by commas
 
 Example:  netns.sh up 3
@@ -78,12 +80,32 @@ agent() {
     exec env -u FOVEA_RUN ip netns exec "$h" nsenter --uts="$state/uts-$h" sh -c "$*"
 }
 
+loss() {
+    ip netns exec "$1" nft delete table inet fovea 2>/dev/null || true
+    [[ $2 -gt 0 ]] || return 0
+    ip netns exec "$1" nft -f - <<RULES
+table inet fovea {
+    chain in { type filter hook input priority 0; iifname "eth0" numgen random mod 100 < $2 drop; }
+    chain out { type filter hook output priority 0; oifname "eth0" numgen random mod 100 < $2 drop; }
+}
+RULES
+}
+
+# Frames that are carried by a program must be whole, as on a wire: no checksums left to a card, none larger than they may be.
+delay() {
+    ip netns exec "$1" ethtool -K eth0 tx off tso off gso off gro off >/dev/null
+    ip netns exec "$bridge" ethtool -K "v${1#fv}" tx off tso off gso off gro off >/dev/null
+    exec ip netns exec "$bridge" python3 "$(dirname "$self")/net_delay.py" "v${1#fv}" "$2"
+}
+
 case ${1:-} in
 up) [[ ${2:-} =~ ^[1-9][0-9]?$ ]] || { usage >&2 && exit 2; } && up "$2" ;;
 down) down ;;
 on) [[ $# -ge 3 ]] || { usage >&2 && exit 2; } && shift && on "$@" ;;
 agent) shift && agent "$@" ;;
 link) ip -n "$bridge" link set "v${2#fv}" "$3" ;;
+loss) [[ ${3:-} =~ ^[0-9]+$ ]] || { usage >&2 && exit 2; } && loss "$2" "$3" ;;
+delay) [[ ${3:-} =~ ^[0-9]+$ ]] || { usage >&2 && exit 2; } && delay "$2" "$3" ;;
 hosts) all_hosts | paste -sd, ;;
 --help) usage ;;
 *) usage >&2 && exit 2 ;;

@@ -121,16 +121,78 @@ restarted() { # the service has started N times, within 30 s
     done
     return 1
 }
-check "it starts, to be restarted" start --restarts 3
+
+# Traffic from another host runs while something happens to the network or a process.
+during() { # NAME SECONDS OPTION... -- COMMAND...
+    local name=$1 seconds=$2 options=() client
+    shift 2
+    while [[ $1 != -- ]]; do options+=("$1") && shift; done
+    shift
+    : >"$work/traffic"
+    "$netns" on fv2 "$python" "$here/hosts_attend.py" "$address" 3 --seconds "$seconds" ${options[@]+"${options[@]}"} \
+        >"$work/traffic" 2>&1 &
+    client=$!
+    for _ in {1..300}; do
+        grep -q 'under way' "$work/traffic" && break
+        sleep 0.1
+    done
+    "$@"
+    check "$name: right answers" wait "$client"
+    tail -n 1 "$work/traffic"
+}
+
+n_starts() { grep -c 'listening on' "$work/log"; }
+
+outage() { # HOST SECONDS
+    "$netns" link "$1" down
+    sleep "$2"
+    "$netns" link "$1" up
+}
+
+lossy() { # HOST PERCENT SECONDS
+    "$netns" loss "$1" "$2"
+    sleep "$3"
+    "$netns" loss "$1" 0
+}
+
+slow() { # HOST MS SECONDS
+    local relay
+    "$netns" delay "$1" "$2" >"$work/relay" 2>&1 &
+    relay=$!
+    for _ in {1..100}; do
+        grep -q ready "$work/relay" && break
+        sleep 0.05
+    done
+    check "$2 ms of delay: the relay works" grep -q ready "$work/relay"
+    sleep "$3"
+    kill -TERM "$relay"
+    wait "$relay"
+}
+
+daemon_on() { # HOST: the pid of its orted
+    local p
+    for p in $(ip netns pids "$1"); do
+        [[ $(cat "/proc/$p/comm") == orted ]] && echo "$p" && return
+    done
+}
+
+signal_daemon() { kill "-$2" "$(daemon_on "$1")"; } # HOST SIGNAL
+
+check "it starts, to be restarted" start --restarts 9
+during "a link down for 3 s, in the middle of steps" 5 -- outage fv3 3
+check "a link down for 3 s: no restart" [ "$(n_starts)" -eq 1 ]
+during "5 % of packets lost" 5 -- lossy fv3 5 4
+during "200 ms of delay" 5 -- slow fv3 200 4
+check "loss and delay: no restart" [ "$(n_starts)" -eq 1 ]
+during "a stopped orted" 2 -- signal_daemon fv3 STOP
+signal_daemon fv3 CONT
+during "a killed orted" 6 -- signal_daemon fv2 KILL
+check "a killed orted: it starts again" restarted 2
 "$netns" link fv3 down
-sleep 3
-"$netns" link fv3 up
-check "a link down for 3 s: right answers" attend context
-check "a link down for 3 s: no restart" [ "$(grep -c 'listening on' "$work/log")" -eq 1 ]
-"$netns" link fv3 down
-check "a link down for good: it starts again" restarted 2
+check "a link down for good: it starts again" restarted 3
 check "a link down for good: without that host" grep -q 'host fv3 is cut off: its rank 2 starts on fv1' "$work/log"
 check "a link down for good: right answers" attend context
+"$netns" link fv3 up
 kill -TERM "$pid"
 finish
 check "a link down for good: clean stop" [ "$code" -eq 0 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -120,6 +121,11 @@ class Job:
             "anew": text.count("a process is started in its place"),
             "restart": text.count("starting again"),
         }
+
+    def last_repair_ms(self) -> str:
+        """What the service itself says of it."""
+        found = re.findall(r"repaired in (\d+) ms", self.output())
+        return found[-1] if found else "?"
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)

@@ -31,14 +31,15 @@ import fovea
 import numpy as np
 from faults import Job, is_running
 
-N_RANKS = 3
 N_SPARES = 3
 RUNS_PER_JOB = 25
 STEPS = 8
 PREFILL = 200
 SPEC = fovea.ModelSpec(
-    name="kill-matrix", n_layers=2, n_q_heads=6, n_kv_heads=3, head_dim_qk=32, kv_dtype="f32"
+    name="kill-matrix", n_layers=2, n_q_heads=6, n_kv_heads=3, head_dim_qk=64, kv_dtype="f16"
 )
+# A prompt in one piece, however slow the machine is: pieces are cut by time, and few rows are computed otherwise than many.
+FIXED = ["--prefill-tokens-per-step", "8192"]
 SHARDINGS = (
     fovea.Sharding("context", shard_tokens=64),
     fovea.Sharding("heads"),
@@ -49,7 +50,7 @@ SHARDINGS = (
 def tensors(number: int) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(number)
     return tuple(
-        rng.standard_normal((SPEC.n_layers, PREFILL + STEPS, heads, 32), dtype=np.float32)
+        rng.standard_normal((SPEC.n_layers, PREFILL + STEPS, heads, 64), dtype=np.float32).astype(np.float16)
         for heads in (SPEC.n_q_heads, SPEC.n_kv_heads, SPEC.n_kv_heads)
     )
 
@@ -140,7 +141,7 @@ class Drive:
         assert self.outputs.keys() == expected.keys()
         for key, out in self.outputs.items():
             if self.sequences[key[1]].n_lost > 0:  # it lies elsewhere now: merged in another order
-                np.testing.assert_allclose(out, expected[key], rtol=1e-5, atol=1e-6)
+                np.testing.assert_allclose(out, expected[key], rtol=1e-2, atol=1e-3)
             else:
                 assert out.tobytes() == expected[key].tobytes(), f"other bits at {key}"
 
@@ -148,8 +149,9 @@ class Drive:
 class Matrix:
     """Jobs one after another, each for many runs."""
 
-    def __init__(self, fovead: Path, options: list[str], seed: int, spares: int) -> None:
+    def __init__(self, fovead: Path, options: list[str], seed: int, n_ranks: int, spares: int) -> None:
         self.fovead = fovead
+        self.n_ranks = n_ranks
         self.options = ["--spares", str(spares), "--kv-memory", "32m", "--threads", "1", *options]
         self.rng = random.Random(seed)
         self.job: Job | None = None
@@ -160,7 +162,7 @@ class Matrix:
     def begin(self) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="fv-")
         folder = Path(self.folder.name)
-        self.job = Job(folder, self.fovead, N_RANKS, f"unix:{folder}/s", self.options)
+        self.job = Job(folder, self.fovead, self.n_ranks, f"unix:{folder}/s", self.options)
         self.job.await_start()
         self.client = fovea.connect(self.job.address, timeout=30, retry=30)
         self.n_runs = 0
@@ -270,10 +272,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(os.environ.get("FV_SEED", "1")))
     parser.add_argument("--only", default="", help="faults whose name has this")
     parser.add_argument("--durability", default="process", help="of the service")
+    parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--spares", type=int, default=N_SPARES, help="of each start; 0: none")
     args, args.options = parser.parse_known_args()
-    options = ["--restarts", "1000", "--backoff", "0", "--durability", args.durability, *args.options]
-    matrix = Matrix(args.fovead, options, args.seed, args.spares)
+    options = ["--restarts", "1000", "--backoff", "0", "--durability", args.durability, *FIXED, *args.options]
+    matrix = Matrix(args.fovead, options, args.seed, args.ranks, args.spares)
     print(f"seed {args.seed}, {args.runs} runs, durability {args.durability}", flush=True)
     begin = time.monotonic()
     waits: dict[str, list[float]] = {}
@@ -298,6 +301,8 @@ def main() -> int:
             continue
         waits.setdefault(f"{kind.lower()} {victim}, then {followed}", []).append(longest)
         anew = f", {lost} sessions begun anew" if lost else ""
+        if followed in ("spare", "anew") and matrix.job is not None:
+            anew += f" (repaired in {matrix.job.last_repair_ms()} ms)"
         print(f"ok    {name}: {longest * 1000:.0f} ms, then {followed}{anew}", flush=True)
     matrix.end()
     seconds = time.monotonic() - begin
