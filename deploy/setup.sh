@@ -39,8 +39,8 @@ say() { echo "setup: $*"; }
 packages=(gcc libc6-dev cmake ninja-build pkg-config
     libgrpc-dev libssl-dev libprotobuf-c-dev protobuf-c-compiler protobuf-compiler
     libopenmpi-dev openmpi-bin libcjson-dev libisal-dev)
-# (iproute2: hosts in network namespaces; slurm-wlm, munge: a Slurm of the test's own)
-$with_test && packages+=(libcmocka-dev openssl iproute2 procps shellcheck slurm-wlm munge)
+# (iproute2, nftables, ethtool: hosts in network namespaces; slurm-wlm, munge: a Slurm of the test's own)
+$with_test && packages+=(libcmocka-dev openssl iproute2 nftables ethtool procps shellcheck slurm-wlm munge)
 # Any Python from 3.10 on will do; Debian's comes without venv.
 python3 -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
     packages+=(python3 python3-venv)

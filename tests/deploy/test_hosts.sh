@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# test_hosts.sh - fovead over three hosts: right answers; a killed rank or a lost host ends it with code 3.
+# test_hosts.sh - fovead over three hosts: right answers, also while their network is cut, slow or lossy and daemons die; without
+# restarts a killed rank or a lost host ends it with code 3.
 # usage: test_hosts.sh FOVEAD PYTHON     PYTHON: with the package fovea   (exit 77: not root)
 set -u
 [[ $# -eq 2 ]] || { echo "usage: $0 FOVEAD PYTHON" >&2 && exit 2; }
@@ -7,8 +8,12 @@ fovead=$1 python=$2
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 netns=$root/deploy/netns.sh
-if [[ $(id -u) -ne 0 ]] || ! command -v ip mpirun >/dev/null; then
-    echo "needs root (network namespaces), iproute2 and Open MPI"
+has_all() { # COMMAND...
+    local each
+    for each in "$@"; do command -v "$each" >/dev/null || return 1; done
+}
+if [[ $(id -u) -ne 0 ]] || ! has_all ip mpirun nft ethtool python3; then
+    echo "needs root (network namespaces), iproute2, nftables, ethtool and Open MPI"
     exit 77
 fi
 "$python" -c 'import fovea' 2>/dev/null || {
@@ -188,7 +193,7 @@ during "a stopped orted" 2 -- signal_daemon fv3 STOP
 signal_daemon fv3 CONT
 during "a killed orted" 6 -- signal_daemon fv2 KILL
 check "a killed orted: it starts again" restarted 2
-"$netns" link fv3 down
+during "a link down for good, in the middle of steps" 8 --may-lose -- "$netns" link fv3 down
 check "a link down for good: it starts again" restarted 3
 check "a link down for good: without that host" grep -q 'host fv3 is cut off: its rank 2 starts on fv1' "$work/log"
 check "a link down for good: right answers" attend context
