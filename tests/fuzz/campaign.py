@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # Shares of the executions: those of cheap targets are larger.
 SHARES = {
-    "wire": 0.40, "journal": 0.25, "token": 0.20, "link": 0.06, "config": 0.05, "control": 0.02, "ledger": 0.01, "store": 0.01,
+    "wire": 0.40, "journal": 0.25, "token": 0.20, "link": 0.06, "config": 0.05, "control": 0.02, "disklog": 0.01, "store": 0.01,
 }  # fmt: skip
 
 

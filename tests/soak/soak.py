@@ -121,14 +121,19 @@ class Job:
 
 
 def start_clients(address: str, options: argparse.Namespace) -> list[subprocess.Popen]:
+    """All of them are connected on return."""
     words = [sys.executable, str(HERE / "traffic.py"), address]
-    return [
+    clients = [
         subprocess.Popen(
             [*words, str(options.seed * 1000 + i), str(options.pause_ms), str(options.check_every)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i in range(options.clients)
     ]  # fmt: skip
+    for client in clients:
+        assert client.stdout is not None
+        client.stdout.readline()
+    return clients
 
 
 def watch(job: Job, clients: list[subprocess.Popen], seconds: float) -> list[Sample]:

@@ -1,6 +1,6 @@
 """traffic.py - one client of the soak: a random life of sessions, until it is told to stop.
 
-python traffic.py ADDRESS SEED PAUSE_MS CHECK_EVERY    prints its counts as JSON when its stdin ends
+python traffic.py ADDRESS SEED PAUSE_MS CHECK_EVERY    prints "begun"; its counts as JSON when its stdin ends
 
 It opens, prefills, decodes (alone, several sessions together, pipelined on a stream), forks, truncates, closes, asks wrong
 things, and now and then vanishes: its connection closes with requests and a stream under way. Sessions on that stream end by
@@ -234,6 +234,7 @@ def main() -> int:
     is_over = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), is_over.set()), daemon=True).start()
     traffic = Traffic(address, seed, check_every)
+    print("begun", flush=True)
     while not is_over.is_set():
         traffic.act()
         traffic.counts["acts"] += 1
