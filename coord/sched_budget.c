@@ -64,9 +64,20 @@ fv_budget_allow(fv_budget_t *budget, int64_t now_us, bool has_decode, uint64_t n
     return (fv_allowance_t){.n_tokens = n_tokens_max, .macs = us * budget->macs_per_us};
 }
 
+/* What a busy machine makes of a step now and then says little of the next: within so many times what is known. */
+static double tame(double known, double seen, double times)
+{
+    if (known <= 0.0) {
+        return seen;
+    }
+    return (seen > times * known)   ? (times * known)
+           : (seen < known / times) ? (known / times)
+                                    : seen;
+}
+
 static double follow(double known, double seen)
 {
-    return (known <= 0.0) ? seen : (known + WEIGHT * (seen - known));
+    return (known <= 0.0) ? seen : (known + WEIGHT * (tame(known, seen, 2.0) - known));
 }
 
 /* What a piece of so many macs takes is fitted by a straight line through the last ones: over_us + macs / rate. */
@@ -74,6 +85,7 @@ static void fit(fv_budget_t *budget, double macs, double us)
 {
     fv_fit_t *f = &budget->fit;
 
+    us = (us > 0.0) ? tame(budget->over_us + macs / budget->macs_per_us, us, 4.0) : 0.0;
     f->n = f->n * KEEP + 1.0;
     f->x = f->x * KEEP + macs;
     f->y = f->y * KEEP + us;
@@ -116,7 +128,7 @@ void fv_budget_learn(fv_budget_t *budget, const fv_step_cost_t *cost)
         budget->n_mixed++;
         prefill_us -= budget->decode_us;
     }
-    fit(budget, cost->prefill_macs, (prefill_us > 0.0) ? prefill_us : 0.0);
+    fit(budget, cost->prefill_macs, prefill_us);
 }
 
 /* n tokens, the first of which sees `visible`: n * visible + n^2 / 2 pairs. */

@@ -582,6 +582,11 @@ static void test_stories(void **state)
             }
             assert_int_equal(count_under_way(&oldest), 0); /* it leaves nothing behind */
         }
+        for (int turn = 0; (turn < 200) && fv_engine_has_work(g.engine); turn++) {
+            if (fv_engine_work(g.engine) != FV_OK) { /* a turn ends after half a second */
+                fail_msg("%s", fv_error_context());
+            }
+        }
         end();
     }
     print_message("%llu answered well; %llu shares begun beside a step, %llu of them while our own "
