@@ -6,6 +6,7 @@
  *   steps     a message of an older epoch is never answered under a newer one: it was not accepted
  *   commands  are sent when no step is under way
  *   ranks     in an epoch, a rank is one process
+ *   turns     nobody is told what he does not expect (world_calls.c)
  */
 #include "proto/control.h"
 #include "tests/sim/job.h"

@@ -239,7 +239,7 @@ void sim_story(uint64_t seed)
     sim_job_begin(&config);
     int64_t calm_us = sim_now_us() + sim_pick(1, 8) * SIM_SECOND / 2;
     sim_faults_begin(&config, calm_us);
-    sim_clients_begin(CLIENTS, (uint32_t)sim_pick(5, 40));
+    sim_clients_begin(CLIENTS, (uint32_t)sim_pick(5, 40) * 3U / 5U);
     run_until(sim_clients_are_done, "a client's story");
     s.principal = 0;
     s.has_left = false;

@@ -133,6 +133,10 @@ void __wrap_fv_log_write(fv_log_level_t level, const char *format, ...)
     va_start(list, format);
     (void)vsnprintf(text, sizeof(text), format, list);
     va_end(list);
+    if (strstr(text, "message type") != NULL) { /* coord/link_mpi.c, worker/inbox_mpi.c */
+        sim_fail("process %u was told what it did not expect: %s",
+                 sim_process_number(sim_current()), text);
+    }
     sim_say("process %u, %s: %s", sim_process_number(sim_current()),
             (level == FV_LOG_ERROR)  ? "error"
             : (level == FV_LOG_WARN) ? "warning"
