@@ -30,7 +30,8 @@ static fv_status_t settle(fv_process_t *p, const fv_ctl_epoch_t *message)
     char host[sizeof(p->hello.host)];
 
     memcpy(host, p->hello.host, sizeof(host));
-    if (message->is_new != 0U) {
+    /* it may have been new in an epoch before, which was given up because another rank was lost: then it has what it needs */
+    if ((message->is_new != 0U) && (p->worker == NULL)) {
         p->store.place.slot = message->rank; /* what the lost one has left, if this is its host */
         FV_RETURN_IF_ERR(fv_main_start_worker(p, message->kv_bytes, message->n_threads));
     } else {

@@ -195,16 +195,19 @@ static void tell(uint64_t n_operations, uint64_t n_clients, int n_killed, int64_
 
 static void test_history(void **state)
 {
-    static const char *const options[] = {"--kv-memory", "1m",   "--threads", "1",
-                                          "--log-level", "warn", NULL};
     uint64_t n_operations = setting("FV_HISTORY_OPERATIONS", 8000);
-    uint64_t n_clients = setting("FV_HISTORY_CLIENTS", 4);
+    uint64_t n_clients = setting("FV_HISTORY_CLIENTS", 3);
     uint64_t kill_ms = setting("FV_HISTORY_KILL_MS", 0);
     uint64_t seed = fv_random_seed(1);
     fovea_client_t *client = NULL;
     fv_fovead_t fovead;
+    char kv_memory[24]; /* that is sometimes too little */
+    const char *const options[] = {"--kv-memory", kv_memory, "--threads", "1",
+                                   "--log-level", "warn",    NULL};
 
     (void)state;
+    (void)snprintf(kv_memory, sizeof(kv_memory), "%llum",
+                   (unsigned long long)((n_clients + 2U) / 3U));
     assert_true((n_clients >= 1) && (n_clients <= HS_ACTORS_MAX));
     assert_true(fv_fovead_start(&fovead, options));
     assert_int_equal(

@@ -6,7 +6,9 @@
 
 static uint32_t s_n_hosts;
 static uint32_t
-    s_n_messages; /* the last of so many that change something is its receiver's death; 0: none */
+    s_n_messages; /* the last of so many that are no STEP is its receiver's death; 0: none */
+static sim_plan_t s_plan;
+static uint32_t s_n_epochs; /* EPOCH messages of the first repair */
 
 /* The ten stations of a step are places to die at, as system calls are. */
 static void on_station(int station)
@@ -22,15 +24,42 @@ static uint32_t some_process(void)
     return sim_chance(4) ? 0U : (uint32_t)sim_pick(0, (int64_t)n - 1); /* rank 0 more often */
 }
 
-/* Rank 0 says something to a process that is no STEP. */
-void sim_faults_on_message(uint32_t process)
+static void kill_coordinator(void *a, uint64_t b)
 {
-    if ((s_n_messages > 0) && (--s_n_messages == 0) && sim_process_is_alive(process)) {
-        uint32_t n_calls = (uint32_t)sim_pick(1, 30);
+    (void)a;
+    (void)b;
+    if (sim_process_is_alive(0)) {
+        sim_say("fault: process 0 is killed");
+        sim_job_note_fault();
+        g_sim_counts.n_kills++;
+        sim_kill(0);
+    }
+}
+
+static void let_die(uint32_t process, uint32_t n_calls)
+{
+    if (sim_process_is_alive(process)) {
         sim_say("fault: process %u dies over a message, at its %u. call", process, n_calls);
         sim_job_note_fault();
         g_sim_counts.n_kills++;
         sim_kill_after(process, n_calls);
+    }
+}
+
+void sim_faults_on_message(uint32_t process, uint16_t type)
+{
+    if ((s_plan.type == type) && (s_plan.nth > 0) && (--s_plan.nth == 0)) {
+        let_die(process, s_plan.n_calls);
+        if (s_plan.n_calls_second == 0) {
+            sim_at(sim_now_us() + 400000, kill_coordinator, NULL, 0);
+        }
+    }
+    s_n_epochs += (type == FV_CTL_EPOCH) ? 1U : 0U;
+    if ((type == FV_CTL_EPOCH) && (s_plan.n_calls_second > 0) && (s_n_epochs == 2)) {
+        let_die(process, s_plan.n_calls_second);
+    }
+    if ((type != FV_CTL_STEP) && (s_n_messages > 0) && (--s_n_messages == 0)) {
+        let_die(process, (uint32_t)sim_pick(1, 30));
     }
 }
 
@@ -79,11 +108,19 @@ static void calm_down(void *a, uint64_t b)
     }
 }
 
-void sim_faults_begin(const sim_job_config_t *config, int64_t until_us)
+void sim_faults_begin(const sim_job_config_t *config, const sim_plan_t *plan, int64_t until_us)
 {
+    s_n_epochs = 0;
+    s_plan = (plan != NULL) ? *plan : (sim_plan_t){0};
     s_n_hosts = config->n_hosts;
-    s_n_messages = sim_chance(4) ? (uint32_t)sim_pick(1, 12) : 0U; /* at the very beginning, too */
     fv_fault_hook = on_station;
+    s_n_messages = 0;
+    if (plan != NULL) {
+        return;
+    }
+    if (sim_chance(4)) { /* at the very beginning, too */
+        s_n_messages = (uint32_t)sim_pick(1, 12);
+    }
     if (sim_chance(4)) {
         sim_set_delay(1000, sim_pick(2000, 200000)); /* a slow network between hosts */
     }

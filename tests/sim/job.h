@@ -95,9 +95,18 @@ void sim_laws_check_quiet(bool is_empty);
 
 /* ------------------------------------------------------------------ faults.c */
 
-void sim_faults_begin(const sim_job_config_t *config, int64_t until_us);
-/* Rank 0 has begun to say something to a process that is no STEP. */
-void sim_faults_on_message(uint32_t process);
+/* Who gets the nth message of a type dies at a call after that; 400 ms later rank 0 does. Nothing happens by chance. */
+typedef struct sim_plan {
+    uint16_t type; /* fv_ctl_type_t */
+    uint32_t nth, n_calls;
+    uint32_t
+        n_calls_second; /* not 0: instead of rank 0 another rank dies in the repair, so many calls after it has heard of it */
+} sim_plan_t;
+
+/* plan NULL: by chance. */
+void sim_faults_begin(const sim_job_config_t *config, const sim_plan_t *plan, int64_t until_us);
+/* Rank 0 has begun to say something to a process. */
+void sim_faults_on_message(uint32_t process, uint16_t type);
 
 /* ------------------------------------------------------------------ clients.c */
 
@@ -112,7 +121,7 @@ extern sim_counts_t g_sim_counts;
 
 /* ------------------------------------------------------------------ story.c */
 
-void sim_story(uint64_t seed);
+void sim_story(uint64_t seed, const sim_plan_t *plan);
 void sim_story_clean(void); /* after the last one: no file is left */
 
 #endif /* FV_TESTS_SIM_JOB_H */

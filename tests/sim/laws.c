@@ -107,9 +107,7 @@ static void on_asked(watched_t *c, const fv_ctl_header_t *h)
     if (h->type == FV_CTL_STOP) {
         return;
     }
-    if (h->type != FV_CTL_STEP) {
-        sim_faults_on_message(c->process);
-    }
+    sim_faults_on_message(c->process, h->type);
     l.n_steps += (h->type == FV_CTL_STEP) ? 1U : 0U;
     FV_ASSERT(c->n_asked < WINDOW);
     c->asked[c->n_asked++] = (said_t){.seq = h->seq, .epoch = h->epoch, .type = h->type};

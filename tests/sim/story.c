@@ -221,7 +221,15 @@ static sim_job_config_t make_config(void)
                               .dir = s.dir};
 }
 
-void sim_story(uint64_t seed)
+/* Partitions are over, and what they led to. */
+static int64_t end_of_faults(const sim_job_config_t *config, int64_t calm_us)
+{
+    int64_t until_us = (sim_calm_us() > calm_us) ? sim_calm_us() : calm_us;
+
+    return until_us + ((config->n_hosts > 1U) ? 6 : 1) * SIM_SECOND;
+}
+
+void sim_story(uint64_t seed, const sim_plan_t *plan)
 {
     s.seed = seed;
     s.is_told = getenv("FV_SIM_TELL") != NULL;
@@ -234,11 +242,20 @@ void sim_story(uint64_t seed)
     sim_laws_begin();
     sim_door_begin();
     sim_job_config_t config = make_config();
+    if (plan != NULL) {
+        config.n_ranks = 3;
+        config.n_spares = (plan->n_calls_second > 0) ? 2 : 1;
+        config.n_hosts = 1;
+        config.is_durable = true;
+    }
+    if (plan != NULL) {
+        sim_say("plan: message %u of type %u, call %u", plan->nth, plan->type, plan->n_calls);
+    }
     sim_say("%u ranks, %u spares, %u hosts, %s", config.n_ranks, config.n_spares, config.n_hosts,
             config.is_durable ? "durable" : "not durable");
     sim_job_begin(&config);
     int64_t calm_us = sim_now_us() + sim_pick(1, 8) * SIM_SECOND / 2;
-    sim_faults_begin(&config, calm_us);
+    sim_faults_begin(&config, plan, calm_us);
     sim_clients_begin(CLIENTS, (uint32_t)sim_pick(5, 40) * 3U / 5U);
     run_until(sim_clients_are_done, "a client's story");
     s.principal = 0;
@@ -246,8 +263,7 @@ void sim_story(uint64_t seed)
     s.is_done = false;
     sweep();
     run_until(is_swept, "closing what is left");
-    (void)sim_run(never,
-                  calm_us + 20 * SIM_SECOND); /* partitions, and what they led to, are over */
+    (void)sim_run(never, end_of_faults(&config, calm_us));
     s.is_done = false;
     s.principal = 0;
     sweep();
