@@ -8,7 +8,7 @@ static uint32_t s_n_hosts;
 static uint32_t
     s_n_messages; /* the last of so many that are no STEP is its receiver's death; 0: none */
 static sim_plan_t s_plan;
-static uint32_t s_n_epochs; /* EPOCH messages of the first repair */
+static uint32_t s_n_epochs, s_second; /* EPOCH messages; to whom the second one went */
 
 /* The ten stations of a step are places to die at, as system calls are. */
 static void on_station(int station)
@@ -46,18 +46,25 @@ static void let_die(uint32_t process, uint32_t n_calls)
     }
 }
 
+/* It has the epoch's communicator, as the others have, and has not said so. */
+static void on_comm(uint32_t process)
+{
+    if (s_plan.has_second && (process == s_second) && (s_n_epochs >= 2)) {
+        s_plan.has_second = false;
+        let_die(process, 1);
+    }
+}
+
 void sim_faults_on_message(uint32_t process, uint16_t type)
 {
     if ((s_plan.type == type) && (s_plan.nth > 0) && (--s_plan.nth == 0)) {
         let_die(process, s_plan.n_calls);
-        if (s_plan.n_calls_second == 0) {
+        if (!s_plan.has_second) {
             sim_at(sim_now_us() + 400000, kill_coordinator, NULL, 0);
         }
     }
     s_n_epochs += (type == FV_CTL_EPOCH) ? 1U : 0U;
-    if ((type == FV_CTL_EPOCH) && (s_plan.n_calls_second > 0) && (s_n_epochs == 2)) {
-        let_die(process, s_plan.n_calls_second);
-    }
+    s_second = ((type == FV_CTL_EPOCH) && (s_n_epochs == 2)) ? process : s_second;
     if ((type != FV_CTL_STEP) && (s_n_messages > 0) && (--s_n_messages == 0)) {
         let_die(process, (uint32_t)sim_pick(1, 30));
     }
@@ -116,6 +123,7 @@ void sim_faults_begin(const sim_job_config_t *config, const sim_plan_t *plan, in
     fv_fault_hook = on_station;
     s_n_messages = 0;
     if (plan != NULL) {
+        sim_mpi_on_comm(on_comm);
         return;
     }
     if (sim_chance(4)) { /* at the very beginning, too */

@@ -99,8 +99,8 @@ void sim_laws_check_quiet(bool is_empty);
 typedef struct sim_plan {
     uint16_t type; /* fv_ctl_type_t */
     uint32_t nth, n_calls;
-    uint32_t
-        n_calls_second; /* not 0: instead of rank 0 another rank dies in the repair, so many calls after it has heard of it */
+    bool
+        has_second; /* instead of rank 0 another rank dies in the repair, before it has said HELLO */
 } sim_plan_t;
 
 /* plan NULL: by chance. */

@@ -70,11 +70,9 @@ static void test_deaths_over_messages(void **state)
 static void test_two_deaths_in_a_repair(void **state)
 {
     (void)state;
-    for (uint32_t n = 0; n < 24; n++) {
-        sim_plan_t plan = {.type = FV_CTL_STEP,
-                           .nth = 1,
-                           .n_calls = 1U + n % 4U,
-                           .n_calls_second = 1U + n % 8U}; /* before it has said HELLO */
+    for (uint32_t n = 0; n < 12; n++) {
+        sim_plan_t plan = {
+            .type = FV_CTL_STEP, .nth = 1, .n_calls = 1U + n % 4U, .has_second = true};
         sim_story(2000U + n, &plan);
         assert_int_equal(sim_job_n_starts(), 1); /* there were spares for both */
     }

@@ -244,7 +244,7 @@ void sim_story(uint64_t seed, const sim_plan_t *plan)
     sim_job_config_t config = make_config();
     if (plan != NULL) {
         config.n_ranks = 3;
-        config.n_spares = (plan->n_calls_second > 0) ? 2 : 1;
+        config.n_spares = plan->has_second ? 2 : 1;
         config.n_hosts = 1;
         config.is_durable = true;
     }

@@ -117,6 +117,8 @@ typedef void (*sim_tap_t)(int connection, int from_end, const void *data, size_t
 void sim_tap(sim_tap_t tap);
 
 void sim_mpi_begin(void);
+/* Hears of each process that leaves MPI_Comm_create_group(), on its fiber; NULL: nobody does. */
+void sim_mpi_on_comm(void (*on_comm)(uint32_t number));
 void sim_mpi_end(void);
 void sim_mpi_drop(const sim_process_t *process);
 

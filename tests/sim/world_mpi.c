@@ -75,7 +75,13 @@ static struct {
     message_t *messages;
     int64_t last_us[SIM_PROCESSES_MAX][SIM_PROCESSES_MAX];
     uint64_t next_seq;
+    void (*on_comm)(uint32_t number);
 } m;
+
+void sim_mpi_on_comm(void (*on_comm)(uint32_t number))
+{
+    m.on_comm = on_comm;
+}
 
 static void *to_handle(void *object)
 {
@@ -155,6 +161,9 @@ int MPI_Comm_create_group(MPI_Comm comm, MPI_Group group, int tag, MPI_Comm *out
         sim_block(sim_now_us() + 1000);
     }
     sim_block(sim_now_us() + sim_pick(10, 500));
+    if (m.on_comm != NULL) {
+        m.on_comm(sim_process_number(own));
+    }
     *out = to_handle(c);
     return MPI_SUCCESS;
 }
