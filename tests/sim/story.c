@@ -174,11 +174,25 @@ static bool is_swept(void)
     return s.is_done;
 }
 
+static void drain(void);
+
+static void drain_again(void *a, uint64_t b)
+{
+    (void)a;
+    (void)b;
+    if (!sim_job_has_ended()) {
+        drain();
+    }
+}
+
+/* It may be lost when the coordinator leaves; or the job is being started again. */
 static void on_drained(void *arg, uint64_t tag, const sim_answer_t *answer)
 {
     (void)arg;
     (void)tag;
-    (void)answer; /* it may be lost when the coordinator leaves */
+    if (answer->code != 0) {
+        sim_at(sim_now_us() + SIM_SECOND, drain_again, NULL, 0);
+    }
 }
 
 static void drain(void)
