@@ -282,9 +282,16 @@ def test_latents_come_back(folder: Path, disk: Path, level: str) -> None:
     }
     for more in ({}, sliced) if RANKS else ({},):  # one rank holds no slices
         spec = fovea.ModelSpec(
-            name=f"latent{len(more)}", n_layers=1, n_q_heads=heads, kind="latent", latent_dim=latent, rope_dim=rope,
-            kv_dtype="bf16", softmax_scale=0.1, **more,
-        )  # fmt: skip
+            name=f"latent{len(more)}",
+            n_layers=1,
+            n_q_heads=heads,
+            kind="latent",
+            latent_dim=latent,
+            rope_dim=rope,
+            kv_dtype="bf16",
+            softmax_scale=0.1,
+            **more,
+        )
         sessions.append(client.open_session(client.register_model(spec)).id)
         client.attend(0, [(sessions[-1], 0, tokens)], q, kv, None)
 
