@@ -105,7 +105,7 @@ static void test_stories(void **state)
                   (unsigned long long)n->n_stops, (unsigned long long)n->n_partitions,
                   (unsigned long long)n->n_starts, (unsigned long long)n->n_epochs,
                   (unsigned long long)n->n_messages);
-    if (n_stories >= 100) { /* the stories must have something to tell */
+    if (n_stories >= N_STORIES) { /* the stories must have something to tell */
         assert_true((n->n_served > 1000) && (n->n_retries > 100) && (n->n_refused > 100));
         assert_true((n->n_exhausted > 2) && (n->n_cancelled > 100) && (n->n_epochs > 10));
         assert_true((n->n_kills > 50) && (n->n_stops > 10) && (n->n_partitions > 3));
