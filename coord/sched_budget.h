@@ -30,7 +30,7 @@
 #define FV_BUDGET_IDLE_US    20000
 #define FV_BUDGET_MIN_US     250 /* less is mostly what a step costs by itself */
 #define FV_BUDGET_LOOK_EVERY 16U
-#define FV_PIECE_TOKENS_MIN  4U
+#define FV_PIECE_TOKENS_MIN  16U
 #define FV_PIECE_TOKENS_FULL 64U
 
 /* Sums over the last pieces: macs x, microseconds y. */

@@ -121,18 +121,17 @@ static bool can_be_cut(const fv_request_t *request)
     return true;
 }
 
-/* Ends at a full page where that costs little: whole pages are what kernels like. */
-static uint64_t round_piece(uint64_t position, uint64_t n, uint64_t left)
+/*
+ * Whole pages of the prompt where there is one, else whole row blocks of the kernels: rows then share a block with the same
+ * rows however the prompt is cut, so that on CPU ranks time changes no bit of an answer (docs/numerics.md).
+ */
+static uint64_t round_piece(uint64_t n, uint64_t left)
 {
-    uint64_t end = (position + n) / FV_PAGE_TOKENS * FV_PAGE_TOKENS;
-
     if (n >= left) {
         return left;
     }
-    if ((end > position) && (end - position >= n / 2U)) {
-        return end - position;
-    }
-    return (n > FV_PIECE_TOKENS_MIN) ? (n / FV_PIECE_TOKENS_MIN * FV_PIECE_TOKENS_MIN) : n;
+    uint64_t block = (n >= FV_PAGE_TOKENS) ? FV_PAGE_TOKENS : FV_PIECE_TOKENS_MIN;
+    return (n >= block) ? (n / block * block) : n;
 }
 
 static double macs_per_pair(const fv_model_spec_t *spec)
@@ -173,7 +172,7 @@ static uint64_t take_of_item(const fv_request_t *request,
     if ((n < least) && (n < left)) {
         n = is_first ? clamp(allowance->n_tokens, 0, least) : 0U;
     }
-    n = round_piece(item->position + n_done, n, left);
+    n = round_piece(n, left);
     double cost = fv_budget_macs(macs_per_pair(spec), visible, (double)n);
     *macs += cost;
     allowance->macs -= (cost < allowance->macs) ? cost : allowance->macs;
