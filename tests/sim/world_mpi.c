@@ -124,13 +124,26 @@ int MPI_Group_free(MPI_Group *group)
     return MPI_SUCCESS;
 }
 
+static sim_process_t *member(const comm_t *c, uint32_t rank);
+
+/* Who has come to it lives: nobody joins what a job before this one has left unfinished. */
+static bool is_alive(const comm_t *c)
+{
+    for (uint32_t i = 0; i < c->n; i++) {
+        if ((c->pids[i] != 0) && (member(c, i) == NULL)) {
+            return false;
+        }
+    }
+    return true;
+}
+
 /* The one that its other members have begun to make, or a new one. */
 static comm_t *find_comm(const group_t *g, int tag, uint32_t own)
 {
     for (int i = 0; i < m.n_comms; i++) {
         comm_t *c = &m.comms[i];
         if ((c->tag == tag) && (c->n == g->n) && (c->n_here < c->n) && (c->pids[own] == 0) &&
-            (memcmp(c->members, g->members, g->n * sizeof(g->members[0])) == 0)) {
+            is_alive(c) && (memcmp(c->members, g->members, g->n * sizeof(g->members[0])) == 0)) {
             return c;
         }
     }
