@@ -193,6 +193,18 @@ fv_status_t fv_segment_ensure(fv_segment_t *segment, size_t end)
     return status;
 }
 
+fv_status_t fv_segment_ensure_range(fv_segment_t *segment, size_t begin, size_t end)
+{
+    end = (end < segment->n_bytes) ? end : segment->n_bytes;
+    if ((begin < end) && (fallocate(segment->fd, 0, (off_t)begin, (off_t)(end - begin)) != 0) &&
+        (errno != EOPNOTSUPP)) {
+        return fv_fail(FV_ERR_EXHAUSTED,
+                       "%s: %zu MiB from %zu MiB on, its file system has no room: %s",
+                       segment->path, (end - begin) >> 20U, begin >> 20U, strerror(errno));
+    }
+    return FV_OK;
+}
+
 /* Allocates, maps, and makes huge pages of it where the kernel can. */
 static void *populate(void *arg)
 {

@@ -91,6 +91,8 @@ FV_MUST_CHECK fv_status_t fv_segment_populate(fv_segment_t *segment);
  * Errors: FV_ERR_EXHAUSTED when the file system is full.
  */
 FV_MUST_CHECK fv_status_t fv_segment_ensure(fv_segment_t *segment, size_t end);
+/* The same for bytes [begin, end) alone, wherever they are. Allocates each time: for what is needed from the start. */
+FV_MUST_CHECK fv_status_t fv_segment_ensure_range(fv_segment_t *segment, size_t begin, size_t end);
 
 /* ------------------------------------------------------------------ folders of all jobs */
 

@@ -153,6 +153,12 @@ fv_status_t fv_store_open(const fv_worker_config_t *config,
         status = fv_mirror_create(fv_segment_base(store->pages), backend_config->kv_arena_bytes,
                                   &store->mirror);
     }
+    if ((status == FV_OK) && (store->pages != NULL) && (config->move_bytes > 0U)) {
+        /* KV that moves lands at the arena's end, which no page ever claims */
+        const size_t arena_bytes = backend_config->kv_arena_bytes;
+        status = fv_segment_ensure_range(store->pages, arena_bytes - config->move_bytes,
+                                         arena_bytes + FV_KV_ARENA_SLACK);
+    }
     if ((status == FV_OK) && (store->pages != NULL)) {
         status = fv_segment_populate(store->pages);
     }

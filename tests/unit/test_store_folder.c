@@ -166,9 +166,34 @@ static void test_a_folder_of_others_is_refused(void **state)
     assert_int_equal(rmdir(job), 0);
 }
 
+/* Of a segment's end alone, before anything else of it has memory. */
+static void test_an_end_is_allocated_alone(void **state)
+{
+    const size_t n = (size_t)64 << 20;
+    const size_t n_tail = (size_t)3 << 20;
+    char path[FV_STORE_PATH_BYTES];
+    fv_segment_t *segment = NULL;
+    struct stat info;
+    bool is_new = false;
+
+    (void)state;
+    path_of(FV_STORE_PAGES, 0, path);
+    assert_int_equal(fv_segment_open(path, n, 0, &segment, &is_new), FV_OK);
+    assert_int_equal(stat(path, &info), 0);
+    assert_true((size_t)info.st_blocks * 512U < n_tail);
+    assert_int_equal(fv_segment_ensure_range(segment, n - n_tail, n), FV_OK);
+    assert_int_equal(stat(path, &info), 0);
+    assert_in_range((size_t)info.st_blocks * 512U, n_tail, 2U * n_tail);
+    assert_int_equal(fv_segment_ensure_range(segment, n, n + n_tail),
+                     FV_OK); /* behind it: nothing */
+    fv_segment_base(segment)[n - 1U] = 1;
+    fv_segment_remove(segment);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_an_end_is_allocated_alone),
         cmocka_unit_test(test_pages_in_use_stay),
         cmocka_unit_test(test_what_cannot_be_looked_at_stays),
         cmocka_unit_test(test_a_fifo_is_left_alone),
