@@ -41,6 +41,29 @@ static fv_status_t discard_old(const fv_store_place_t *place)
     return FV_OK;
 }
 
+/*
+ * What a disk has of the job would be believed again where memory has nothing, without what this level does not put there.
+ */
+static fv_status_t refuse_old_logs(const fv_main_store_t *store, const fv_config_t *config)
+{
+    static const fv_store_file_t k_logs[] = {FV_STORE_LOG, FV_STORE_COORDINATOR_LOG};
+    fv_store_place_t old = store->place;
+    char path[FV_STORE_PATH_BYTES];
+
+    FV_RETURN_IF_ERR(fv_store_place_disk(&old, config->disk_dir));
+    for (size_t i = 0; i < sizeof(k_logs) / sizeof(k_logs[0]); i++) {
+        fv_store_path(&old, k_logs[i], path);
+        if (access(path, F_OK) == 0) {
+            return fv_fail(
+                FV_ERR_PRECONDITION,
+                "durability: given %s, expected host: %s has this job's sessions and would "
+                "grow old; `fovea store rm --dir %s` forgets them",
+                config->durability, path, config->disk_dir);
+        }
+    }
+    return FV_OK;
+}
+
 fv_status_t fv_main_store_open(const fv_config_t *config,
                                const char *job,
                                uint32_t rank,
@@ -64,6 +87,8 @@ fv_status_t fv_main_store_open(const fv_config_t *config,
         FV_RETURN_IF_ERR(fv_store_place_make(config->store_dir, job, rank, n_ranks, &store.place));
         if (is_host) {
             FV_RETURN_IF_ERR(fv_store_place_disk(&store.place, config->disk_dir));
+        } else if (config->disk_dir[0] != '\0') {
+            FV_RETURN_IF_ERR(refuse_old_logs(&store, config));
         }
         FV_RETURN_IF_ERR(fv_store_prepare(&store.place)); /* from here on it is known to be ours */
         uint32_t n_swept = fv_store_sweep(config->store_dir);

@@ -265,6 +265,23 @@ def test_all_processes_are_killed_at_random_moments(folder: Path, disk: Path, le
     assert not (disk / "logs").exists(), sorted(disk.rglob("*"))
 
 
+def test_logs_of_a_disk_are_not_left_to_grow_old(folder: Path, disk: Path) -> None:
+    """A lower level would go on in memory alone, and the disk's older state be believed one day."""
+    logs = ["--disk-dir", str(disk / "logs")]
+    service = Killable(folder, "--durability", "host", *logs)
+    play = runner(service.start(), None)
+    play.open()
+    service.kill()
+    service.options = ("--durability", "process", *logs)
+    with pytest.raises(pytest.fail.Exception):
+        service.start()
+    service.kill()
+    assert "expected host" in service.log.read_text() and "fovea store rm --dir" in service.log.read_text()
+    service.options = ("--durability", "host", *logs)
+    service.start()
+    assert service.stop() == 0
+
+
 @pytest.mark.parametrize("level", ["process", "host"])
 def test_latents_come_back(folder: Path, disk: Path, level: str) -> None:
     """Of slices, too, with their norms: the same bits as before."""
