@@ -235,11 +235,12 @@ static int fail_to_commit(answers_t before, uint64_t at)
     if ((signal(SIGXFSZ, SIG_IGN) == SIG_ERR) || (setrlimit(RLIMIT_FSIZE, &limit) != 0)) {
         return 2;
     }
-    if (fv_life_try_run(worker, 0, 0, fv_life_lengths[0][0], 100, true, out) == FV_OK) {
-        return 3; /* what no disk has is not acknowledged */
-    }
-    return (fv_life_try_run(worker, 0, 0, fv_life_lengths[0][0] - 1U, 1, false, out) == FV_OK) ? 4
-                                                                                               : 0;
+    bool is_acknowledged = /* what no disk has is not */
+        fv_life_try_run(worker, 0, 0, fv_life_lengths[0][0], 100, true, out) == FV_OK;
+    bool goes_on =
+        fv_life_try_run(worker, 0, 0, fv_life_lengths[0][0] - 1U, 1, false, out) == FV_OK;
+    fv_worker_destroy(worker);
+    return is_acknowledged ? 3 : (goes_on ? 4 : 0);
 }
 
 /* A step whose write fails is told so, the rank does nothing more, and nobody has lost anything when it is started again. */
