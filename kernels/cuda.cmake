@@ -1,4 +1,5 @@
 # The CUDA backend joins fv_kernels. Device code is a library of its own: nvcc takes other flags than gcc.
+include(FvCudaArchs)
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 
