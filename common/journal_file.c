@@ -77,8 +77,10 @@ fv_status_t fv_journal_check_head(const char *path,
                        found->slot, found->n_slots, wanted->slot, wanted->n_slots, advice);
     }
     if (strncmp(found->layout, wanted->layout, sizeof(found->layout)) != 0) {
-        return fv_fail(FV_ERR_PRECONDITION, "%s: pages of backend %s, expected %s; %s", path,
-                       found->layout, wanted->layout, advice);
+        return fv_fail(
+            FV_ERR_PRECONDITION,
+            "%s: pages laid out as %s, expected %s (backend, less what move_memory takes); %s",
+            path, found->layout, wanted->layout, advice);
     }
     if (found->kv_bytes != wanted->kv_bytes) {
         return fv_fail(FV_ERR_PRECONDITION, "%s: %llu bytes of KV (kv_memory), expected %llu; %s",

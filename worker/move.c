@@ -15,13 +15,17 @@ static bool is_between_devices(const fv_worker_t *worker)
     return (worker->config.exchange != NULL) && (worker->config.exchange->begin != NULL);
 }
 
-size_t fv_move_served_bytes(const fv_worker_t *worker)
+size_t fv_move_config_bytes(const fv_worker_config_t *c)
 {
-    const fv_worker_config_t *c = &worker->config;
-    bool can_bring = is_between_devices(worker) ? (c->exchange->bring != NULL)
-                                                : (c->backend->kv_home == FV_KV_HOST);
+    bool is_direct = (c->exchange != NULL) && (c->exchange->begin != NULL);
+    bool can_bring = is_direct ? (c->exchange->bring != NULL) : (c->backend->kv_home == FV_KV_HOST);
 
     return (can_bring && (c->backend->kv_base != NULL)) ? c->move_bytes : 0U;
+}
+
+size_t fv_move_served_bytes(const fv_worker_t *worker)
+{
+    return fv_move_config_bytes(&worker->config);
 }
 
 void fv_move_free(fv_move_work_t *work)

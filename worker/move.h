@@ -23,6 +23,8 @@
 
 /* The bytes of staging with which this rank serves such items; 0: it serves none. */
 size_t fv_move_served_bytes(const fv_worker_t *worker);
+/* The same of a worker that is yet to be. */
+size_t fv_move_config_bytes(const fv_worker_config_t *config);
 
 void fv_move_free(fv_move_work_t *work);
 

@@ -5,6 +5,7 @@
 #include "kernels/kernels.h"
 #include "worker/internal.h"
 #include "worker/mirror.h"
+#include "worker/move.h"
 #include "worker/store_disk.h"
 
 #include <errno.h>
@@ -107,6 +108,20 @@ reconcile(fv_store_t *store, size_t arena_bytes, bool has_tables, bool has_pages
     return status;
 }
 
+/* Whose pages, and what of the arena's end is no page's: pages of one layout may lie in the other's staging area. */
+static void name_layout(const fv_worker_config_t *config, bool has_pages, char out[16])
+{
+    const size_t staging_kib = fv_move_config_bytes(config) >> 10U;
+
+    if (!has_pages) {
+        (void)snprintf(out, 16, "none");
+    } else if (staging_kib == 0U) {
+        (void)snprintf(out, 16, "cpu");
+    } else {
+        (void)snprintf(out, 16, "cpu-%uk", (unsigned)staging_kib);
+    }
+}
+
 static fv_status_t open_files(fv_store_t *store, const fv_worker_config_t *config)
 {
     const fv_store_place_t *place = &store->place;
@@ -119,7 +134,7 @@ static fv_status_t open_files(fv_store_t *store, const fv_worker_config_t *confi
     fv_journal_head_t head = {
         .kind = "worker", .slot = place->slot, .n_slots = place->n_slots, .kv_bytes = arena_bytes};
 
-    (void)snprintf(head.layout, sizeof(head.layout), "%s", has_pages ? "cpu" : "none");
+    name_layout(config, has_pages, head.layout);
     memcpy(head.job, place->job, sizeof(head.job));
     FV_RETURN_IF_ERR(fv_store_prepare(place));
     FV_RETURN_IF_ERR(open_disk(store, &head, &is_new_log));
@@ -153,10 +168,10 @@ fv_status_t fv_store_open(const fv_worker_config_t *config,
         status = fv_mirror_create(fv_segment_base(store->pages), backend_config->kv_arena_bytes,
                                   &store->mirror);
     }
-    if ((status == FV_OK) && (store->pages != NULL) && (config->move_bytes > 0U)) {
+    if ((status == FV_OK) && (store->pages != NULL) && (fv_move_config_bytes(config) > 0U)) {
         /* KV that moves lands at the arena's end, which no page ever claims */
         const size_t arena_bytes = backend_config->kv_arena_bytes;
-        status = fv_segment_ensure_range(store->pages, arena_bytes - config->move_bytes,
+        status = fv_segment_ensure_range(store->pages, arena_bytes - fv_move_config_bytes(config),
                                          arena_bytes + FV_KV_ARENA_SLACK);
     }
     if ((status == FV_OK) && (store->pages != NULL)) {

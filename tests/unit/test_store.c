@@ -114,6 +114,10 @@ static void test_other_geometry_is_refused(void **state)
     fv_worker_destroy(worker);
     assert_int_equal(fv_worker_create(&config, &worker), FV_ERR_PRECONDITION);
     assert_non_null(strstr(fv_error_context(), "kv_memory"));
+    config.backend_config.kv_arena_bytes = FV_LIFE_ARENA;
+    config.move_bytes = FV_LIFE_ARENA / 4U; /* pages may lie where KV that moves would land */
+    assert_int_equal(fv_worker_create(&config, &worker), FV_ERR_PRECONDITION);
+    assert_non_null(strstr(fv_error_context(), "move_memory"));
     worker = fv_life_worker();
     fv_worker_discard_store(worker);
     fv_worker_destroy(worker);
