@@ -182,7 +182,8 @@ typedef struct fv_calls {
     fv_span_list_t spans;   /* thread: rpc; lent to the message that is delivered */
     pthread_mutex_t door;   /* held by whoever handles an event */
     pthread_cond_t is_busy; /* wakes the second thread */
-    _Atomic(int64_t) busy_until_us;
+    uint32_t n_aside;       /* messages copied without the lock; guarded by it, as the next is */
+    int64_t busy_until_us;  /* when the second thread leaves, once there are none */
     atomic_bool is_stopping;
     size_t n_health;          /* thread: rpc; of n_live */
     fv_call_t *waiting_first; /* thread: rpc; calls without a message, the longest wait first */

@@ -5,7 +5,7 @@
  *
  * Small messages are served fastest by one thread that polls: of several, one polls and wakes another for what it found. But
  * that thread also parses what arrives, and copies it: some milliseconds of a prompt's message, in which nobody reads others'.
- * So a second thread joins when a large message was seen, and leaves when none was for HELP_US. Events are handled
+ * So a second thread joins when a large message was seen, and leaves when none was copied for HELP_US. Events are handled
  * by one of them at a time, under the door's lock (fv_calls_t); what takes long is done aside, without it
  * (fv_call_step_aside()), while the other thread polls and serves.
  */
@@ -27,9 +27,10 @@ static bool wants_idle(const fv_loop_t *loop)
     return (handlers->wants_idle != NULL) && handlers->wants_idle(handlers->ctx);
 }
 
+/* The door's lock is held. */
 static bool is_helped(const fv_loop_t *loop)
 {
-    return fv_clock_us() < atomic_load(&loop->calls->busy_until_us);
+    return (loop->calls->n_aside > 0U) || (fv_clock_us() < loop->calls->busy_until_us);
 }
 
 /* How long the next event may be waited for; not at all when the handler has something to do meanwhile. The door's lock is held. */
@@ -162,12 +163,16 @@ void fv_call_step_aside(fv_call_t *call)
 {
     fv_calls_t *calls = call->calls;
 
-    atomic_store(&calls->busy_until_us, fv_clock_us() + HELP_US);
+    calls->n_aside++;
     (void)pthread_cond_signal(&calls->is_busy);
     (void)pthread_mutex_unlock(&calls->door);
 }
 
 void fv_call_step_back(fv_call_t *call)
 {
-    (void)pthread_mutex_lock(&call->calls->door);
+    fv_calls_t *calls = call->calls;
+
+    (void)pthread_mutex_lock(&calls->door);
+    calls->n_aside--;
+    calls->busy_until_us = fv_clock_us() + HELP_US; /* from here on: a copy may take far longer */
 }

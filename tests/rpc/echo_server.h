@@ -34,7 +34,8 @@ typedef struct fv_echo {
     int64_t n_unanswered_max;   /* the most that were delivered and not answered at a time */
     int64_t n_live, n_live_max; /* replies by reference that gRPC holds */
     int64_t aside_until; /* a message of FV_CALL_ASIDE_BYTES is aside until so many are delivered */
-    int64_t last_left_us; /* deadline - received of the last message */
+    int64_t n_aside, n_aside_in_vain; /* such messages; those that waited 20 s for that */
+    int64_t last_left_us;             /* deadline - received of the last message */
     fv_method_t last_method;
 } fv_echo_t;
 

@@ -161,11 +161,9 @@ static void test_stream_pipelined(void **state)
     assert_true(f->echo.n_unanswered_max <= ECHO_INFLIGHT_MAX);
 }
 
-/* A client that does not read: its replies may pile up to the limit, and then it is not read either. */
-/* While a large message is taken in, others' calls are served; the next message of its own stream waits for it. */
-static void test_others_are_served_beside_a_large_message(void **state)
+/* Others' calls while a large message is taken in, that long after its begin; the next message of its own stream waits for it. */
+static void serve_beside(fv_fixture_t *f, long after_ms)
 {
-    fv_fixture_t *f = *state;
     const size_t n_large = (size_t)2 << 20;
     uint8_t *large = calloc(n_large, 1);
     uint8_t *reply = NULL;
@@ -179,6 +177,8 @@ static void test_others_are_served_beside_a_large_message(void **state)
     fv_raw_send(stream, large, n_large);
     (void)fv_raw_sent(stream, RAW_WAIT_MS);
     fv_raw_send(stream, "behind", 6);
+    assert_true(fv_echo_wait(&f->echo, &f->echo.n_aside, 1));
+    (void)nanosleep(&(struct timespec){.tv_nsec = after_ms * 1000000}, NULL);
     fv_raw_client_t *other = fv_raw_open(fv_rpc_address(f->echo.rpc, 0));
     for (int i = 0; i < 3; i++) {
         assert_int_equal(fv_raw_unary(other, ONCE, "beside", 6, &reply, &n_bytes), 0);
@@ -192,11 +192,24 @@ static void test_others_are_served_beside_a_large_message(void **state)
     assert_int_equal(n_bytes, 6);
     assert_memory_equal(reply, "behind", 6);
     free(reply);
+    assert_int_equal(fv_echo_read(&f->echo, &f->echo.n_aside_in_vain), 0);
     fv_raw_free(stream);
     fv_raw_close(other);
     free(large);
 }
 
+static void test_others_are_served_beside_a_large_message(void **state)
+{
+    serve_beside(*state, 0);
+}
+
+/* However long it takes: the second thread does not leave before the first is back. */
+static void test_others_are_served_beside_a_slow_message(void **state)
+{
+    serve_beside(*state, 600);
+}
+
+/* A client that does not read: its replies may pile up to the limit, and then it is not read either. */
 static void test_slow_reader_is_bounded(void **state)
 {
     fv_fixture_t *f = *state;
@@ -492,6 +505,7 @@ int main(void)
         TEST(test_thousand_calls),
         TEST(test_stream_pipelined),
         TEST(test_others_are_served_beside_a_large_message),
+        TEST(test_others_are_served_beside_a_slow_message),
         TEST(test_slow_reader_is_bounded),
         TEST(test_stream_that_is_not_answered_is_not_read),
         TEST(test_too_large_message),
