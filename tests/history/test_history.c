@@ -6,7 +6,7 @@
  *         are closed all KV memory is free.
  * Method: a fovead of the test's own; each client is a thread with sessions of its own and up to eight requests in flight.
  *         FV_HISTORY_OPERATIONS (a million: about ten minutes), FV_HISTORY_CLIENTS. Under fovead-run (FV_TEST_LAUNCH)
- *         FV_HISTORY_KILL_MS kills some rank, rank 0 too, that often.
+ *         FV_HISTORY_KILL_MS kills some rank, rank 0 too, that often: at least once, or the test fails.
  */
 #include "tests/client/fovead.h"
 #include "tests/history/history.h"
@@ -239,6 +239,11 @@ static void test_history(void **state)
     bool is_stopped = fv_fovead_stop(&fovead);
     if (atomic_load(&g_world.has_failed)) {
         fail_msg("%s", g_world.failure);
+    }
+    if ((kill_ms > 0) && (n_killed == 0)) {
+        fail_msg("FV_HISTORY_KILL_MS: given %llu, and nobody was killed; expected ranks below a "
+                 "launcher (FV_TEST_LAUNCH), and more operations than end in that time",
+                 (unsigned long long)kill_ms);
     }
     assert_true(is_stopped);
 }
