@@ -4,8 +4,8 @@
  * Input: byte 0 is what MPI's messages and partial states of others consist of, and says what computes; then messages, each of 5 bytes {kind, a, b, c,
  *        number of patches} and its patches {offset (2), width, value (8)}. A message is built as the coordinator would
  *        (sizes of a step as they really are), patched, and sent; of kinds with the top bit set the next one goes with it.
- * Checks: each whole message of the epoch is answered once, in order, with a text that ends; at the end every page can be
- *         given back. Only sizes that would make a run slow are cut down (limit()).
+ * Checks: each message is answered once, in order, with a text that ends, up to the one that ends the connection (no
+ *         control message, another epoch, a stop, a step that fails as a whole); at the end every page can be given back. Only sizes that would make a run slow are cut down (limit()).
  */
 #include "tests/fuzz/no_mpi.h"
 #include "worker/internal.h"
@@ -30,6 +30,7 @@
 #define N_RANKS       2U
 #define SLOTS         8U
 #define TOGETHER      0x80U
+#define TOGETHER_MAX  3
 #define MESSAGE_BYTES (sizeof(fv_ctl_header_t) + sizeof(fv_ctl_model_t) + 4096U)
 
 /* NOLINTNEXTLINE(readability-identifier-naming): the name is libFuzzer's */
@@ -56,12 +57,20 @@ typedef struct message {
     } body;
 } message_t;
 
+/* What comes of a message. */
+typedef enum fate {
+    FATE_ANSWER, /* and of the next one */
+    FATE_STEP,   /* an answer; the last one if the step failed as a whole */
+    FATE_END     /* no answer, to no other either */
+} fate_t;
+
 typedef struct run {
     fv_worker_t *worker;
     uint32_t epoch;
     int fds[2]; /* ours, the worker's */
     uint64_t seq, n_answered;
-    uint64_t n_due; /* answers to come on this connection */
+    uint64_t n_sent; /* on this connection */
+    fate_t fates[TOGETHER_MAX];
 } run_t;
 
 static void check(bool ok, const char *what)
@@ -322,15 +331,40 @@ static void set_sizes(const run_t *run, message_t *m)
     }
 }
 
+static fate_t fate_of(const run_t *run, const fv_ctl_header_t *header)
+{
+    bool is_of_epoch = header->epoch == run->epoch;
+
+    if ((header->magic != FV_CTL_MAGIC) || (header->type == FV_CTL_EPOCH) ||
+        ((header->type == FV_CTL_STOP) && is_of_epoch)) {
+        return FATE_END;
+    }
+    return ((header->type == FV_CTL_STEP) && is_of_epoch) ? FATE_STEP : FATE_ANSWER;
+}
+
 static void deliver(run_t *run, const message_t *m)
 {
     size_t n_bytes = sizeof(m->header) + m->header.body_bytes;
     ssize_t n = send(run->fds[0], m, n_bytes, MSG_DONTWAIT | MSG_NOSIGNAL);
 
-    check((n < 0) || ((size_t)n == n_bytes), "a message did not fit");
-    bool is_answered = (n > 0) && (m->header.magic == FV_CTL_MAGIC) &&
-                       (m->header.type != FV_CTL_STOP) && (m->header.type != FV_CTL_EPOCH);
-    run->n_due += is_answered ? 1U : 0U;
+    check((n > 0) && ((size_t)n == n_bytes), "a message did not fit");
+    run->fates[run->n_sent++] = fate_of(run, &m->header);
+}
+
+/* One answer's body; whether it says that all went well. */
+static bool judge_body(const fv_ctl_header_t *header, const uint8_t *body)
+{
+    fv_ctl_done_t done;
+
+    if (header->type == FV_CTL_PONG) {
+        return true;
+    }
+    check((header->type == FV_CTL_DONE) || (header->type == FV_CTL_KEPT), "an answer of no kind");
+    check(header->body_bytes >= sizeof(done), "a short answer");
+    memcpy(&done, body, sizeof(done));
+    check(memchr(done.error.text, '\0', sizeof(done.error.text)) != NULL, "an endless text");
+    check((done.error.status == FV_OK) || (done.error.text[0] != '\0'), "no text");
+    return done.error.status == FV_OK;
 }
 
 /* Reads what was answered. */
@@ -340,28 +374,21 @@ static void judge(run_t *run)
     ssize_t n = recv(run->fds[0], bytes, sizeof(bytes), MSG_DONTWAIT);
     size_t n_bytes = (n > 0) ? (size_t)n : 0U;
     size_t at = 0;
-    uint64_t n_answers = 0;
+    uint64_t i = 0; /* which message */
+    bool is_over = false;
 
-    for (fv_ctl_header_t header; at + sizeof(header) <= n_bytes; n_answers++) {
+    for (fv_ctl_header_t header; at + sizeof(header) <= n_bytes; i++) {
         memcpy(&header, bytes + at, sizeof(header));
         at += sizeof(header);
+        check(!is_over && (i < run->n_sent) && (run->fates[i] != FATE_END), "an answer too many");
         check((header.magic == FV_CTL_MAGIC) && (header.epoch == run->epoch), "not an answer");
         check(header.body_bytes <= n_bytes - at, "an answer without its end");
-        check(header.seq == run->n_answered + n_answers, "answers out of order");
-        if ((header.type == FV_CTL_DONE) || (header.type == FV_CTL_KEPT)) {
-            fv_ctl_done_t done;
-            check(header.body_bytes >= sizeof(done), "a short answer");
-            memcpy(&done, bytes + at, sizeof(done));
-            check(memchr(done.error.text, '\0', sizeof(done.error.text)) != NULL,
-                  "an endless text");
-            check((done.error.status == FV_OK) || (done.error.text[0] != '\0'), "no text");
-        } else {
-            check(header.type == FV_CTL_PONG, "an answer of no kind");
-        }
+        check(header.seq == run->n_answered + i, "answers out of order");
+        is_over = !judge_body(&header, bytes + at) && (run->fates[i] == FATE_STEP);
         at += header.body_bytes;
     }
     check(at == n_bytes, "half an answer");
-    check(n_answers <= run->n_due, "more answers than messages");
+    check(is_over || (i == run->n_sent) || (run->fates[i] == FATE_END), "no answer");
 }
 
 static void open_connection(run_t *run)
@@ -373,7 +400,7 @@ static void open_connection(run_t *run)
         (void)setsockopt(run->fds[i], SOL_SOCKET, SO_SNDBUF, &size, sizeof(size));
     }
     run->n_answered = run->seq;
-    run->n_due = 0;
+    run->n_sent = 0;
 }
 
 /* Lets the worker serve what was sent on this connection; false when it can not go on. */
@@ -448,7 +475,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n_bytes)
     for (int i = 0; is_alive && (i < MESSAGES_MAX) && (at + RECORD_BYTES <= n_bytes);) {
         bool goes_on = true;
         open_connection(&run);
-        for (int n = 0; goes_on && (n < 3) && (at + RECORD_BYTES <= n_bytes); n++, i++) {
+        for (int n = 0; goes_on && (n < TOGETHER_MAX) && (at + RECORD_BYTES <= n_bytes); n++, i++) {
             goes_on = (data[at] & TOGETHER) != 0U;
             at += send_next(&run, data + at, n_bytes - at);
         }
