@@ -37,6 +37,8 @@ static void test_named_stories(void **state)
     sim_story_clean();
 }
 
+#define PLANS 12U /* stories of a kind */
+
 /* A rank dies over each kind of message, at each of its next calls; then everything does. */
 static void test_deaths_over_messages(void **state)
 {
@@ -54,11 +56,18 @@ static void test_deaths_over_messages(void **state)
 
     (void)state;
     for (size_t i = 0; i < FV_COUNT(messages); i++) {
+        uint64_t n_deaths = sim_n_deaths();
+        uint64_t n_kills = g_sim_counts.n_kills;
         print_message("%s\n", messages[i].what);
-        for (uint32_t n = 0; n < 12; n++) {
+        for (uint32_t n = 0; n < PLANS; n++) {
             sim_plan_t plan = {.type = messages[i].type, .nth = 1U + n % 3U, .n_calls = 1U + n};
             sim_story(1000U + n, &plan);
         }
+        n_deaths = sim_n_deaths() - n_deaths;
+        n_kills = g_sim_counts.n_kills - n_kills;
+        print_message("    %llu of %u died over it\n", (unsigned long long)n_deaths, PLANS);
+        assert_in_range(n_deaths, PLANS / 2U, PLANS); /* some stories have too few messages of it */
+        assert_true(n_kills >= n_deaths + PLANS / 2U); /* and rank 0 after each */
     }
     sim_story_clean();
 }
@@ -70,10 +79,12 @@ static void test_deaths_over_messages(void **state)
 static void test_two_deaths_in_a_repair(void **state)
 {
     (void)state;
-    for (uint32_t n = 0; n < 12; n++) {
+    for (uint32_t n = 0; n < PLANS; n++) {
+        uint64_t n_deaths = sim_n_deaths();
         sim_plan_t plan = {
             .type = FV_CTL_STEP, .nth = 1, .n_calls = 1U + n % 4U, .has_second = true};
         sim_story(2000U + n, &plan);
+        assert_int_equal(sim_n_deaths() - n_deaths, 2);
         assert_int_equal(sim_job_n_starts(), 1); /* there were spares for both */
     }
     sim_story_clean();

@@ -271,6 +271,13 @@ void sim_fiber_join(void *fiber)
     }
 }
 
+static uint64_t s_n_deaths; /* of sim_kill_after(), in all worlds */
+
+uint64_t sim_n_deaths(void)
+{
+    return s_n_deaths;
+}
+
 void sim_call(void)
 {
     sim_process_t *p = w.current;
@@ -278,6 +285,7 @@ void sim_call(void)
     if ((w.running != NULL) && (p->n_calls_left > 0) && (--p->n_calls_left == 0)) {
         p->has_ended = true;
         p->exit_code = -1;
+        s_n_deaths++;
         leave(w.running, true);
     }
 }

@@ -68,6 +68,8 @@ void sim_kill(uint32_t number);
 void sim_kill_pid(int pid);
 /* It dies at its n-th system call from now on. */
 void sim_kill_after(uint32_t number, uint32_t n_calls);
+/* Those that did, in all worlds until now. */
+uint64_t sim_n_deaths(void);
 void sim_stop_until(uint32_t number, int64_t until_us); /* as SIGSTOP and SIGCONT */
 int64_t sim_stopped_until(uint32_t number);
 /* The own process leaves; does not return. */
