@@ -105,6 +105,19 @@ bool fv_cuda_attend_fits(const fv_backend_t *backend, const fv_attn_item_t *item
            fv_lean_plan_fits(backend, &g, q_parts(item, g.kind));
 }
 
+fv_status_t fv_cuda_check_attend(const fv_backend_t *backend, const fv_attn_item_t *item)
+{
+    if (fv_cuda_attend_fits(backend, item)) {
+        return FV_OK;
+    }
+    return fv_fail(
+        FV_ERR_UNIMPLEMENTED,
+        "kv_dtype, head_dim_qk, head_dim_v: given %s, %d, %d and tensors of %s, which do not fit into this GPU's "
+        "shared memory: expected a KV dtype of 2 bytes, or at most 192 dims",
+        fv_dtype_str(item->kv_dtype), item->head_dim_qk, item->head_dim_v,
+        fv_dtype_str(item->io_dtype));
+}
+
 static bool same_geometry(const fv_lean_geometry_t *a, const fv_lean_geometry_t *b)
 {
     return (a->kind == b->kind) && (a->m_warps == b->m_warps) &&

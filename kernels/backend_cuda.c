@@ -311,6 +311,7 @@ const fv_backend_ops_t fv_backend_cuda = {
     .append = cuda_append,
     .copy_pages = fv_cuda_copy_pages,
     .attend = cuda_attend,
+    .check_attend = fv_cuda_check_attend,
     .merge = cuda_merge,
     .empty = fv_cuda_empty,
     .finish = fv_cuda_finish,

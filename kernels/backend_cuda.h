@@ -262,6 +262,9 @@ fv_lean_geometry_t fv_cuda_item_geometry(const fv_backend_t *backend, const fv_a
 /* False: shared memory is too small for this item's head dims and dtypes; attend() refuses it. */
 bool fv_cuda_attend_fits(const fv_backend_t *backend, const fv_attn_item_t *item);
 
+/* The same for the table of operations: FV_ERR_UNIMPLEMENTED with what was given. */
+fv_status_t fv_cuda_check_attend(const fv_backend_t *backend, const fv_attn_item_t *item);
+
 /* attend in two halves, which the benchmark calls apart: plan and stage into backend->launches, then start them. */
 fv_status_t fv_cuda_attend_plan(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items);
 fv_status_t

@@ -263,6 +263,8 @@ typedef struct fv_backend_ops {
     fv_status_t (*append)(fv_backend_t *backend, const fv_append_item_t *items, size_t n_items);
     fv_status_t (*copy_pages)(fv_backend_t *backend, const fv_page_copy_t *copies, size_t n_copies);
     fv_status_t (*attend)(fv_backend_t *backend, const fv_attn_item_t *items, size_t n_items);
+    /* FV_ERR_UNIMPLEMENTED: attend() would fail for an item of these dtypes and dims, pages aside. NULL: for none. */
+    fv_status_t (*check_attend)(const fv_backend_t *backend, const fv_attn_item_t *item);
     /*
      * The first half of attend(), for items whose scores are added up between ranks before the second: writes
      * score_count(item) floats to each item's `scores`. Both NULL: not served.

@@ -159,7 +159,7 @@ static void make_room(fv_worker_t *worker, fv_error_t *item_errors)
     }
 }
 
-/* Shares, checks, sizes of messages, room for everything: after it only the pool can refuse an item. */
+/* Shares, checks, sizes of messages, room for everything: after it only the backend and the pool can refuse an item. */
 static fv_status_t plan(fv_worker_t *worker,
                         const fv_ctl_item_t *items,
                         const fv_step_io_t *io,
@@ -351,6 +351,19 @@ static fv_attn_item_t make_attend(const fv_step_item_t *item)
     return a;
 }
 
+/* What the backend's attend() would refuse, and the whole step with it, fails alone; before it has taken pages. */
+static fv_status_t check_backend(const fv_worker_t *worker, const fv_step_item_t *item)
+{
+    const fv_backend_ops_t *ops = worker->config.backend;
+
+    if ((ops->check_attend == NULL) || !item->share.is_answered) {
+        return FV_OK;
+    }
+    fv_attn_item_t attend = make_attend(item);
+
+    return ops->check_attend(worker->backend, &attend);
+}
+
 /* Pages, copies, appends and attention of every item that has not failed: enqueued, not waited for. */
 static fv_status_t compute(fv_worker_t *worker, fv_error_t *item_errors)
 {
@@ -367,8 +380,9 @@ static fv_status_t compute(fv_worker_t *worker, fv_error_t *item_errors)
         fv_step_item_t *item = (fv_step_item_t *)w->items.data + i;
 
         if (!item->failed) {
-            fv_status_t status = reserve_item(worker, item);
+            fv_status_t status = check_backend(worker, item);
 
+            status = (status == FV_OK) ? reserve_item(worker, item) : status;
             if (status != FV_OK) {
                 fail_item(item, status, &item_errors[i]);
             }
@@ -427,6 +441,12 @@ static void undo_item(fv_worker_t *worker, const fv_step_item_t *item)
     fv_session_trim(item->session, item->ctl->layer, worker->pool);
 }
 
+/* Ranks may differ in these failures: on others the append is in. The rest any rank would find. */
+static bool is_own_failure(const fv_error_t *error)
+{
+    return (error->status == FV_ERR_EXHAUSTED) || (error->status == FV_ERR_UNIMPLEMENTED);
+}
+
 /* Lengths advance, or the tables become as they were. */
 static fv_status_t settle(fv_worker_t *worker, const fv_error_t *item_errors, bool is_done)
 {
@@ -445,10 +465,10 @@ static fv_status_t settle(fv_worker_t *worker, const fv_error_t *item_errors, bo
         if (!item->failed) {
             item->layer->length = item->ctl->kv_end;
         }
-        /* a full pool here: on other ranks the append is in, so that all free alike; a later piece of an append frees
-         * nothing, so that the whole of it can be undone, and asked for again, like one that came in one piece */
+        /* all ranks free alike; a later piece of an append frees nothing, so that the whole of it can be undone, and
+         * asked for again, like one that came in one piece */
         bool frees = ((item->ctl->flags & FV_ITEM_CONTINUES) == 0) &&
-                     (!item->failed || (item_errors[i].status == FV_ERR_EXHAUSTED));
+                     (!item->failed || is_own_failure(&item_errors[i]));
         if (w->is_store_full) { /* then no append got anywhere, and nothing can be noted */
             continue;
         }

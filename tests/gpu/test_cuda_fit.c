@@ -83,9 +83,12 @@ static void test_sm80(void **state)
     backend.smem_per_sm = A100_SMEM;
     for_each(&backend, check_sm80);
     assert_false(fv_cuda_attend_fits(&backend, &item));
+    assert_int_equal(fv_backend_cuda.check_attend(&backend, &item), FV_ERR_UNIMPLEMENTED);
+    assert_non_null(strstr(fv_error_context(), "given f32, 256, 256 and tensors of f32"));
     /* 64 rows of Q in three parts leave no room: 32 do */
     item = item_of(256, 256, FV_DTYPE_F32, FV_DTYPE_BF16, 64);
     assert_int_equal(fv_cuda_item_geometry(&backend, &item).m_warps, 2);
+    assert_int_equal(fv_backend_cuda.check_attend(&backend, &item), FV_OK);
     /* what 16 rows need to join their sums leaves none: 64 rows join none */
     item = item_of(240, 240, FV_DTYPE_BF16, FV_DTYPE_F32, 4);
     assert_int_equal(fv_cuda_item_geometry(&backend, &item).m_warps, 4);

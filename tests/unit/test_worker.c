@@ -354,6 +354,101 @@ static void test_a_backend_failure_ends_the_worker(void **state)
     }
 }
 
+/* ------------------------------------------------------------------ a backend that does not compute all */
+
+static int32_t refused_part; /* the context part whose fp32 tensors are refused; -1: of none */
+
+static fv_status_t refuse_f32(const fv_backend_t *backend, const fv_attn_item_t *item)
+{
+    (void)backend;
+    if ((item->io_dtype == (int32_t)FV_DTYPE_F32) && (item->shard.part == refused_part)) {
+        return fv_fail(FV_ERR_UNIMPLEMENTED, "no fp32 here");
+    }
+    return FV_OK;
+}
+
+/* As such a backend does: one item that it refuses ends the call. */
+static fv_status_t attend_no_f32(fv_backend_t *backend, const fv_attn_item_t *items, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        FV_RETURN_IF_ERR(refuse_f32(backend, &items[i]));
+    }
+    return fv_backend_cpu.attend(backend, items, n);
+}
+
+static fv_backend_ops_t ops_without_f32(void)
+{
+    fv_backend_ops_t ops = fv_backend_cpu;
+
+    ops.attend = attend_no_f32;
+    ops.check_attend = refuse_f32;
+    refused_part = -1;
+    return ops;
+}
+
+static void test_a_shape_that_is_not_computed_fails_alone(void **state)
+{
+    static fv_rig_t rig;
+    fv_model_spec_t spec = make_spec();
+    fv_backend_ops_t ops = ops_without_f32();
+    fv_ctl_item_t items[3] = {append_at(0, 64), append_at(1, 64), append_at(2, 64)};
+    fv_error_t errors[3];
+
+    (void)state;
+    fv_rig_create(&rig, 1, ARENA_BYTES, &ops, 11);
+    (void)fv_rig_model(&rig, &spec);
+    for (uint32_t slot = 0; slot < 3U; slot++) {
+        fv_rig_open(&rig, slot, 0, 1, 1, 64);
+        assert_int_equal(fv_rig_append(&rig, slot, 0, 64), FV_OK);
+    }
+    uint64_t before = bytes_free(&rig);
+    refused_part = 0;
+    items[0].dtype = FV_DTYPE_BF16;
+    items[2].dtype = FV_DTYPE_F16;
+    assert_int_equal(step_raw(&rig, items, 3, errors), FV_OK);
+    assert_int_equal(errors[0].status, FV_OK);
+    assert_int_equal(errors[1].status, FV_ERR_UNIMPLEMENTED);
+    assert_string_equal(errors[1].text, "no fp32 here");
+    assert_int_equal(errors[2].status, FV_OK);
+    assert_int_equal(bytes_free(&rig), before - 4U * fv_model_page_bytes(&spec)); /* two items' */
+    /* the worker goes on: the two others are a token further, this one is where it was */
+    items[0] = append_at(0, 65);
+    items[2] = append_at(2, 65);
+    refused_part = -1;
+    assert_int_equal(step_raw(&rig, items, 3, errors), FV_OK);
+    for (size_t i = 0; i < 3U; i++) {
+        assert_int_equal(errors[i].status, FV_OK);
+        assert_int_equal(
+            fv_worker_truncate(rig.workers[0],
+                               &(fv_ctl_truncate_t){.session_slot = (uint32_t)i, .position = 64}),
+            FV_OK);
+    }
+    assert_int_equal(fv_rig_append(&rig, 1, 0, 3), FV_OK); /* and the rig finds what it knows */
+    fv_rig_destroy(&rig);
+}
+
+/* Ranks may differ: the others' append is taken back, and all have freed the same pages. */
+static void test_a_shape_that_one_rank_does_not_compute(void **state)
+{
+    static fv_rig_t rig;
+    fv_model_spec_t spec = make_spec();
+    fv_backend_ops_t ops = ops_without_f32();
+
+    (void)state;
+    spec.policies[0] = (fv_policy_t){.kind = FV_POLICY_WINDOW, .window_tokens = 64};
+    fv_rig_create(&rig, 2, ARENA_BYTES, &ops, 12);
+    (void)fv_rig_model(&rig, &spec);
+    fv_rig_open(&rig, 0, 0, 1, 2, 64);
+    assert_int_equal(fv_rig_append(&rig, 0, 0, 512), FV_OK);
+    for (refused_part = 0; refused_part < 2; refused_part++) {
+        assert_int_equal(fv_rig_append(&rig, 0, 0, 70), FV_ERR_UNIMPLEMENTED); /* checks pages */
+    }
+    refused_part = -1;
+    assert_int_equal(fv_rig_append(&rig, 0, 0, 70), FV_OK);
+    assert_int_equal(fv_rig_append(&rig, 0, 0, 1), FV_OK);
+    fv_rig_destroy(&rig);
+}
+
 static fv_status_t lost(void *ctx,
                         const fv_exchange_message_t *sends,
                         size_t n_sends,
@@ -436,6 +531,8 @@ int main(void)
         cmocka_unit_test(test_a_full_pool_names_its_numbers),
         cmocka_unit_test(test_a_session_elsewhere_holds_nothing),
         cmocka_unit_test(test_a_backend_failure_ends_the_worker),
+        cmocka_unit_test(test_a_shape_that_is_not_computed_fails_alone),
+        cmocka_unit_test(test_a_shape_that_one_rank_does_not_compute),
         cmocka_unit_test(test_a_lost_exchange_leaves_the_length),
         cmocka_unit_test(test_hello_describes_the_rank),
     };
