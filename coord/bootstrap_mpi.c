@@ -150,11 +150,16 @@ static fv_status_t choose_address(bool one_host, const char *control_address, fv
 
 static fv_status_t listen_at(fv_meeting_t *meeting, int *out_fd)
 {
+    static const int k_on = 1;
     int fd = socket(meeting->address.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
     socklen_t n = meeting->address_bytes;
 
     if (fd < 0) {
         return system_error("socket");
+    }
+    /* a port that was given: connections to it live on while recruits come, and linger when their job was killed */
+    if (meeting->address.ss_family != AF_UNIX) {
+        (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &k_on, sizeof(k_on));
     }
     if ((bind(fd, (struct sockaddr *)&meeting->address, n) != 0) || (listen(fd, 1024) != 0)) {
         fv_status_t status = system_error("control socket: bind");

@@ -119,6 +119,12 @@ until_busy() { # TICKS: until the service has computed for that long
     return 1
 }
 
+free_port() { # below those that the system gives to whoever connects
+    local port
+    while port=$((10000 + RANDOM % 20000)) && (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do :; done
+    echo "$port"
+}
+
 tensors() { # N: q.npy and kv.npy of N tokens, 8 heads of 64, float32, all zero
     local file
     for file in q kv; do
@@ -273,9 +279,9 @@ spare() { # SIGNAL DURABILITY
 }
 
 # No spare waits: a process is started in the lost rank's place, and in that one's, while steps run over all ranks.
-respawned() { # SIGNAL
+respawned() { # SIGNAL CONTROL_ADDRESS
     local client
-    FV_RESPAWN=true launched --restarts 1 -n 3 || return
+    FV_RESPAWN=true launched --restarts 1 -n 3 --control-address "$2" || return
     timeout 30 "$fovea" --address "$address" bench --layers 1 --context 300 --duration 4 \
         --sharding context --shard-tokens 64 >"$work/bench" 2>&1 &
     client=$!
@@ -293,6 +299,20 @@ respawned() { # SIGNAL
     finish respawned 0
     expect respawned 'stopped cleanly'
     nothing_left respawned
+}
+
+# The coordinator is killed: its connections linger (TIME_WAIT), and the job is started again where it was all the same.
+killed_coordinator() {
+    launched --restarts 1 -n 2 --control-address "127.0.0.1:$(free_port)" || return
+    kill -KILL "$(rank_pid 0)"
+    for _ in {1..200}; do
+        [[ $(grep -c 'listening on' "$work/log") -eq 2 ]] && break
+        sleep 0.05
+    done
+    [[ $(grep -c 'listening on' "$work/log") -eq 2 ]] || fail "killed coordinator: the job does not come back"
+    kill -TERM "$job"
+    finish "killed coordinator" 0
+    nothing_left "killed coordinator"
 }
 
 # fovead-run is killed, and mpirun ends its ranks: that was not meant, and the sessions are there again. A stop is, and takes them away.
@@ -379,12 +399,13 @@ dead_rank_mid_step
 hung_rank
 stopped_rank
 stopped_coordinator
+killed_coordinator
 killed_launcher
 spare KILL none
 spare KILL process
 spare STOP process
-respawned KILL
-respawned STOP
+respawned KILL "127.0.0.1:$(free_port)"
+respawned STOP auto
 running_request TERM
 running_request INT
 hostfile
