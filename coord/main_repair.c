@@ -136,6 +136,8 @@ static void note_loss(fv_crew_t *crew, uint32_t rank, fv_loss_t *out)
 static void put_spare(fv_crew_t *crew, uint32_t rank, uint32_t spare)
 {
     fv_info("rank %u: spare %u on %s takes its place", rank, spare, crew->hellos[spare].host);
+    crew->hellos[rank].pid = crew->hellos[spare].pid; /* the rest comes with its HELLO */
+    memcpy(crew->hellos[rank].host, crew->hellos[spare].host, sizeof(crew->hellos[rank].host));
     fv_link_replace(crew->link, rank, crew->fds[spare]);
     atomic_store(&crew->is_spare[spare], false);
     atomic_store(&crew->rank_of[spare], rank);

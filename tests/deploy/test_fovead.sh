@@ -278,6 +278,27 @@ spare() { # SIGNAL DURABILITY
     nothing_left "spare"
 }
 
+# A spare is stopped while it takes over, by somebody who has the lost rank's store: it is killed, and the next one takes over.
+stopped_spare() {
+    local journal lock first
+    launched -n 3 --spares 2 || return
+    first=$(rank_pid 3)
+    journal=$(find "$FV_STORE_DIR" -name slot-0002.journal)
+    cp "$journal" "$journal.new" # (the rank has the old one's lock)
+    exec {lock}<"$journal.new" && flock "$lock" && mv "$journal.new" "$journal"
+    kill -KILL "$(rank_pid 2)"
+    until_logged 'rank 2: spare 3 on .* takes its place' || fail "stopped spare: the first one is not taken"
+    sleep 0.1
+    kill -STOP "$first"
+    until_logged 'rank 2: spare 4 on .* takes its place' || fail "stopped spare: the second one is not taken"
+    exec {lock}<&-
+    until_logged 'epoch 3: repaired in' || fail "stopped spare: not repaired"
+    grep -qs '^State:.*stopped' "/proc/$first/status" && fail "stopped spare: it still is there"
+    kill -TERM "$job"
+    finish "stopped spare" 0
+    nothing_left "stopped spare"
+}
+
 # No spare waits: a process is started in the lost rank's place, and in that one's, while steps run over all ranks.
 respawned() { # SIGNAL CONTROL_ADDRESS
     local client
@@ -404,6 +425,7 @@ killed_launcher
 spare KILL none
 spare KILL process
 spare STOP process
+stopped_spare
 respawned KILL "127.0.0.1:$(free_port)"
 respawned STOP auto
 running_request TERM
