@@ -3,7 +3,9 @@
  */
 #include "coord/main_parts.h"
 
+#include "common/deadline.h"
 #include "coord/main_exchange.h"
+#include "coord/main_exit.h"
 #include "coord/main_ranks.h"
 #include "coord/main_store.h"
 #include "coord/resources.h"
@@ -147,6 +149,24 @@ fv_status_t fv_main_start_recruit_parts(fv_process_t *p, const char *job)
     return fv_main_store_open(&p->config, job, (uint32_t)p->rank, (uint32_t)p->n_ranks, &p->store);
 }
 
+/* All processes wait for whoever has most to read: what all have together counts. */
+static void extend_start(const fv_process_t *p)
+{
+    uint64_t n_bytes = 0;
+
+    if (strcmp(p->config.durability, "host") != 0) {
+        return;
+    }
+    if (!fv_main_is_spare(p)) {
+        n_bytes = fv_main_store_log_bytes(&p->config, p->crew.job, (uint32_t)p->rank);
+    }
+    if (p->has_mpi) {
+        (void)MPI_Allreduce(MPI_IN_PLACE, &n_bytes, 1, MPI_UINT64_T, MPI_SUM, MPI_COMM_WORLD);
+    }
+    fv_deadline_arm((uint32_t)p->config.start_deadline_ms + fv_main_store_log_ms(n_bytes),
+                    FV_EXIT_START, "fovead: start");
+}
+
 /* Backend, exchange, worker: after each, all ranks know whether all are fine, so that none waits for another. */
 bool fv_main_start_parts(fv_process_t *p)
 {
@@ -169,6 +189,7 @@ bool fv_main_start_parts(fv_process_t *p)
     if (!fv_main_said_fine(p, status)) {
         return false;
     }
+    extend_start(p);
     if (fv_main_is_spare(p)) { /* its worker is made when it is known whose place it takes */
         p->hello = (fv_ctl_hello_t){.rank = (uint32_t)p->rank, .backend = "spare"};
         return fv_main_said_fine(p, FV_OK);

@@ -7,6 +7,7 @@
 #include "common/frame.h"
 #include "common/log.h"
 #include "coord/main_recruit.h"
+#include "coord/main_store.h"
 
 #include <signal.h>
 #include <stdlib.h>
@@ -204,6 +205,21 @@ static void say_epoch(fv_crew_t *crew, uint32_t rank)
     }
 }
 
+/* Whoever comes reads its slot's log; those of one host at the same time, it may be from one disk. */
+static uint32_t repair_ms(const fv_crew_t *crew)
+{
+    uint64_t n_bytes = 0;
+
+    for (uint32_t i = 0; i < crew->n_losses; i++) {
+        const fv_loss_t *loss = &crew->losses[i];
+        bool is_near = strcmp(crew->hellos[loss->rank].host, crew->hellos[0].host) == 0;
+        n_bytes += is_near
+                       ? fv_main_store_log_bytes(crew->config, crew->job, loss->rank)
+                       : fv_main_store_log_most(crew->config, loss->hello.memory.kv_bytes_total);
+    }
+    return crew->deadline_ms + fv_main_store_log_ms(n_bytes);
+}
+
 static fv_status_t enter_epoch(fv_crew_t *crew)
 {
     fv_link_begin_epoch(crew->link, crew->epoch);
@@ -212,7 +228,7 @@ static fv_status_t enter_epoch(fv_crew_t *crew)
             say_epoch(crew, r);
         }
     }
-    fv_deadline_arm(crew->deadline_ms, crew->lost_code, "fovead: repair");
+    fv_deadline_arm(repair_ms(crew), crew->lost_code, "fovead: repair");
     fv_status_t status = fv_crew_make_comm(crew, 0);
     if (status == FV_OK) {
         fv_link_set_comm(crew->link, &crew->comm);

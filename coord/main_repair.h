@@ -39,7 +39,7 @@ typedef struct fv_crew {
     MPI_Comm
         base; /* has all processes that may still be members: MPI_COMM_WORLD, or the last communicator with a recruit */
     uint32_t epoch, n_ranks, n_world;
-    uint32_t deadline_ms;             /* of a repair */
+    uint32_t deadline_ms;             /* of a repair, what reading logs takes not counted */
     int lost_code;                    /* the process ends with it when the deadline passes */
     uint32_t members[FV_RANKS_MAX];   /* processes by rank */
     uint32_t seats[FV_RANKS_MAX];     /* places in base by process */

@@ -9,9 +9,12 @@
 
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
-#define MIB ((uint64_t)1 << 20)
+#define MIB              ((uint64_t)1 << 20)
+#define LOG_BYTES_PER_MS 50000U /* a cold disk, every byte looked at several times */
+#define LOG_MS_MAX       ((uint64_t)24 * 3600 * 1000)
 
 void fv_main_store_job(const fv_config_t *config, char out[FV_JOURNAL_JOB_BYTES])
 {
@@ -158,4 +161,39 @@ fv_status_t fv_main_store_kv_memory(const fv_main_store_t *store,
     fv_info("memory: KV cache %s: no more fits into %s beside the rest",
             fv_format_bytes(n_most, text), store->place.dir);
     return FV_OK;
+}
+
+/* ------------------------------------------------------------------ how long */
+
+static bool has_logs(const fv_config_t *config)
+{
+    return strcmp(config->durability, "host") == 0;
+}
+
+uint64_t fv_main_store_log_bytes(const fv_config_t *config, const char *job, uint32_t slot)
+{
+    fv_store_place_t place;
+    char path[FV_STORE_PATH_BYTES];
+    struct stat info;
+
+    if (!has_logs(config) ||
+        (fv_store_place_make(config->store_dir, job, slot, slot + 1U, &place) != FV_OK) ||
+        (fv_store_place_disk(&place, config->disk_dir) != FV_OK)) {
+        return 0;
+    }
+    fv_store_path(&place, FV_STORE_LOG, path);
+    return (stat(path, &info) == 0) ? (uint64_t)info.st_size : 0U;
+}
+
+uint64_t fv_main_store_log_most(const fv_config_t *config, uint64_t kv_bytes)
+{
+    /* begun anew when it takes more than two times what it holds and 256 MiB */
+    return has_logs(config) ? (2U * kv_bytes + 256U * MIB) : 0U;
+}
+
+uint32_t fv_main_store_log_ms(uint64_t n_bytes)
+{
+    uint64_t ms = n_bytes / LOG_BYTES_PER_MS;
+
+    return (uint32_t)((ms < LOG_MS_MAX) ? ms : LOG_MS_MAX);
 }

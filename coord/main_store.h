@@ -40,4 +40,14 @@ FV_MUST_CHECK fv_status_t fv_main_store_kv_memory(const fv_main_store_t *store,
                                                   int32_t n_local_ranks,
                                                   uint64_t *inout_bytes);
 
+/*
+ * Opening a slot reads its log on the disk whole (level host): deadlines grow by what that takes.
+ *   log_bytes   of slot `slot` on this host; 0: there is none, or another level
+ *   log_most    what a log grows to that holds kv_bytes, for one that can not be seen; 0 on another level
+ *   log_ms      milliseconds for n_bytes on a slow disk, a day at most
+ */
+uint64_t fv_main_store_log_bytes(const fv_config_t *config, const char *job, uint32_t slot);
+uint64_t fv_main_store_log_most(const fv_config_t *config, uint64_t kv_bytes);
+uint32_t fv_main_store_log_ms(uint64_t n_bytes);
+
 #endif /* FV_COORD_MAIN_STORE_H */

@@ -63,11 +63,11 @@ static fv_status_t enlist(fv_process_t *p, fv_ctl_epoch_t *epoch)
     fv_deadline_arm((uint32_t)p->config.repair_deadline_ms, FV_EXIT_RANK_LOST, "fovead: joining");
     fv_status_t status = fv_recruit_join(p, epoch);
     p->crew.deadline_ms = (uint32_t)p->config.repair_deadline_ms;
+    fv_deadline_disarm(); /* rank 0 knows how long the rest may take: it reads a log, maybe */
     if (status == FV_OK) {
         end_lost(p, epoch);
         status = settle(p, epoch);
     }
-    fv_deadline_disarm();
     return status;
 }
 

@@ -9,6 +9,7 @@ fovead=$(realpath "$1") fovea=$(realpath "$2")
 launcher=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/deploy/fovead-run
 work=$(mktemp -d)
 address=unix:$work/s.sock
+disk=$(mktemp -d -p "${FV_TEST_DISK:-/var/tmp}")
 n_failed=0
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export OMPI_MCA_pml=ob1 OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_orte_enable_recovery=1
@@ -16,7 +17,7 @@ unset FOVEA_EXIT_FILE
 export FV_RESPAWN=false # what follows a loss is to be seen
 # many services on one address, each of its own shape: none shall find what one before it has left
 FV_STORE_DIR=$(mktemp -d -p /dev/shm) && export FV_STORE_DIR FV_STORE_DISCARD=true
-trap 'jobs -p | xargs -r kill -KILL 2>/dev/null; rm -rf "$work" "$FV_STORE_DIR"' EXIT
+trap 'jobs -p | xargs -r kill -KILL 2>/dev/null; rm -rf "$work" "$disk" "$FV_STORE_DIR"' EXIT
 
 fail() {
     echo "FAIL $*"
@@ -278,6 +279,26 @@ spare() { # SIGNAL DURABILITY
     nothing_left "spare"
 }
 
+# Level host: whoever takes over reads the slot's log first. That takes as long as it takes, beyond --repair-deadline-ms.
+long_log() { # PROCESS that takes over, DEADLINE_MS, SECONDS, OPTION...
+    local log lock size who=$1 deadline=$2 seconds=$3
+    shift 3
+    launched -n 3 --durability host --disk-dir "$disk" --repair-deadline-ms "$deadline" "$@" || return
+    log=$(find "$disk" -name slot-0002.log)
+    size=$(stat -c %s "$log")
+    cp "$log" "$log.new" && truncate -s 1G "$log.new" # (zeros at its end are room; the rank has the old one's lock)
+    exec {lock}<"$log.new" && flock "$lock" && mv "$log.new" "$log"
+    kill -KILL "$(rank_pid 2)"
+    until_logged "rank 2: $who" || fail "long log: nobody takes the place"
+    sleep "$seconds" # in place of a slow disk
+    truncate -s "$size" "$log"
+    exec {lock}<&-
+    until_logged 'epoch 2: repaired in' || fail "long log: not repaired"
+    kill -TERM "$job"
+    finish "long log" 0
+    nothing_left "long log"
+}
+
 # A spare is stopped while it takes over, by somebody who has the lost rank's store: it is killed, and the next one takes over.
 stopped_spare() {
     local journal lock first
@@ -426,6 +447,8 @@ spare KILL none
 spare KILL process
 spare STOP process
 stopped_spare
+long_log 'spare 3 on .* takes its place' 1000 1.5 --spares 1
+FV_RESPAWN=true long_log 'no spare waits' 1500 2.5 --restarts 1
 respawned KILL "127.0.0.1:$(free_port)"
 respawned STOP auto
 running_request TERM
