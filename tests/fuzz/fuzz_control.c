@@ -351,20 +351,20 @@ static void deliver(run_t *run, const message_t *m)
     run->fates[run->n_sent++] = fate_of(run, &m->header);
 }
 
-/* One answer's body; whether it says that all went well. */
+/* One answer's body; whether it says that a step failed as a whole (if some items did it names them), where it is a step's. */
 static bool judge_body(const fv_ctl_header_t *header, const uint8_t *body)
 {
     fv_ctl_done_t done;
 
     if (header->type == FV_CTL_PONG) {
-        return true;
+        return false;
     }
     check((header->type == FV_CTL_DONE) || (header->type == FV_CTL_KEPT), "an answer of no kind");
     check(header->body_bytes >= sizeof(done), "a short answer");
     memcpy(&done, body, sizeof(done));
     check(memchr(done.error.text, '\0', sizeof(done.error.text)) != NULL, "an endless text");
     check((done.error.status == FV_OK) || (done.error.text[0] != '\0'), "no text");
-    return done.error.status == FV_OK;
+    return (done.error.status != FV_OK) && (done.n_items == 0U);
 }
 
 /* Reads what was answered. */
@@ -384,7 +384,7 @@ static void judge(run_t *run)
         check((header.magic == FV_CTL_MAGIC) && (header.epoch == run->epoch), "not an answer");
         check(header.body_bytes <= n_bytes - at, "an answer without its end");
         check(header.seq == run->n_answered + i, "answers out of order");
-        is_over = !judge_body(&header, bytes + at) && (run->fates[i] == FATE_STEP);
+        is_over = judge_body(&header, bytes + at) && (run->fates[i] == FATE_STEP);
         at += header.body_bytes;
     }
     check(at == n_bytes, "half an answer");
