@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #define ARENA_BYTES   ((size_t)1 << 20)
+#define MOVE_BYTES    ((size_t)64 << 10) /* 16 pages of a head: some contexts fit, some do not */
 #define MESSAGES_MAX  48
 #define RECORD_BYTES  5U
 #define PATCH_BYTES   11U
@@ -116,6 +117,7 @@ static fv_worker_t *make_worker(bool computes)
                                  .backend = computes ? &fv_backend_cpu : &fv_backend_null,
                                  .backend_config = {.kv_arena_bytes = ARENA_BYTES, .n_threads = 1},
                                  .exchange = &k_exchange,
+                                 .move_bytes = MOVE_BYTES,
                                  .step_deadline_ms = 1000};
     fv_worker_t *worker = NULL;
 
@@ -211,6 +213,7 @@ static void build_step(const run_t *run, message_t *m, const uint8_t *r)
                             .n_tokens = n_tokens,
                             .dtype = (uint16_t)((r[2] & 0x80U) ? FV_DTYPE_BF16 : FV_DTYPE_F32),
                             .flags = (uint16_t)(FV_ITEM_CAUSAL | (is_append ? FV_ITEM_APPEND : 0) |
+                                                ((r[2] & 0x20U) ? FV_ITEM_MOVES_KV : 0) |
                                                 ((r[3] & 0x80U) ? FV_ITEM_WANT_LSE : 0))};
     }
 }
