@@ -14,6 +14,7 @@ typedef struct batch {
     fv_disklog_batch_t said;
     bool is_whole;
     bool is_gap; /* no head can be made out; said.n_records: what is there is all, or UINT32_MAX */
+    bool may_be_older; /* a gap, and said.snapshot is a guess: that of the batch behind it */
 } batch_t;
 
 typedef struct walk {
@@ -21,6 +22,7 @@ typedef struct walk {
     size_t n_bytes;
     size_t end; /* of the last batch */
     uint64_t next_number;
+    uint32_t snapshot; /* of the last batch whose head could be read; 0: of none */
 } walk_t;
 
 /* What the first reading found. */
@@ -114,6 +116,7 @@ static bool next_batch(walk_t *walk, batch_t *out)
             make_gap(walk, at, out->said.snapshot, out);
             out->is_whole = out->is_whole && (number == walk->next_number + 1U);
             out->said.n_records = out->is_whole ? out->said.n_records : UINT32_MAX;
+            out->may_be_older = out->said.snapshot != walk->snapshot;
             walk->next_number = number; /* what it lacks is said */
             walk->end = at;
             return true;
@@ -123,6 +126,7 @@ static bool next_batch(walk_t *walk, batch_t *out)
         out->is_whole =
             is_inside && (count_whole(walk->data, out->begin, out->end) == out->said.n_records);
         walk->next_number = number + 1U;
+        walk->snapshot = out->said.snapshot;
         walk->end = out->end;
         return true;
     }
@@ -279,7 +283,8 @@ next_record(const play_t *play, const batch_t *batch, size_t *at, fv_journal_rec
 
 /*
  * Something of a batch is missing: pages of any key that it speaks of. Of which else is told by the numbers of its records -
- * unless a snapshot has come since, or nothing says how much is missing. A snapshot's pages are known by their places.
+ * unless a snapshot has come since: it has its own numbers, so that anybody may lack something. A snapshot's pages are known by
+ * their places.
  */
 static fv_status_t suspect_all(const play_t *play, const batch_t *batch)
 {
@@ -289,27 +294,28 @@ static fv_status_t suspect_all(const play_t *play, const batch_t *batch)
          at += fv_journal_size(record.n_bytes)) {
         FV_RETURN_IF_ERR(suspect(play, record.key));
     }
-    return (batch->is_gap && (batch->end <= play->found->snapshot_end))
-               ? suspect(play, FV_DISKLOG_ANYBODY)
-               : FV_OK;
+    return (batch->end <= play->found->snapshot_end) ? suspect(play, FV_DISKLOG_ANYBODY) : FV_OK;
 }
 
 static fv_status_t play_batch(const play_t *play, const batch_t *batch)
 {
     fv_journal_record_t record;
+    size_t end = batch->begin; /* of the records that follow each other from there */
     uint32_t n = 0;
 
     for (size_t at = batch->begin; next_record(play, batch, &at, &record);
          at += fv_journal_size(record.n_bytes)) {
         FV_RETURN_IF_ERR(play_record(play, batch, &record, at));
+        end += (at == end) ? fv_journal_size(record.n_bytes) : 0U;
         n++;
     }
     play->report->n_damaged += (batch->is_gap && batch->is_whole) ? 1U : 0U; /* its head */
-    if (n == batch->said.n_records) {
+    /* found behind a head that is not: it may be of the bytes that a client gave, and makes up for no other */
+    if ((n == batch->said.n_records) && (end == batch->end)) {
         return FV_OK;
     }
     FV_RETURN_IF_ERR(give_hole(play, batch));
-    return (batch->said.snapshot == 0U) ? suspect_all(play, batch) : FV_OK;
+    return ((batch->said.snapshot == 0U) || batch->may_be_older) ? suspect_all(play, batch) : FV_OK;
 }
 
 fv_status_t fv_disklog_scan(const uint8_t *data,

@@ -15,12 +15,19 @@ typedef struct restore {
     fv_store_t *store;
     fv_backend_t *pages; /* a CPU backend over the segment; NULL: there are none */
     size_t arena_bytes;
-    fv_array_t lost; /* uint8_t of each session slot that was met */
+    fv_array_t lost; /* uint8_t of each session slot: one of LOST... */
     uint32_t n_slots;
     bool is_anybody;
 } restore_t;
 
 /* ------------------------------------------------------------------ who is lost */
+
+/* What is known of a slot; LOST_UNMET is 0: nothing speaks of it. */
+enum {
+    LOST_UNMET,
+    LOST_NOT,
+    LOST,
+};
 
 static fv_status_t set_lost(restore_t *r, uint32_t key, bool is_lost)
 {
@@ -32,13 +39,18 @@ static fv_status_t set_lost(restore_t *r, uint32_t key, bool is_lost)
         memset((uint8_t *)r->lost.data + r->n_slots, 0, (size_t)key + 1U - r->n_slots);
         r->n_slots = key + 1U;
     }
-    ((uint8_t *)r->lost.data)[key] = is_lost ? 1U : 0U;
+    ((uint8_t *)r->lost.data)[key] = is_lost ? LOST : LOST_NOT;
     return FV_OK;
 }
 
 static bool get_lost(const restore_t *r, uint32_t key)
 {
-    return (key < r->n_slots) && (((const uint8_t *)r->lost.data)[key] != 0U);
+    return (key < r->n_slots) && (((const uint8_t *)r->lost.data)[key] == LOST);
+}
+
+static bool was_met(const restore_t *r, uint32_t key)
+{
+    return (key < r->n_slots) && (((const uint8_t *)r->lost.data)[key] != LOST_UNMET);
 }
 
 static fv_status_t on_suspect(void *arg, uint32_t key)
@@ -49,12 +61,12 @@ static fv_status_t on_suspect(void *arg, uint32_t key)
     return (key == FV_DISKLOG_ANYBODY) ? FV_OK : set_lost(r, key, true);
 }
 
-/* A fork has what its parent has. */
+/* A fork has what its parent has; of which, is not known when its record is damaged. */
 static fv_status_t on_first(void *arg, const fv_journal_record_t *record)
 {
     restore_t *r = arg;
     fv_store_fork_t fork;
-    bool is_lost = false;
+    bool is_lost = (record->type == FV_STORE_FORK) && (record->body == NULL);
 
     if ((record->type == FV_STORE_FORK) && (record->body != NULL) &&
         (record->n_bytes == sizeof(fork))) {
@@ -188,10 +200,20 @@ static fv_status_t on_page(void *arg, const fv_journal_record_t *record)
 
 /* ------------------------------------------------------------------ tables */
 
-static fv_status_t on_table(void *arg, const void *records, size_t n_bytes)
+/* Who has a table is met, also who was there only in a snapshot. */
+static fv_status_t meet(void *arg, const fv_journal_record_t *record)
 {
     restore_t *r = arg;
 
+    return set_lost(r, record->key, get_lost(r, record->key));
+}
+
+static fv_status_t on_table(void *arg, const void *records, size_t n_bytes)
+{
+    restore_t *r = arg;
+    fv_journal_report_t report;
+
+    FV_RETURN_IF_ERR(fv_journal_scan(records, n_bytes, meet, r, &report));
     FV_RETURN_IF_ERR(fv_journal_reserve(r->store->journal, n_bytes));
     fv_journal_add_raw(r->store->journal, records, n_bytes);
     return FV_OK;
@@ -200,7 +222,7 @@ static fv_status_t on_table(void *arg, const void *records, size_t n_bytes)
 static fv_status_t mark_lost(restore_t *r)
 {
     for (uint32_t slot = 0; slot < r->n_slots; slot++) {
-        if (r->is_anybody || get_lost(r, slot)) {
+        if (get_lost(r, slot) || (r->is_anybody && was_met(r, slot))) {
             FV_RETURN_IF_ERR(fv_journal_reserve(r->store->journal, fv_journal_size(0)));
             fv_journal_add_damaged(r->store->journal, slot);
         }

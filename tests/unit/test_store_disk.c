@@ -2,10 +2,10 @@
  * test_store_disk.c - level host: a worker's sessions come back from a disk, with nothing left in memory.
  *
  * Goal:   the same bits, in place and from a device's mirror; also when the disk came later, or was away for a while; a damaged
- *         log gives the same bits or refuses a session.
+ *         log gives the same bits or refuses a session, wherever snapshots lie in it.
  * Method: as test_store.c; the files in memory are deleted before the worker that opens them again.
  */
-#include "common/disklog.h"
+#include "common/disklog_format.h"
 #include "tests/support/journal_file.h"
 #include "tests/support/store_life.h"
 #include "tests/support/test.h"
@@ -39,6 +39,8 @@ static void wipe_memory(void)
     fv_store_path(&fv_life_place, FV_STORE_TABLES, path);
     assert_int_equal(unlink(path), 0);
 }
+
+#define LOG_BYTES ((size_t)1 << 22)
 
 typedef float answers_t[FV_LIFE_SESSIONS][FV_LIFE_LAYERS][FV_LIFE_HEADS * FV_LIFE_DIM];
 
@@ -225,6 +227,158 @@ static void test_a_damaged_disk_never_changes_an_answer(void **state)
     (void)rmdir(dir);
 }
 
+/* ------------------------------------------------------------------ damage before a snapshot */
+
+#define DAMAGE_BODIES  0U /* of one batch after the other; their heads stay */
+#define DAMAGE_BATCHES 1U /* one after the other, heads and all */
+
+static const uint64_t k_grown[FV_LIFE_SESSIONS][FV_LIFE_LAYERS] = {{150, 203},
+                                                                   {110, 140},
+                                                                   {120, 40}};
+
+static void query_grown(fv_worker_t *worker,
+                        uint32_t slot,
+                        float out[FV_LIFE_LAYERS][FV_LIFE_HEADS * FV_LIFE_DIM])
+{
+    for (uint32_t layer = 0; layer < FV_LIFE_LAYERS; layer++) {
+        fv_life_run(worker, slot, layer, k_grown[slot][layer] - 1U, 1, false, out[layer]);
+    }
+}
+
+static fv_worker_t *keep_grown(bool is_kept[FV_LIFE_SESSIONS])
+{
+    const fv_ctl_model_t model = fv_life_model();
+    fv_worker_t *worker = fv_life_worker();
+
+    assert_int_equal(fv_worker_model(worker, &model), FV_OK);
+    for (uint32_t s = 0; s < FV_LIFE_SESSIONS; s++) {
+        is_kept[s] = fv_life_keep_lengths(worker, s, k_grown[s]) == FV_OK;
+    }
+    assert_int_equal(fv_worker_keep_end(worker), FV_OK);
+    return worker;
+}
+
+/* Sessions of a log that grow a token at a time, inside pages; a start then writes their tables anew behind all of it. */
+static void make_grown(bool is_fresh, answers_t before)
+{
+    static float out[256 * FV_LIFE_HEADS * FV_LIFE_DIM];
+    const fv_store_place_t disk = fv_life_place;
+    bool is_kept[FV_LIFE_SESSIONS];
+
+    fv_life_place.disk_dir[0] = is_fresh ? '\0' : disk.disk_dir[0];
+    fv_worker_t *worker = fv_life_worker();
+    fv_life_play(worker);
+    if (is_fresh) { /* the log knows them from a snapshot alone */
+        static answers_t answers;
+        query_all(worker, answers);
+        fv_worker_destroy(worker);
+        fv_life_place = disk;
+        worker = come_back(answers);
+    }
+    for (uint32_t i = 0; i < 30U; i++) {
+        fv_life_run(worker, 2, 0, 90U + i, 1, true, out); /* had them before it was cut */
+        fv_life_run(worker, 1, 0, 80U + i, 1, true, out);
+    }
+    for (uint32_t s = 0; s < FV_LIFE_SESSIONS; s++) {
+        query_grown(worker, s, before[s]);
+    }
+    fv_worker_destroy(worker);
+    fv_worker_destroy(keep_grown(is_kept));
+}
+
+/* Damages what lies at `at`; returns where the next damage begins. */
+static size_t damage(uint8_t *log, size_t at, size_t n_used, size_t block)
+{
+    fv_journal_disk_record_t head;
+    fv_disklog_batch_t batch;
+
+    if (block > DAMAGE_BATCHES) {
+        memset(log + at, 0xA5, block);
+        return at + block;
+    }
+    memcpy(&head, log + at, sizeof(head));
+    memcpy(&batch, log + at + sizeof(head), sizeof(batch));
+    assert_int_equal(head.type, FV_DISKLOG_BATCH);
+    size_t end = at + FV_DISKLOG_BATCH_BYTES + (size_t)batch.n_bytes;
+    at += (block == DAMAGE_BODIES) ? FV_DISKLOG_BATCH_BYTES : 0U;
+    assert_in_range(end, at, LOG_BYTES);
+    memset(log + at, 0xA5, end - at);
+    return (end < n_used) ? end : n_used;
+}
+
+/* Sessions that come back, each with the same bits. */
+static uint32_t count_right(answers_t before)
+{
+    float after[FV_LIFE_LAYERS][FV_LIFE_HEADS * FV_LIFE_DIM];
+    bool is_kept[FV_LIFE_SESSIONS];
+    uint32_t n_kept = 0;
+    fv_worker_t *worker = keep_grown(is_kept);
+
+    for (uint32_t s = 0; s < FV_LIFE_SESSIONS; s++) {
+        if (is_kept[s]) {
+            query_grown(worker, s, after);
+            assert_memory_equal(after, before[s], sizeof(after));
+            n_kept++;
+        }
+    }
+    fv_worker_destroy(worker);
+    return n_kept;
+}
+
+/* One place of `every` is damaged, one at a time; and each where the snapshot begins. */
+static void sweep(bool is_fresh, size_t block, uint32_t every)
+{
+    static uint8_t whole[LOG_BYTES], log[LOG_BYTES];
+    static answers_t before;
+    char dir[64];
+    char path[FV_STORE_PATH_BYTES];
+    const fv_store_place_t memory = fv_life_place;
+    uint32_t n_kept = 0;
+    uint32_t n_all = 0;
+
+    fv_life_place = with_disk(dir);
+    make_grown(is_fresh, before);
+    fv_store_path(&fv_life_place, FV_STORE_LOG, path);
+    size_t n_bytes = fv_read_file(path, whole, sizeof(whole));
+    size_t n_used = n_bytes;
+    while ((n_used > 0) && (whole[n_used - 1U] == 0U)) {
+        n_used--;
+    }
+    uint32_t n_places = 0;
+    for (size_t at = FV_JOURNAL_HEAD_BYTES; at < n_used; n_places++) {
+        bool is_meant = (n_places % every == every - 1U) || (n_used - at < 4096U);
+        memcpy(log, whole, n_bytes);
+        at = damage(log, at, n_used, block);
+        if (is_meant) {
+            wipe_memory();
+            fv_write_file(path, log, n_bytes);
+            n_kept += count_right(before);
+            n_all += FV_LIFE_SESSIONS;
+        }
+    }
+    print_message("%s log, %zu bytes: %u of %u kept\n", is_fresh ? "fresh" : "old", block, n_kept,
+                  n_all);
+    assert_true(n_kept < n_all);
+    fv_worker_t *worker = fv_life_worker();
+    fv_worker_discard_store(worker);
+    fv_worker_destroy(worker);
+    fv_life_place = memory;
+    (void)rmdir(dir);
+}
+
+/* No record's number tells of what is missing there: the numbers are the snapshot's. */
+static void test_damage_before_a_snapshot_never_changes_an_answer(void **state)
+{
+    (void)state;
+    fv_life_ops = fv_backend_cpu;
+    sweep(false, DAMAGE_BODIES, 12);
+    sweep(true, DAMAGE_BODIES, 12);
+    sweep(false, DAMAGE_BATCHES, 12);
+    sweep(true, DAMAGE_BATCHES, 12);
+    sweep(false, 512, 41);
+    sweep(true, 512, 41);
+}
+
 /* From here on no file of this process takes another byte behind `at`: a device that fails. Exit code 0: as it should be. */
 static int fail_to_commit(answers_t before, uint64_t at)
 {
@@ -290,6 +444,7 @@ int main(void)
         cmocka_unit_test(test_outlives_its_host_from_a_mirror),
         cmocka_unit_test(test_a_disk_comes_later),
         cmocka_unit_test(test_a_damaged_disk_never_changes_an_answer),
+        cmocka_unit_test(test_damage_before_a_snapshot_never_changes_an_answer),
         cmocka_unit_test(test_a_write_that_fails_loses_nothing),
     };
 
