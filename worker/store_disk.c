@@ -135,7 +135,8 @@ size_t fv_store_disk_need(const fv_worker_t *worker, const fv_step_item_t *item,
     const fv_session_t *session = item->session;
     const fv_model_spec_t *spec = &session->model->spec;
     size_t n_heads = (size_t)session->n_heads;
-    size_t n_runs = n_new_pages / (n_heads + 1U) + 2U; /* of tokens that are contiguous here */
+    /* contiguous tokens: each run begins a page, but the first */
+    size_t n_runs = n_new_pages / ((n_heads > 0U) ? n_heads : 1U) + 2U;
     size_t token_bytes =
         n_heads * ((size_t)item->share.part.head_dim_qk + (size_t)item->share.part.head_dim_v) *
         fv_dtype_bytes((fv_dtype_t)item->ctl->dtype);

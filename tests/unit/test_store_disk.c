@@ -2,13 +2,15 @@
  * test_store_disk.c - level host: a worker's sessions come back from a disk, with nothing left in memory.
  *
  * Goal:   the same bits, in place and from a device's mirror; also when the disk came later, or was away for a while; a damaged
- *         log gives the same bits or refuses a session, wherever snapshots lie in it.
+ *         log gives the same bits or refuses a session, wherever snapshots lie in it;
+ *         a step's records have room.
  * Method: as test_store.c; the files in memory are deleted before the worker that opens them again.
  */
 #include "common/disklog_format.h"
 #include "tests/support/journal_file.h"
 #include "tests/support/store_life.h"
 #include "tests/support/test.h"
+#include "worker/store_disk.h"
 
 #include <signal.h>
 #include <stdio.h>
@@ -437,6 +439,68 @@ static void test_a_write_that_fails_loses_nothing(void **state)
     (void)rmdir(dir);
 }
 
+/* ------------------------------------------------------------------ room */
+
+#define ROOM_PAGES 230U /* of one head, in one step */
+
+static fv_status_t add_bytes(void *arg, const fv_journal_record_t *record)
+{
+    *(size_t *)arg += fv_journal_size(record->n_bytes);
+    return FV_OK;
+}
+
+/* One KV head whose blocks are a page each: a record for each page. What is reserved for a step is enough for all of them. */
+static void test_room_for_a_record_of_each_page(void **state)
+{
+    static float x[ROOM_PAGES * FV_PAGE_TOKENS * FV_LIFE_DIM], out[sizeof(x) / sizeof(x[0])];
+    const size_t row = FV_LIFE_DIM * sizeof(float);
+    const fv_store_place_t memory = fv_life_place;
+    fv_ctl_model_t model = fv_life_model();
+    const fv_ctl_open_t open = fv_life_open(0);
+    const fv_ctl_item_t item = {.layer = 1, /* a window: soon done */
+                                .kv_end = ROOM_PAGES * FV_PAGE_TOKENS,
+                                .n_tokens = ROOM_PAGES * FV_PAGE_TOKENS,
+                                .dtype = FV_DTYPE_F32,
+                                .flags = FV_ITEM_CAUSAL | FV_ITEM_APPEND};
+    const fv_step_io_t io = {.q = x,
+                             .k = x,
+                             .v = x,
+                             .q_token_bytes = row,
+                             .k_token_bytes = row,
+                             .v_token_bytes = row,
+                             .out = out,
+                             .out_token_bytes = row};
+    size_t n_bytes = 0;
+    const fv_disklog_reader_t reader = {.page = add_bytes, .arg = &n_bytes};
+    fv_journal_head_t head;
+    fv_journal_report_t report;
+    fv_ctl_done_t done;
+    fv_error_t error;
+    bool is_locked = false;
+    char dir[64];
+    char path[FV_STORE_PATH_BYTES];
+
+    (void)state;
+    fv_life_ops = fv_backend_cpu;
+    fv_life_place = with_disk(dir);
+    fv_store_path(&fv_life_place, FV_STORE_LOG, path);
+    model.spec.n_q_heads = 1;
+    model.spec.n_kv_heads = 1;
+    fv_worker_t *worker = fv_life_worker();
+    assert_int_equal(fv_worker_model(worker, &model), FV_OK);
+    assert_int_equal(fv_worker_open(worker, &open), FV_OK);
+    assert_int_equal(fv_worker_step(worker, &item, &io, 1, &done, &error), FV_OK);
+    assert_int_equal(error.status, FV_OK);
+    assert_int_equal(fv_disklog_inspect(path, &reader, &head, &report, &is_locked), FV_OK);
+    assert_true(n_bytes > ROOM_PAGES * FV_PAGE_TOKENS * 2U * row);
+    assert_in_range(n_bytes, 1,
+                    fv_store_disk_need(worker, worker->work.items.data, ROOM_PAGES + 1U));
+    fv_worker_discard_store(worker);
+    fv_worker_destroy(worker);
+    fv_life_place = memory;
+    (void)rmdir(dir);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -445,6 +509,7 @@ int main(void)
         cmocka_unit_test(test_a_disk_comes_later),
         cmocka_unit_test(test_a_damaged_disk_never_changes_an_answer),
         cmocka_unit_test(test_damage_before_a_snapshot_never_changes_an_answer),
+        cmocka_unit_test(test_room_for_a_record_of_each_page),
         cmocka_unit_test(test_a_write_that_fails_loses_nothing),
     };
 
