@@ -158,12 +158,13 @@ run_hf() {
     return $code
 }
 
-# 50 runs for each of eight kinds of fault, and without spares, and some at level host; --runs 2000 is the long form.
+# 50 runs for each of eight kinds of fault; without spares; with KV that moves; some at level host. --runs 2000 is the long form.
 run_faults() {
     local faulty=build/release/bin/fovead_faulty disk code=0
     cmake --build build/release --target fovead_faulty || return 1
     .venv/bin/python tests/fault/kill_matrix.py --fovead $faulty --runs 400 --heartbeat-ms 100 || code=1
     .venv/bin/python tests/fault/kill_matrix.py --fovead $faulty --runs 96 --heartbeat-ms 100 --spares 0 --only worker || code=1
+    .venv/bin/python tests/fault/kill_matrix.py --fovead $faulty --runs 112 --heartbeat-ms 100 --moves --only worker || code=1
     disk=$(mktemp -d -p "${FV_TEST_DISK:-/var/tmp}")
     .venv/bin/python tests/fault/kill_matrix.py --fovead $faulty --runs 32 --heartbeat-ms 100 --durability host --disk-dir "$disk" || code=1
     rm -rf "$disk"

@@ -1,13 +1,13 @@
 """kill_matrix.py - ranks, spares, the coordinator and mpirun are killed and stopped; what was acknowledged stays.
 
-python tests/fault/kill_matrix.py --fovead build/bin/fovead_faulty [--runs N] [--seed S] [--durability LEVEL]
+python tests/fault/kill_matrix.py --fovead build/bin/fovead_faulty [--runs N] [--seed S] [--durability LEVEL] [--moves]
     [OPTION of fovead-run]...
 
 A service of 3 ranks and some spares under fovead-run lives through many faults. A run: one client opens sessions that
 lie on all ranks and on one, appends tokens to them, one request at a time, and goes through one fault. Then every
 output must be bit for bit what an undisturbed run gave, and every session as long as what was acknowledged. Without
 durability the sessions of a process that is gone may be lost, said so (DATA_LOSS, NOT_FOUND after a restart); they are
-begun anew then.
+begun anew then. With --moves each step is a prompt to which the KV of other ranks moves.
 
 Kinds of faults: {kill, stop} x {worker, spare, coordinator, mpirun}; workers and coordinator turn by turn at each of the ten stations
 of a step (common/fault.h) that they pass, and at random times. When no spare is left a worker is started anew in place. Prints a
@@ -20,6 +20,7 @@ import argparse
 import itertools
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -35,6 +36,7 @@ N_SPARES = 3
 RUNS_PER_JOB = 25
 STEPS = 8
 PREFILL = 200
+STEP_TOKENS = 24  # with --moves: more than a decode request may have
 SPEC = fovea.ModelSpec(
     name="kill-matrix", n_layers=2, n_q_heads=6, n_kv_heads=3, head_dim_qk=64, kv_dtype="f16"
 )
@@ -50,7 +52,8 @@ SHARDINGS = (
 def tensors(number: int) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(number)
     return tuple(
-        rng.standard_normal((SPEC.n_layers, PREFILL + STEPS, heads, 64), dtype=np.float32).astype(np.float16)
+        rng.standard_normal((SPEC.n_layers, PREFILL + STEPS * STEP_TOKENS, heads, 64), dtype=np.float32)
+        .astype(np.float16)
         for heads in (SPEC.n_q_heads, SPEC.n_kv_heads, SPEC.n_kv_heads)
     )
 
@@ -61,8 +64,9 @@ TENSORS = [tensors(i) for i in range(len(SHARDINGS))]
 class Sequence:
     """One session and what it must answer."""
 
-    def __init__(self, client: fovea.Client, number: int) -> None:
+    def __init__(self, client: fovea.Client, number: int, step_tokens: int) -> None:
         self.number = number
+        self.step_tokens = step_tokens
         self.n_lost = 0
         self.open(client)
 
@@ -72,7 +76,7 @@ class Sequence:
             known = {s.session_id for s in client.list_sessions()}
             try:
                 self.session = client.open_session(
-                    model, max_tokens_hint=PREFILL + STEPS, sharding=SHARDINGS[self.number]
+                    model, max_tokens_hint=PREFILL + STEPS * self.step_tokens, sharding=SHARDINGS[self.number]
                 )
                 break
             except fovea.Unavailable:  # it is not repeated by itself: there may be one now that nobody knows
@@ -82,7 +86,8 @@ class Sequence:
         self.lengths = [0] * SPEC.n_layers
         self.q, self.k, self.v = TENSORS[self.number]
 
-    def attend(self, client: fovea.Client, layer: int, n: int) -> np.ndarray:
+    def attend(self, client: fovea.Client, layer: int, step: int) -> np.ndarray:
+        n = PREFILL if step == 0 else self.step_tokens
         at = self.lengths[layer]
         cut = slice(at, at + n)
         result = client.attend(
@@ -90,6 +95,11 @@ class Sequence:
         )
         self.lengths[layer] += n
         return result.out
+
+    def n_moves(self) -> int:
+        """Pieces of prompts that KV of other ranks moved to."""
+        found = re.search(r"to (\d+) it moved", self.session.placement().reason)
+        return int(found[1]) if found else 0
 
 
 def plan() -> Iterator[tuple[int, int, int]]:
@@ -100,11 +110,12 @@ def plan() -> Iterator[tuple[int, int, int]]:
 class Drive:
     """All requests of a run: its outputs by (step, sequence, layer), and the longest wait."""
 
-    def __init__(self, client: fovea.Client) -> None:
+    def __init__(self, client: fovea.Client, step_tokens: int) -> None:
         self.client = client
+        self.n_moves = 0
         self.outputs: dict[tuple[int, int, int], np.ndarray] = {}
         self.longest = 0.0
-        self.sequences = [Sequence(client, i) for i in range(len(SHARDINGS))]
+        self.sequences = [Sequence(client, i, step_tokens) for i in range(len(SHARDINGS))]
 
     def run(self, fault_at: float | None, act: Callable[[], None]) -> None:
         begin = time.monotonic()
@@ -121,13 +132,14 @@ class Drive:
             called = time.monotonic()
             lengths = list(s.session.info().layer_tokens)
             assert lengths == s.lengths, f"lengths {lengths}, acknowledged {s.lengths}"
+            self.n_moves += s.n_moves()
             s.session.close()
             self.longest = max(self.longest, time.monotonic() - called)
 
     def one(self, step: int, number: int, layer: int) -> None:
         s = self.sequences[number]
         try:
-            self.outputs[step, number, layer] = s.attend(self.client, layer, PREFILL if step == 0 else 1)
+            self.outputs[step, number, layer] = s.attend(self.client, layer, step)
         except fovea.FoveaError as error:
             if error.code.name not in ("DATA_LOSS", "NOT_FOUND"):
                 raise
@@ -135,7 +147,7 @@ class Drive:
             s.open(self.client)
             for redo in range(step + 1):
                 for each in range(layer + 1 if redo == step else SPEC.n_layers):
-                    self.outputs[redo, number, each] = s.attend(self.client, each, PREFILL if redo == 0 else 1)
+                    self.outputs[redo, number, each] = s.attend(self.client, each, redo)
 
     def compare(self, expected: dict) -> None:
         assert self.outputs.keys() == expected.keys()
@@ -149,8 +161,9 @@ class Drive:
 class Matrix:
     """Jobs one after another, each for many runs."""
 
-    def __init__(self, fovead: Path, options: list[str], seed: int, n_ranks: int, spares: int) -> None:
+    def __init__(self, fovead: Path, options: list[str], seed: int, n_ranks: int, spares: int, moves: bool) -> None:
         self.fovead = fovead
+        self.moves = moves
         self.n_ranks = n_ranks
         self.options = ["--spares", str(spares), "--kv-memory", "32m", "--threads", "1", *options]
         self.rng = random.Random(seed)
@@ -172,9 +185,13 @@ class Matrix:
         self.seconds = time.monotonic() - called
         self.visits = {key: n - before[key] for key, n in self.job.page.visits().items()}
 
+    def drive(self) -> Drive:
+        return Drive(self.client, STEP_TOKENS if self.moves else 1)
+
     def undisturbed(self) -> None:
-        drive = Drive(self.client)
+        drive = self.drive()
         drive.run(None, lambda: None)
+        assert not self.moves or drive.n_moves >= STEPS, f"KV moved to {drive.n_moves} pieces of prompts"
         if self.expected is None:
             self.expected = drive.outputs
         drive.compare(self.expected)
@@ -232,7 +249,7 @@ class Matrix:
             job = self.job
         before = job.counts()
         act = self.arm(victim, kind, station)
-        drive = Drive(self.client)
+        drive = self.drive()
         drive.run(self.rng.uniform(0.0, self.seconds * 0.8) if station == 0 else None, act)
         if station > 0:
             assert job.page.disarm(), "the fault did not happen"
@@ -274,9 +291,12 @@ def main() -> int:
     parser.add_argument("--durability", default="process", help="of the service")
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--spares", type=int, default=N_SPARES, help="of each start; 0: none")
+    parser.add_argument("--moves", action="store_true", help="KV moves to the queries, in every step")
     args, args.options = parser.parse_known_args()
     options = ["--restarts", "1000", "--backoff", "0", "--durability", args.durability, *FIXED, *args.options]
-    matrix = Matrix(args.fovead, options, args.seed, args.ranks, args.spares)
+    if args.moves:
+        options += ["--context-prefill", "move"]
+    matrix = Matrix(args.fovead, options, args.seed, args.ranks, args.spares, args.moves)
     print(f"seed {args.seed}, {args.runs} runs, durability {args.durability}", flush=True)
     begin = time.monotonic()
     waits: dict[str, list[float]] = {}
