@@ -244,6 +244,7 @@ static fv_status_t resume_log(fv_disklog_t *log, const fv_journal_head_t *head)
     size_t end = 0;
 
     FV_RETURN_IF_ERR(fv_journal_check_head(log->path, &log->head, head));
+    FV_RETURN_IF_ERR(fv_disklog_sync_folder(log->path)); /* who renamed it may have died before */
     FV_RETURN_IF_ERR(open_for_writing(log, log->path, &log->file.fd));
     FV_RETURN_IF_ERR(fv_disklog_scan_file(log->path, log->file.lock_fd, &nobody, &report, &end,
                                           &log->file.n_batches));

@@ -76,7 +76,8 @@ FV_MUST_CHECK fv_status_t fv_disklog_commit(fv_disklog_t *log, const void *recor
 /* The next snapshot goes to a new file, with all pages. */
 void fv_disklog_want_fresh(fv_disklog_t *log);
 bool fv_disklog_wants_fresh(const fv_disklog_t *log); /* also when it was found damaged */
-/* From begin on commits are parts of a snapshot; end makes it the state, abort forgets it. */
+/* From begin on commits are parts of a snapshot; end makes it the state, abort forgets it. An end that fails once the new file
+ * has taken its place leaves open which is the state: nothing is committed any more until the log is opened again. */
 FV_MUST_CHECK fv_status_t fv_disklog_snapshot_begin(fv_disklog_t *log);
 bool fv_disklog_is_fresh(const fv_disklog_t *log); /* the snapshot under way needs the pages */
 FV_MUST_CHECK fv_status_t fv_disklog_snapshot_end(fv_disklog_t *log);

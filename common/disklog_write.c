@@ -111,6 +111,11 @@ static fv_status_t commit(fv_disklog_t *log, const void *records, size_t n_bytes
 {
     fv_disklog_file_t *file = fv_disklog_target(log);
 
+    if (file->fd < 0) {
+        return fv_fail(FV_ERR_SYSTEM,
+                       "%s: not written since a snapshot failed, until it is opened again",
+                       log->path);
+    }
     FV_RETURN_IF_ERR(fv_disklog_reserve(log, n_bytes, n_bytes));
     size_t end = put_batch(log, records, n_bytes, is_last);
     size_t n_write = (end + FV_DISKLOG_BLOCK - 1U) / FV_DISKLOG_BLOCK * FV_DISKLOG_BLOCK;
@@ -192,11 +197,14 @@ fv_status_t fv_disklog_snapshot_end(fv_disklog_t *log)
         log->file = log->next;
         log->next = (fv_disklog_file_t){.lock_fd = -1, .fd = -1};
         log->wants_fresh = false;
-        log->in_snapshot = false;
-        return fv_disklog_sync_folder(log->path);
+        status = fv_disklog_sync_folder(log->path);
+        if (status != FV_OK) { /* the owner goes by the old one, the path by either */
+            (void)close(log->file.fd);
+            log->file.fd = -1;
+        }
     }
     log->in_snapshot = false;
-    return FV_OK;
+    return status;
 }
 
 void fv_disklog_snapshot_abort(fv_disklog_t *log)

@@ -379,6 +379,40 @@ static void test_a_snapshot_in_a_new_file(void **state)
     check_snapshot(true);
 }
 
+/* The new file has its name, but nobody knows whether that lasts: nothing is acknowledged until the log is opened again. */
+static void test_a_new_file_whose_name_may_not_last(void **state)
+{
+    fv_journal_report_t report;
+    struct rlimit limit;
+    bool is_new = true;
+    fv_disklog_t *log = make_log(3);
+    uint8_t bytes[128];
+    size_t n = table_record(10, 0, bytes);
+
+    (void)state;
+    fv_disklog_want_fresh(log);
+    assert_int_equal(fv_disklog_snapshot_begin(log), FV_OK);
+    assert_int_equal(fv_disklog_commit(log, bytes, n), FV_OK);
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &limit), 0);
+    const struct rlimit none = {.rlim_cur = 0, .rlim_max = limit.rlim_max};
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &none), 0); /* the folder can not be opened */
+    fv_status_t status = fv_disklog_snapshot_end(log);
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &limit), 0);
+    assert_int_equal(status, FV_ERR_SYSTEM);
+    assert_non_null(strstr(fv_error_context(), "folder"));
+    fv_disklog_snapshot_abort(log);
+    assert_int_equal(fv_disklog_commit(log, bytes, n), FV_ERR_SYSTEM);
+    assert_non_null(strstr(fv_error_context(), "opened again"));
+    fv_disklog_close(log);
+    log = open_log(&is_new);
+    assert_false(is_new);
+    assert_int_equal(commit(log, 3), FV_OK);
+    fv_disklog_close(log);
+    load_bytes();
+    assert_int_equal(read_bytes(g_log, g_n_log, &report).tables, (1U << 10U) | (1U << 3U));
+    assert_int_equal(report.n_holes + report.n_damaged + report.tail_bytes, 0);
+}
+
 static void test_memory_is_no_disk(void **state)
 {
     const char *path = "/dev/shm/fv_disklog_test.log";
@@ -450,6 +484,7 @@ int main(void)
         cmocka_unit_test(test_every_bit_flipped),
         cmocka_unit_test(test_a_snapshot_in_the_log),
         cmocka_unit_test(test_a_snapshot_in_a_new_file),
+        cmocka_unit_test(test_a_new_file_whose_name_may_not_last),
         cmocka_unit_test(test_memory_is_no_disk),
         cmocka_unit_test(test_a_full_disk_is_a_status),
     };
